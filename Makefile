@@ -1,0 +1,44 @@
+# Two commands do all: `make demo` shows the product, `make test` proves it. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORES := $(shell nproc 2>/dev/null || echo 2)
+export OMP_NUM_THREADS ?= $(CORES)
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test check mutate clean
+
+help:
+	@echo "make demo    set up and run the sweep on the embedded model; ends with the path of the report"
+	@echo "make test    set up and run the whole test suite (offline)"
+	@echo "make check   ruff, the type checker and the import directions"
+	@echo "make mutate  break the code line by line and demand that the tests notice"
+
+setup: $(VENV)/.ready
+
+# The constraints pin every version; without the pin of torch a machine without GPU downloads gigabytes of CUDA packages.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "tensormix needs Python 3.11 or newer"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/tensormix demo --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+mutate: setup
+	$(BIN)/python tools/mutate.py
+
+clean:
+	rm -rf runs build dist *.egg-info
