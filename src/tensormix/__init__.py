@@ -1,0 +1,49 @@
+"""tensormix: make large language models small with structured operators, and see where they break.
+
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tensormix.compress(model, tensormix.Recipe.load("recipe.yaml").plan)
+    model.save_pretrained(out)             # load it again after `import tensormix.hf`
+
+Importing this package loads nothing else; each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Plan": "tensormix.plan",
+    "Recipe": "tensormix.recipe",
+    "build_report": "tensormix.report",
+    "compress": "tensormix.walk",
+    "load_model": "tensormix.models",
+    "load_tokenizer": "tensormix.models",
+    "run_recipe": "tensormix.run",
+    "run_sweep": "tensormix.sweep",
+}
+
+if TYPE_CHECKING:
+    from tensormix.models import load_model, load_tokenizer
+    from tensormix.plan import Plan
+    from tensormix.recipe import Recipe
+    from tensormix.report import build_report
+    from tensormix.run import run_recipe
+    from tensormix.sweep import run_sweep
+    from tensormix.walk import compress
+
+__all__ = [
+    "Plan", "Recipe", "build_report", "compress", "load_model", "load_tokenizer", "run_recipe", "run_sweep",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tensormix' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

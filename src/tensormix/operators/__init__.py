@@ -1,0 +1,53 @@
+"""What a weight becomes: modules that know sizes, multiplication and their own dense form; no data, no models."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from tensormix.operators.base import StructuredLinear, did_you_mean
+from tensormix.operators.bypass import Bypass
+from tensormix.operators.low_rank import LowRank
+from tensormix.operators.mixt import MixT
+from tensormix.operators.padded import Padded
+from tensormix.operators.sum import Sum
+from tensormix.operators.zero import Zero
+
+__all__ = ["OPERATORS", "Bypass", "LowRank", "MixT", "Padded", "StructuredLinear", "Sum", "Zero", "build"]
+
+OPERATORS: dict[str, type[StructuredLinear] | type[Bypass]] = {
+    "MixT": MixT,
+    "LowRank": LowRank,
+    "Zero": Zero,
+    "Padded": Padded,
+    "Sum": Sum,
+    "Bypass": Bypass,
+}
+
+
+def build(spec: dict[str, Any]) -> Any:
+    """An empty operator from its `spec`, nested specs included; the weights are loaded afterwards.
+
+    Raises:
+        ValueError: the operator is unknown, or a size is unknown, missing or not allowed.
+    """
+    name = spec.get("operator", "(none)")
+    if name not in OPERATORS:
+        raise ValueError(f"unknown operator {name!r}{did_you_mean(name, OPERATORS)} Known: {', '.join(OPERATORS)}.")
+    given = {key: _build_inner(value) for key, value in spec.items() if key != "operator"}
+    known = inspect.signature(OPERATORS[name]).parameters
+    for size in given:
+        if size not in known:
+            hint = did_you_mean(size, known)
+            raise ValueError(f"{name}: unknown size {size!r}{hint} Known: {', '.join(known)}.")
+    missing = [k for k, p in known.items() if p.default is inspect.Parameter.empty and k not in given]
+    if missing:
+        raise ValueError(f"{name}: missing size {', '.join(missing)}. Known: {', '.join(known)}.")
+    return OPERATORS[name](**given)
+
+
+def _build_inner(value: Any) -> Any:
+    """Specs inside a spec become operators; everything else stays as it is."""
+    if isinstance(value, list | tuple):
+        return [_build_inner(item) for item in value]
+    return build(value) if isinstance(value, dict) and "operator" in value else value

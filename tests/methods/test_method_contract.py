@@ -1,0 +1,122 @@
+"""What every method owes."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import tensormix.methods
+from tensormix.methods import METHODS, BlockMethod, DropBlocks, LinearMethod, MeanOutput, Method, Mixt, Svd, ZeroMethod
+from tensormix.operators import build
+
+I, O = 48, 80
+
+CASES = [
+    Mixt(num_branches=3),
+    Mixt(num_branches=2, init="random", padding="power"),
+    Mixt(num_branches=2, init="zero"),
+    Svd(keep=0.3),
+    ZeroMethod(),
+    MeanOutput(),
+]
+
+
+def statistics(method, in_features=I):
+    stats = {needed: needed(in_features) for needed in method.needs}
+    for statistic in stats.values():
+        statistic.update(torch.randn(20, in_features) + 1)
+    return stats
+
+
+@pytest.fixture(params=CASES, ids=lambda method: f"{method.name}-{getattr(method, 'init', '')}")
+def method(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+def test_every_linear_method_has_a_case():
+    linear = {cls for cls in METHODS.values() if issubclass(cls, LinearMethod)}
+    assert linear == {type(method) for method in CASES}
+
+
+def test_the_table_holds_every_method_that_is_written():
+    bases = {"Method", "LinearMethod", "BlockMethod"}
+    written = set()
+    for path in Path(tensormix.methods.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and {getattr(base, "id", "") for base in node.bases} & bases:
+                written.add(node.name)
+    assert written - bases == {cls.__name__ for cls in METHODS.values()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_key_is_the_name_and_the_words_are_there(name):
+    cls = METHODS[name]
+    assert cls.model_fields["name"].default == name
+    assert cls.source and cls.summary.endswith(".")
+    assert cls.site == ("block" if issubclass(cls, BlockMethod) else "linear")
+    assert isinstance(cls.needs, tuple)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_empty_is_what_fit_gives_without_the_numbers(method, dtype):
+    weight = torch.randn(O, I, dtype=dtype)
+    before = weight.clone()
+    fitted, empty = method.fit(weight, statistics(method)), method.empty(I, O)
+    assert empty.spec == fitted.spec
+    assert (empty.num_params, empty.macs_per_token) == (fitted.num_params, fitted.macs_per_token)
+    shapes = {name: tensor.shape for name, tensor in fitted.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in empty.state_dict().items()} == shapes
+    assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
+    assert {tensor.dtype for tensor in fitted.state_dict().values()} == {dtype}
+    assert all(p.isfinite().all() and p.requires_grad and p.is_leaf for p in fitted.parameters())
+    assert torch.equal(weight, before)
+
+
+def test_fit_is_repeatable(method):
+    weight, stats = torch.randn(O, I), statistics(method)
+    first, again = method.fit(weight, stats).state_dict(), method.fit(weight, stats).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+def test_fit_takes_the_parameter_of_a_module(method):
+    layer = torch.nn.Linear(I, O)
+    assert build(method.fit(layer.weight, statistics(method)).spec).out_features == O
+
+
+def test_methods_are_frozen_and_survive_json(method):
+    with pytest.raises(ValidationError, match="frozen"):
+        method.name = "other"
+    again: Method = type(method).model_validate_json(method.model_dump_json())
+    assert again == method and hash(again) == hash(method)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Mixt(num_branches=3, branches=2), r"branches\n\s+Extra inputs are not permitted"),
+        (lambda: ZeroMethod(keep=0.5), r"keep\n\s+Extra inputs are not permitted"),
+        (lambda: Mixt(), r"num_branches\n\s+Field required"),
+        (lambda: Mixt(num_branches=0), r"greater than or equal to 1"),
+        (lambda: Mixt(num_branches=True), r"valid integer"),
+        (lambda: Mixt(num_branches=3, bond=1), r"greater than or equal to 2"),
+        (lambda: Mixt(num_branches=3, padding="powers"), r"'multiple' or 'power'"),
+        (lambda: Mixt(num_branches=3, init="match"), r"'matched', 'zero' or 'random'"),
+        (lambda: Svd(keep=0), r"greater than 0"),
+        (lambda: Svd(keep=1.5), r"less than or equal to 1"),
+        (lambda: DropBlocks(num_blocks=3), r"Extra inputs are not permitted"),
+        (lambda: Mixt(num_branches=5).empty(64, 128), r"largest possible is 4\."),
+        (lambda: Mixt(num_branches=5).fit(torch.zeros(128, 64), {}), r"largest possible is 4\."),
+        (
+            lambda: Svd(keep=0.01).empty(64, 128),
+            r"Svd: keep=0\.01 leaves no rank for a 64x128 layer; the smallest usable keep is 0\.0235\.",
+        ),
+    ],
+)
+def test_errors_say_what_is_allowed(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
