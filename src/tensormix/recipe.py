@@ -1,0 +1,228 @@
+"""Everything that defines a run, and a sweep of runs: plain frozen data, read from YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from tensormix.explain import explain
+from tensormix.plan import Plan
+from tensormix.settings import Calibration, Diagnose, Evaluate, Profile, Recover, Settings
+
+Model = TypeVar("Model", bound=BaseModel)
+Direction = Literal["last", "first"]
+Baseline = Literal["zero", "drop_blocks"]
+
+
+class Recipe(Settings):
+    """One run: a model, what is done to it, and what is measured afterwards.
+
+    Raises ValueError, on construction, if a method of the plan needs calibration and there is none.
+    """
+
+    model: str  # a folder, relative to the recipe, or a Hub id
+    seed: int = Field(default=0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"  # loaded and trained in
+    plan: Plan = Plan(())  # empty: the model stays dense
+    calibration: Calibration | None = None
+    recover: Recover | None = None  # absent: no training
+    evaluate: Evaluate = Evaluate()
+    diagnose: Diagnose | None = Diagnose()  # null: not measured
+    profile: Profile | None = Profile()  # null: not measured
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> Self:
+        for rule in self.plan.root:
+            if rule.method.needs and self.calibration is None:
+                raise ValueError(f"the method {rule.method.name} needs calibration, and there is no such section")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The recipe in a YAML file; relative paths in it are taken from its folder.
+
+        Raises ValueError if the file is missing, is no YAML, or holds a wrong key or value (one sentence, with the
+        nearest right key).
+        """
+        return _validated(cls, _placed_recipe(_read(Path(path)), Path(path).parent), "recipe")
+
+    @property
+    def digest(self) -> str:
+        """A short hash of everything that the recipe says."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Depths(Settings):
+    """How deep one direction of a sweep goes."""
+
+    depths: Literal["all"] | tuple[int, ...] = "all"  # numbers of compressed blocks
+
+    @field_validator("depths", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        return checked_depths(value)
+
+
+class Baselines(Settings):
+    """What compression has to beat: the same blocks zeroed or dropped, with the same recovery."""
+
+    methods: tuple[Baseline, ...] = ("zero", "drop_blocks")
+    depths: Literal["all"] | tuple[int, ...] | None = None  # without it those of the direction
+    directions: tuple[Direction, ...] = ("last",)
+
+    @field_validator("depths", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        return None if value is None else checked_depths(value)
+
+
+class Cell(Settings):
+    """One run of a sweep: `method` on the `depth` first or last blocks."""
+
+    depth: int  # number of compressed blocks
+    direction: Direction
+    method: Literal["mixt", "zero", "drop_blocks"]
+    num_branches: int | None = None  # of mixt
+
+
+class Sweep(Settings):
+    """Many runs of one recipe that differ in how many blocks are compressed, from which end, and how.
+
+    The plan of the recipe is the template: it is empty, or has one rule with a `mixt` method, whose `blocks` and
+    `num_branches` are replaced in every cell.
+    """
+
+    base: str | None = None  # a recipe file, relative to the sweep's
+    recipe: Recipe | None = None  # the same, written here; `load` fills it in from `base`
+    num_branches: tuple[int, ...] = Field(default=(4,), min_length=1)
+    depths: Literal["all"] | tuple[int, ...] = "all"  # numbers of compressed blocks, for all directions
+    directions: dict[Direction, Depths | None] = Field(default={"last": None}, min_length=1)  # with depths of their own
+    baselines: Baselines | None = None
+
+    @field_validator("depths", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        return checked_depths(value)
+
+    @field_validator("directions", mode="before")
+    @classmethod
+    def _as_mapping(cls, value: Any) -> Any:
+        return dict.fromkeys(value) if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _one_recipe(self) -> Self:
+        if self.base is None and self.recipe is None:
+            raise ValueError("needs base (the path of a recipe) or recipe (the recipe itself)")
+        rules = self.recipe.plan.root if self.recipe is not None else ()
+        if len(rules) > 1 or any(rule.method.name != "mixt" for rule in rules):
+            raise ValueError("the recipe's plan is a template: it must be empty or one rule with the method mixt")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The sweep in a YAML file, its recipe included. Raises ValueError as `Recipe.load` does."""
+        path = Path(path)
+        data = _read(path)
+        if data.get("base") is not None and data.get("recipe") is not None:
+            raise ValueError("sweep: give base or recipe, not both")
+        if isinstance(data.get("base"), str):
+            base = _placed(data["base"], path.parent)
+            data |= {"base": base, "recipe": Recipe.load(base)}
+        elif isinstance(data.get("recipe"), dict):
+            data["recipe"] = _placed_recipe(data["recipe"], path.parent)
+        return _validated(cls, data, "sweep")
+
+    def cells(self, num_blocks: int) -> tuple[Cell, ...]:
+        """Every run of the sweep on a model with `num_blocks` blocks, in order.
+
+        Raises ValueError if a depth is more than that.
+        """
+        cells: dict[Cell, None] = {}  # in order, without repeats
+        for direction, own in self.directions.items():
+            for depth in _resolved(own.depths if own else self.depths, num_blocks):
+                for num_branches in self.num_branches:
+                    cells[Cell(depth=depth, direction=direction, method="mixt", num_branches=num_branches)] = None
+        if self.baselines is not None:
+            for direction in self.baselines.directions:
+                own = self.directions.get(direction)
+                depths = self.baselines.depths or (own.depths if own else self.depths)
+                for depth in _resolved(depths, num_blocks):
+                    for method in self.baselines.methods:
+                        cells[Cell(depth=depth, direction=direction, method=method)] = None
+        return tuple(cells)
+
+
+def checked_depths(value: Any) -> Any:
+    """`value` if it is "all" or a list of positive integers, without repeats. Raises ValueError otherwise."""
+    if value == "all":
+        return value
+    depths = value if isinstance(value, list | tuple) else [value]
+    if not depths or any(not isinstance(depth, int) or isinstance(depth, bool) or depth < 1 for depth in depths):
+        raise ValueError(f"depths must be 'all' or a list of numbers of blocks from 1, got {value!r}")
+    return tuple(dict.fromkeys(depths))
+
+
+def _resolved(depths: Literal["all"] | tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
+    if depths == "all":
+        return tuple(range(1, num_blocks + 1))
+    if max(depths) > num_blocks:
+        raise ValueError(f"sweep: depths asks for {max(depths)} blocks; the model has {num_blocks}")
+    return depths
+
+
+def _validated(cls: type[Model], data: dict[str, Any], where: str) -> Model:
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(explain(error, cls, data, where)) from None
+
+
+def _placed(path: str, folder: Path) -> str:
+    return str(folder.resolve() / Path(path).expanduser())
+
+
+def _placed_recipe(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same data with relative paths taken from `folder`; a model that is no folder there is a Hub id."""
+    placed = _placed_files(data, folder)
+    model = placed.get("model")
+    if isinstance(model, str) and (model.startswith((".", "~")) or (folder / model).exists()):
+        placed["model"] = _placed(model, folder)
+    return placed
+
+
+def _placed_files(data: Any, folder: Path) -> Any:
+    if isinstance(data, dict):
+        return {
+            key: _placed(value, folder) if key == "file" and isinstance(value, str) else _placed_files(value, folder)
+            for key, value in data.items()
+        }
+    return [_placed_files(item, folder) for item in data] if isinstance(data, list) else data
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold keys and values, got {type(data).__name__}")
+    return data

@@ -1,0 +1,117 @@
+"""What each stage can be told: the sections of a recipe. Frozen, keyword only, unknown keys refused."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """The base of every section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(Settings):
+    """A source of text: exactly one of `file`, `hub`, `exam` and `facts`."""
+
+    file: str | None = None  # .txt or .raw, .json with a list, .jsonl; relative to the recipe
+    hub: str | None = None  # a dataset on the Hugging Face Hub
+    config: str | None = None  # of the Hub dataset, where it has several
+    split: str = "train"  # of the Hub dataset
+    exam: bool = False  # questions of the built-in exam with their answers
+    facts: bool = False  # the facts that the built-in exam asks for, as prose
+    field: str = "text"  # where the text is in a record of .json, .jsonl or the Hub
+    weight: float = Field(default=1.0, gt=0)  # share of the tokens, relative to the other sources of a mixture
+    num_documents: int | None = Field(default=None, ge=1)  # only the first of them; all without it
+    seed: int = Field(default=0, ge=0)  # of what is generated
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in ("file", "hub", "exam", "facts") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"a source of text is exactly one of file, hub, exam and facts, got {_listed(given)}")
+        if self.hub is None and (self.config is not None or self.split != "train"):
+            raise ValueError("config and split belong to a hub source")
+        return self
+
+
+class Calibration(Settings):
+    """The inputs that methods with statistics see."""
+
+    text: Source
+    num_windows: int = Field(default=8, ge=1)
+    window: int = Field(default=512, ge=1)  # tokens
+
+
+class Recover(Settings):
+    """Training after compression."""
+
+    text: tuple[Source, ...] = Field(min_length=1)  # mixed by weight
+    steps: int = Field(default=3000, ge=1)
+    batch_size: int = Field(default=16, ge=1)  # windows per step
+    window: int = Field(default=256, ge=2)  # tokens
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.03, ge=0, lt=1)  # fraction of the steps
+    weight_decay: float = Field(default=0.0, ge=0)
+    parameters: Literal["all", "compressed"] = "all"  # which are trained
+    loss_on: Literal["all", "answers"] = "all"  # every token, or the answers of exam questions only
+    save_every: int = Field(default=500, ge=1)  # steps between checkpoints
+
+
+class Perplexity(Settings):
+    """Perplexity per token of one text."""
+
+    text: Source
+    window: int = Field(default=512, ge=2)  # tokens the model sees at once
+    stride: int = Field(default=512, ge=1)  # new tokens per window; what they overlap is context only
+    bos: bool = True  # put the BOS token before every window
+    num_tokens: int | None = Field(default=None, ge=2)  # only the first of the text; all without it
+
+    @model_validator(mode="after")
+    def _no_gaps(self) -> Self:
+        if self.stride > self.window:
+            raise ValueError(
+                f"stride must be at most window ({self.window}), or tokens are left out; got {self.stride}"
+            )
+        return self
+
+
+class Exam(Settings):
+    """The built-in four-choice exam."""
+
+    num_questions: int = Field(default=600, ge=1)
+    seed: int = Field(default=1, ge=0)
+    shots: int = Field(default=5, ge=0)  # worked examples before each question
+
+
+class Evaluate(Settings):
+    """What is measured of the model."""
+
+    perplexity: tuple[Perplexity, ...] = ()
+    exam: Exam | None = Exam()  # null: none
+    batch_size: int = Field(default=32, ge=1)
+
+
+class Diagnose(Settings):
+    """How the model breaks: entropies and geometry at the answers of the exam."""
+
+    num_prompts: int = Field(default=64, ge=1)
+
+
+class Profile(Settings):
+    """What the model costs."""
+
+    tokens: tuple[int, ...] = Field(default=(1, 128), min_length=1)  # lengths of the timed passes
+    repeats: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _at_least_one_token(self) -> Self:
+        if min(self.tokens) < 1:
+            raise ValueError(f"tokens must be at least 1, got {min(self.tokens)}")
+        return self
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(names) or "none of them"

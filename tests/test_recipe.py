@@ -1,0 +1,296 @@
+"""Recipes and sweeps: what is read, and what is said about a slip."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tensormix.methods import Mixt
+from tensormix.plan import Plan
+from tensormix.recipe import Baselines, Cell, Recipe, Sweep
+from tensormix.settings import Evaluate, Perplexity, Profile, Source
+
+FULL = """
+model: ./model
+seed: 3
+dtype: bfloat16
+plan:
+  - {blocks: last 2, sites: [q, k, v], method: {name: mixt, num_branches: 3}}
+  - {blocks: 0, method: {name: mean_output}}
+calibration: {text: {file: data/a.txt}, num_windows: 4, window: 64}
+recover:
+  steps: 30
+  learning_rate: 1e-3
+  text:
+    - {file: data/a.txt, weight: 2}
+    - {exam: true}
+evaluate:
+  perplexity: [{text: {hub: owner/text, config: raw, split: test}, window: 64, stride: 32}]
+  exam: {num_questions: 40}
+diagnose: {num_prompts: 8}
+profile: {tokens: [1, 16]}
+"""
+
+
+def load(tmp_path, text, cls=Recipe, name="recipe.yaml"):
+    (tmp_path / name).write_text(text)
+    return cls.load(tmp_path / name)
+
+
+def test_a_full_recipe(tmp_path):
+    recipe = load(tmp_path, FULL)
+    assert recipe.plan.root[0].method == Mixt(num_branches=3)
+    assert recipe.recover.learning_rate == 1e-3 and recipe.recover.batch_size == 16
+    assert recipe.evaluate.exam.shots == 5 and recipe.evaluate.perplexity[0].bos
+    assert recipe.recover.text[1] == Source(exam=True)
+
+
+def test_only_the_model_is_required(tmp_path):
+    recipe = load(tmp_path, "model: owner/name")
+    assert recipe == Recipe(model="owner/name")
+    assert recipe.plan == Plan() and recipe.recover is None and recipe.evaluate == Evaluate()
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub" / "recipe.yaml").write_text(FULL)
+    recipe = Recipe.load("sub/recipe.yaml")
+    assert Path(recipe.model) == tmp_path / "sub" / "model"
+    assert Path(recipe.calibration.text.file) == tmp_path / "sub" / "data" / "a.txt"
+    assert Path(recipe.recover.text[0].file) == tmp_path / "sub" / "data" / "a.txt"
+
+
+def test_a_folder_is_taken_before_a_hub_id(tmp_path):
+    assert load(tmp_path, "model: owner/name").model == "owner/name"
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert Path(load(tmp_path, "model: owner/name").model) == tmp_path / "owner" / "name"
+
+
+def test_absolute_paths_stay(tmp_path):
+    assert load(tmp_path, "model: /somewhere/else").model == "/somewhere/else"
+
+
+M = "model: m\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            M + "plan: [{method: {name: mixt, num_branch: 2}}]",
+            "recipe.plan[0].method: unknown key 'num_branch', did you mean 'num_branches'? "
+            "Known: name, num_branches, bond, padding, init, seed. (1 more error.)",
+        ),
+        (M + "recovr: {}", "recipe: unknown key 'recovr', did you mean 'recover'? Known: model, seed, dtype, plan, "),
+        (M + "zzz: {}", "recipe: unknown key 'zzz'. Known: model, "),
+        (M + "plan: [{metod: {name: zero}}]", "recipe.plan[0]: unknown key 'metod', did you mean 'method'?"),
+        (
+            M + "plan: [{method: {name: mixxt}}]",
+            "recipe.plan[0].method: unknown name 'mixxt', did you mean 'mixt'? Known: mixt, svd, zero, mean_output, ",
+        ),
+        (M + "plan: [{method: {keep: 0.5}}]", "recipe.plan[0].method: missing 'name', which says which one is meant"),
+        (M + "plan: [{method: zero}]", "recipe.plan[0].method: must be keys and values, got 'zero'."),
+        (M + "plan: {method: zero}", "recipe.plan: must be a list, got {'method': 'zero'}."),
+        (M + "plan: [{method: {name: svd}}]", "recipe.plan[0].method: missing 'keep'. Known: name, keep."),
+        (
+            M + "plan: [{method: {name: svd, keep: 1.5}}]",
+            "recipe.plan[0].method.keep: input should be less than or equal to 1, got 1.5.",
+        ),
+        (
+            M + "plan: [{method: {name: zero}}, {sites: [gat], method: {name: zero}}]",
+            "recipe.plan[1].sites: unknown role 'gat', did you mean 'gate'? Known roles: ",
+        ),
+        (M + "plan: [{blocks: lst 3, method: {name: zero}}]", "recipe.plan[0].blocks: blocks 'lst 3' cannot be read"),
+        (
+            M + "recover: {step: 3, text: [{exam: true}]}",
+            "recipe.recover: unknown key 'step', did you mean 'steps'? Known: text, steps, ",
+        ),
+        (
+            M + "recover: {steps: -3, text: [{exam: true}]}",
+            "recipe.recover.steps: input should be greater than or equal to 1, got -3.",
+        ),
+        (
+            M + "recover: {steps: 3, text: []}",
+            "recipe.recover.text: tuple should have at least 1 item after validation, not 0, got [].",
+        ),
+        (
+            M + "recover: {steps: 3, text: [{fil: a.txt}]}",
+            "recipe.recover.text[0]: unknown key 'fil', did you mean 'file'? Known: file, hub, config, split, exam, "
+            "facts, field, weight, seed.",
+        ),
+        (
+            M + "recover: {steps: 3, text: [{exam: true}, {file: a.txt, exam: true}]}",
+            "recipe.recover.text[1]: a source of text is exactly one of file, hub, exam and facts, got file and exam.",
+        ),
+        (
+            M + "recover: {steps: 3, loss_on: answer, text: [{exam: true}]}",
+            "recipe.recover.loss_on: must be 'all' or 'answers', got 'answer', did you mean 'answers'?",
+        ),
+        ("seed: 1", "recipe: missing 'model'. Known: model, seed, "),
+        (M + "dtype: fp32", "recipe.dtype: must be 'auto', 'float32', "),
+        (
+            M + "evaluate: {perplexity: [{text: {exam: true}, window: 4, stride: 8}]}",
+            "recipe.evaluate.perplexity[0]: stride must be at most window (4), or tokens are left out; got 8.",
+        ),
+        (M + "evaluate: {exam: {shot: 1}}", "recipe.evaluate.exam: unknown key 'shot', did you mean 'shots'?"),
+        (M + "profile: {tokens: [0]}", "recipe.profile: tokens must be at least 1, got 0."),
+        (
+            M + "plan: [{method: {name: mean_output}}]",
+            "recipe: the method mean_output needs calibration, and there is no such section.",
+        ),
+    ],
+)
+def test_slips(tmp_path, text, sentence):
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, text)
+    assert str(error.value).startswith(sentence)
+
+
+def test_a_key_that_is_there_twice(tmp_path):
+    with pytest.raises(ValueError, match=r"recipe.yaml cannot be read as YAML: the key 'model' is there twice"):
+        load(tmp_path, M + M)
+
+
+def test_no_yaml(tmp_path):
+    with pytest.raises(ValueError, match=r"recipe.yaml cannot be read as YAML: while parsing"):
+        load(tmp_path, "a: [")
+
+
+def test_no_mapping(tmp_path):
+    with pytest.raises(ValueError, match=r"recipe.yaml must hold keys and values, got list"):
+        load(tmp_path, "- a")
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no file .*nothing.yaml"):
+        Recipe.load(tmp_path / "nothing.yaml")
+
+
+def test_nothing_can_be_changed():
+    recipe = Recipe(model="m")
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 1
+
+
+def test_unknown_keys_are_refused_on_construction():
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Recipe(model="m", sed=1)
+
+
+@pytest.mark.parametrize(("fields", "got"), [({}, "none of them"), ({"hub": "a/b", "facts": True}, "hub and facts")])
+def test_a_source_is_exactly_one(fields, got):
+    with pytest.raises(ValidationError, match=f"exactly one of file, hub, exam and facts, got {got}"):
+        Source(**fields)
+
+
+def test_split_belongs_to_the_hub():
+    with pytest.raises(ValidationError, match="config and split belong to a hub source"):
+        Source(file="a.txt", split="test")
+
+
+def test_defaults_are_valid():
+    assert Perplexity(text=Source(facts=True)).stride == Profile().tokens[0] * 512
+
+
+def test_a_recipe_survives_json(tmp_path):
+    recipe = load(tmp_path, FULL)
+    assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
+
+
+def test_the_digest_follows_the_content():
+    one = Recipe.model_validate({"model": "m", "plan": [{"blocks": [1, 2], "method": {"name": "zero"}}]})
+    same = Recipe.model_validate({"plan": [{"method": {"name": "zero"}, "blocks": "1,2"}], "model": "m", "seed": 0})
+    assert one.digest == same.digest and len(one.digest) == 12
+    assert one.digest == Recipe.model_validate(json.loads(one.model_dump_json())).digest
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 5), st.integers(0, 5), st.sampled_from(["float32", "bfloat16"]))
+def test_different_recipes_have_different_digests(seed, other, dtype):
+    one, two = Recipe(model="m", seed=seed), Recipe(model="m", seed=other, dtype=dtype)
+    assert (one.digest == two.digest) == (one == two)
+
+
+def test_the_schema_for_editors():
+    schema = json.dumps(Recipe.model_json_schema())
+    assert all(word in schema for word in ("num_branches", "drop_blocks", "learning_rate", "perplexity"))
+    assert "baselines" in json.dumps(Sweep.model_json_schema())
+
+
+def test_a_sweep_with_a_recipe_of_its_own(tmp_path):
+    text = "recipe: {model: ./m}\nnum_branches: [3, 4]\ndepths: [1, 2]\ndirections: [last, first]"
+    sweep = load(tmp_path, text, Sweep, "sweep.yaml")
+    assert Path(sweep.recipe.model) == tmp_path / "m"
+    cells = sweep.cells(4)
+    assert len(cells) == len(set(cells)) == 8
+    assert cells[0] == Cell(depth=1, direction="last", method="mixt", num_branches=3)
+
+
+def test_a_sweep_over_a_recipe_file(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(FULL.split("plan:")[0])
+    sweep = load(tmp_path, "base: recipe.yaml\nbaselines: {}", Sweep, "sweep.yaml")
+    assert sweep.recipe == Recipe.load(tmp_path / "recipe.yaml")
+    assert [cell.depth for cell in sweep.cells(3) if cell.method == "mixt"] == [1, 2, 3]
+    assert [(cell.depth, cell.method) for cell in sweep.cells(2)[2:]] == [
+        (1, "zero"), (1, "drop_blocks"), (2, "zero"), (2, "drop_blocks")
+    ]  # fmt: skip
+    assert Sweep.model_validate(json.loads(sweep.model_dump_json())) == sweep
+
+
+def test_directions_with_depths_of_their_own(tmp_path):
+    text = "recipe: {model: m}\ndepths: all\ndirections: {last: , first: {depths: [2]}}\nbaselines: {depths: [3]}"
+    cells = load(tmp_path, text, Sweep).cells(3)
+    assert [(c.direction, c.depth) for c in cells if c.method == "mixt"] == [
+        ("last", 1), ("last", 2), ("last", 3), ("first", 2)
+    ]  # fmt: skip
+    assert {c.depth for c in cells if c.method != "mixt"} == {3}
+
+
+def test_baselines_of_a_direction_take_its_depths():
+    sweep = Sweep.model_validate(
+        {
+            "recipe": {"model": "m"},
+            "directions": {"first": {"depths": [2]}},
+            "baselines": {"methods": ["zero"], "directions": ["first"]},
+        }
+    )
+    assert [c.depth for c in sweep.cells(3)] == [2, 2]
+    assert Baselines().methods == ("zero", "drop_blocks")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("depths: [1]", "sweep: needs base (the path of a recipe) or recipe (the recipe itself)."),
+        ("recipe: {model: m}\nbase: m", "sweep: give base or recipe, not both"),
+        ("recipe: {model: m, plann: []}", "sweep.recipe: unknown key 'plann', did you mean 'plan'? Known: model, "),
+        ("recipe: {model: m}\ndepth: all", "sweep: unknown key 'depth', did you mean 'depths'?"),
+        ("recipe: {model: m}\ndepths: [0]", "sweep.depths: depths must be 'all' or a list of numbers of blocks from 1"),
+        (
+            "recipe: {model: m}\ndirections: [lst]",
+            "sweep.directions: must be 'last' or 'first', got 'lst', did you mean 'last'?",
+        ),
+        ("recipe: {model: m}\ndirections: {last: {depht: all}}", "sweep.directions.last: unknown key 'depht', did you"),
+        ("recipe: {model: m}\nbaselines: {methods: [svd]}", "sweep.baselines.methods[0]: must be 'zero' or 'drop_b"),
+        (
+            "recipe: {model: m, plan: [{method: {name: zero}}]}",
+            "sweep: the recipe's plan is a template: it must be empty or one rule with the method mixt.",
+        ),
+    ],
+)
+def test_slips_in_a_sweep(tmp_path, text, sentence):
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, text, Sweep)
+    assert str(error.value).startswith(sentence)
+
+
+def test_a_sweep_deeper_than_the_model():
+    sweep = Sweep.model_validate({"recipe": {"model": "m"}, "depths": [2, 9]})
+    with pytest.raises(ValueError, match="sweep: depths asks for 9 blocks; the model has 4"):
+        sweep.cells(4)
