@@ -1,0 +1,128 @@
+"""Numbers and text for people: units, signs, escaping."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from html import escape
+from typing import Any
+
+MISSING = "–"
+MINUS = "\u2212"
+NARROW = "\u00a0"  # a space at which no line breaks
+METHODS = {
+    "mixt": "MixT",
+    "zero": "zeroed linears",
+    "drop_blocks": "dropped blocks",
+    "mean_output": "mean output",
+    "svd": "low rank (SVD)",
+}
+DIRECTIONS = {"last": "back to front", "first": "front to back"}
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else (missing, null, NaN, text)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def short(value: float | None) -> str:
+    """At most four significant digits, no trailing zeros."""
+    if value is None:
+        return MISSING
+    text = f"{value:.4g}"
+    if "e" in text and 1e-5 <= abs(value) < 1e7:
+        text = f"{value:.0f}" if abs(value) >= 1 else f"{value:.6f}"
+    return text.replace("-", MINUS)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return MISSING if value is None else f"{100 * value:.{digits}f}{NARROW}%".replace("-", MINUS)
+
+
+def change(value: float | None, reference: float | None) -> str:
+    """Relative change against a reference, with its sign: "−46.8 %"."""
+    if value is None or not reference:
+        return MISSING
+    delta = 100 * (value / reference - 1)
+    if abs(delta) < 0.05:
+        return f"±0{NARROW}%"
+    return f"{delta:+.1f}{NARROW}%".replace("-", MINUS)
+
+
+def count(value: float | None) -> str:
+    """A count with k, M, B: "226.4 M"."""
+    if value is None:
+        return MISSING
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.99995:
+            return f"{value / size:.4g}{NARROW}{unit}"
+    return f"{value:.0f}"
+
+
+def bytes_text(value: float | None) -> str:
+    """Binary units: "13.1 MiB"."""
+    if value is None:
+        return MISSING
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if abs(value) >= 1024**power * 0.99995:
+            return f"{value / 1024**power:.4g}{NARROW}{unit}"
+    return f"{value:.0f} B"
+
+
+def milliseconds(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3g}{NARROW}ms"
+
+
+def seconds_text(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def speed(ratio: float | None) -> str:
+    """A dense/compressed time ratio in words; slower is said plainly."""
+    if ratio is None:
+        return "not measured"
+    if abs(ratio - 1) < 0.015:
+        return "equally fast (1.00×)"
+    return f"{ratio:.2f}× ({'faster' if ratio > 1 else 'slower'})"
+
+
+def moment(value: Any) -> str:
+    """A point in time as written by a stage: seconds since 1970 become a UTC date, text stays text."""
+    seconds = number(value)
+    if seconds is not None and seconds > 1e6:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return value if isinstance(value, str) else ""
+
+
+def plural(num: int, word: str) -> str:
+    return f"{num} {word}" if num == 1 else f"{num} {word}s"
+
+
+def series_name(method: str, direction: str, num_branches: Any) -> str:
+    """Name of a series in legends: "MixT, 4 branches, front to back"."""
+    parts = [METHODS.get(method, method)]
+    if num_branches is not None:
+        parts.append(plural(int(num_branches), "branch").replace("branchs", "branches"))
+    if direction != "last":
+        parts.append(DIRECTIONS.get(direction, direction))
+    return ", ".join(parts)
+
+
+def text(value: Any) -> str:
+    """Escaped for HTML and SVG; the symbol N_B is set with its subscript in HTML by `nb`."""
+    return escape(str(value), quote=True)
+
+
+def nb(value: str) -> str:
+    """HTML (already escaped) with N_B set as a symbol."""
+    return value.replace("N_B", '<span class="sym">N<sub>B</sub></span>')
