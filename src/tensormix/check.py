@@ -1,0 +1,88 @@
+"""What a recipe would do to a model, from its config alone: no weight is read and nothing is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tensormix.methods import METHODS, Method
+from tensormix.methods.base import BlockMethod, LinearMethod
+from tensormix.models import skeleton
+from tensormix.plan import Plan
+from tensormix.profile import bytes_by_dtype, macs_per_token, num_parameters
+from tensormix.recipe import Recipe
+from tensormix.sites import Site, blocks, find_sites, install, returns_tuple
+
+
+def check(recipe: Recipe) -> dict[str, Any]:
+    """Counts of the dense model, of the compressed one, and of every site that the plan replaces.
+
+    Returns:
+        {"dense": {"parameters", "macs_per_token", "bytes": {dtype: n}}, "compressed": {the same}, "sites": [rows]}.
+        MACs are those of the linear layers and lm_head; bytes are parameters times the size of the dtype.
+
+    Raises:
+        ValueError: the model has no config, or the plan does not fit it.
+    """
+    model = skeleton(recipe.model)
+    dense = counts(model)
+    return {"dense": dense, "sites": replace_empty(model, recipe.plan), "compressed": counts(model)}
+
+
+def counts(model: nn.Module) -> dict[str, Any]:
+    return {
+        "parameters": num_parameters(model),
+        "macs_per_token": macs_per_token(model),
+        "bytes": bytes_by_dtype(model),
+    }
+
+
+def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
+    """Install empty operators where the plan wants them; one row per site, sizes as in the rows of `compress`."""
+    sites = {site.name: site for site in find_sites(model)}
+    rows = []
+    for name, method in plan.resolve(list(sites.values()), len(blocks(model))).items():
+        site = sites[name]
+        operator = empty_operator(site, method)
+        rows.append(
+            {
+                "site": name,
+                "block": site.block,
+                "role": site.role,
+                "method": method.name,
+                "operator": type(operator).__name__,
+                "in_features": site.in_features if site.kind == "linear" else None,
+                "out_features": site.out_features if site.kind == "linear" else None,
+                "dense_parameters": site.weight.numel() if site.kind == "linear" else num_parameters(site.module),
+                "parameters": operator.num_params,
+                "dense_macs_per_token": site.weight.numel() if site.kind == "linear" else macs_per_token(site.module),
+                "macs_per_token": operator.macs_per_token,
+            }
+        )
+        install(model, name, operator)
+    return rows
+
+
+def empty_operator(site: Site, method: Method) -> Any:
+    if isinstance(method, BlockMethod):
+        return method.replace(site.module, returns="tuple" if returns_tuple(site.module) else "tensor")
+    assert isinstance(method, LinearMethod)
+    try:
+        return method.empty(site.in_features, site.out_features)
+    except ValueError as error:
+        raise ValueError(f"{site.name}: {error}") from error
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """The table of methods as plain data."""
+    return [
+        {
+            "name": name,
+            "source": method.source,
+            "sites": method.site,
+            "needs": [statistic.__name__ for statistic in method.needs],
+            "summary": method.summary,
+        }
+        for name, method in METHODS.items()
+    ]

@@ -1,0 +1,220 @@
+"""The command line: one verb, one function; methods are configured in recipes, never by flags."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    help="Make large language models small with structured operators, and see where they break.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/NAME-OF-THE-FILE.")]
+THINGS = ("methods", "operators", "statistics", "diagnostics", "stages", "subjects")
+
+
+@app.command()
+def check(recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], as_json: Json = False) -> None:
+    """Say what a recipe would do, from the model's config alone: sites, sizes, parameters, MACs, bytes. No weights."""
+    from tensormix.check import check as check_recipe
+    from tensormix.recipe import Recipe
+
+    result = check_recipe(Recipe.load(recipe))
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        show_check(result)
+
+
+@app.command()
+def run(recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], out: Out = None) -> None:
+    """Compress, recover, evaluate, diagnose and profile one model. Stopped? The same command goes on."""
+    from tensormix.progress import stage_bars
+    from tensormix.recipe import Recipe
+    from tensormix.run import run_recipe
+
+    loaded, folder = Recipe.load(recipe), out or Path("runs") / recipe.stem
+    with resumable(), stage_bars(console) as progress:
+        run_recipe(loaded, folder, progress=progress)
+    console.print(f"Finished. See it with: tensormix report {folder}")
+
+
+@app.command()
+def sweep(
+    settings: Annotated[Path, typer.Argument(help="A sweep (.yaml).")],
+    out: Out = None,
+    page: Annotated[bool, typer.Option(help="Write the report when the last cell is done.")] = True,
+) -> None:
+    """Run a recipe at many depths, directions and branch counts, and find where accuracy leaves its plateau."""
+    from tensormix.progress import cell_bars
+    from tensormix.recipe import Sweep
+    from tensormix.report import build_report
+    from tensormix.sweep import run_sweep
+
+    loaded, folder = Sweep.load(settings), out or Path("runs") / settings.stem
+    with resumable(), cell_bars(console) as progress:
+        run_sweep(loaded, folder, progress=progress)
+    if page:
+        console.print(f"Report: {build_report([folder])}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run or sweep folders.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default: report.html beside.")] = None,
+) -> None:
+    """Write one self-contained HTML page about finished runs."""
+    from tensormix.report import build_report
+
+    console.print(f"Report: {build_report(folders, out)}", soft_wrap=True)
+
+
+@app.command("list")
+def list_things(
+    what: Annotated[str, typer.Argument(help=" | ".join(THINGS))] = "methods", as_json: Json = False
+) -> None:
+    """List methods, operators, statistics, diagnostics, stages or the exam's subjects."""
+    rows = listing(what)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(*rows[0].keys(), box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(", ".join(value) if isinstance(value, list) else str(value) for value in row.values()))
+    console.print(table)
+
+
+def listing(what: str) -> list[dict[str, Any]]:
+    """The rows of one table of the package.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    if what == "methods":
+        from tensormix.check import list_methods
+
+        return list_methods()
+    tables: dict[str, Callable[[], Any]] = {
+        "operators": lambda: __import__("tensormix.operators", fromlist=["OPERATORS"]).OPERATORS,
+        "statistics": lambda: __import__("tensormix.statistics", fromlist=["STATISTICS"]).STATISTICS,
+        "diagnostics": lambda: __import__("tensormix.diagnose", fromlist=["DIAGNOSTICS"]).DIAGNOSTICS,
+        "stages": lambda: __import__("tensormix.run", fromlist=["STAGES"]).STAGES,
+        "subjects": lambda: __import__("tensormix.exam", fromlist=["SUBJECTS"]).SUBJECTS,
+    }
+    if what not in tables:
+        from difflib import get_close_matches
+
+        near = get_close_matches(what, THINGS, n=1)
+        raise ValueError(
+            f"list: there is no table {what!r}{f', did you mean {near[0]!r}?' if near else '.'} "
+            f"Known: {', '.join(THINGS)}."
+        )
+    table = tables[what]()
+    if not isinstance(table, dict):
+        return [{"name": name} for name in table]
+    return [{"name": name, "summary": (item.__doc__ or "").strip().splitlines()[0]} for name, item in table.items()]
+
+
+def show_check(result: dict[str, Any]) -> None:
+    """Two tables: what each kind of site becomes, and the whole model before and after."""
+    kinds: dict[tuple, list[dict[str, Any]]] = {}
+    for site in result["sites"]:
+        key = (
+            site["role"] or site["site"],
+            site["in_features"],
+            site["out_features"],
+            site["method"],
+            site["operator"],
+        )
+        kinds.setdefault(key, []).append(site)
+    if kinds:
+        table = Table("site", "sites", "in", "out", "method", "operator", "parameters", "MACs per token", box=None)
+        for (role, inputs, outputs, method, operator), sites in kinds.items():
+            first = sites[0]
+            table.add_row(
+                role,
+                f"{len(sites)} in blocks {blocks_text([s['block'] for s in sites])}",
+                f"{inputs or '-'}",
+                f"{outputs or '-'}",
+                method,
+                operator,
+                f"{first['dense_parameters']:,} -> {first['parameters']:,}",
+                f"{first['dense_macs_per_token']:,} -> {first['macs_per_token']:,}",
+            )
+        console.print(table)
+        console.print()
+    dense, compressed = result["dense"], result["compressed"]
+    table = Table("whole model", "dense", "compressed", "change", box=None)
+    rows = [("parameters", dense["parameters"], compressed["parameters"])]
+    rows += [("MACs per token (linear layers and lm_head)", dense["macs_per_token"], compressed["macs_per_token"])]
+    rows += [(f"bytes in {dtype}", size, compressed["bytes"][dtype]) for dtype, size in dense["bytes"].items()]
+    for name, before, after in rows:
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.2f} %")
+    console.print(table)
+
+
+def blocks_text(blocks: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for block in sorted(set(blocks)):
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Tell whoever presses Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print("Stopped. Finished stages are kept; the same command goes on from there.")
+        raise
+
+
+def quiet_libraries() -> None:
+    """Silence what other libraries say about themselves; what concerns the user is said by us."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is told in one sentence, without a traceback."""
+    quiet_libraries()
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TENSORMIX_TRACEBACK"):
+            raise
+        text = str(error) if isinstance(error, ValueError) else f"{error.strerror or error}: {error.filename or ''}"
+        errors.print(f"[bold red]tensormix:[/] {escape(text)}", soft_wrap=True)
+        errors.print("Nothing that was finished is lost. TENSORMIX_TRACEBACK=1 shows where it came from.")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What a model costs: parameters, multiply-accumulates, bytes, peak memory and latency, dense beside compressed.
+
+Multiply-accumulates (MACs) are those of the linear layers and lm_head, counted analytically; attention scores are not
+in them. A tied lm_head has no parameters of its own but is multiplied all the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tensormix.operators import StructuredLinear
+from tensormix.sites import is_conv1d
+
+Row = dict[str, Any]
+DTYPES = {"float32": 4, "bfloat16": 2}  # bytes per parameter
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Every parameter once, shared ones included once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def macs_per_token(model: nn.Module) -> int:
+    """MACs of all linear layers, structured operators and lm_head for one token."""
+    total, inside = 0, set()
+    for module in model.modules():
+        if module in inside:
+            continue
+        if isinstance(module, StructuredLinear):
+            total += module.macs_per_token
+            inside.update(module.modules())  # what it holds is in its own count
+        elif isinstance(module, nn.Linear) or is_conv1d(module):
+            total += module.get_parameter("weight").numel()
+    return total
+
+
+def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
+    return {dtype: size * num_parameters(model) for dtype, size in DTYPES.items()}
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Bytes of the weight files of a saved model."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages of tensors that are alive; `peak` is their greatest sum. Exact on every device.
+
+    What an operation uses inside itself and frees before it returns is not seen.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        super().__init__()
+        self.live = self.peak = start
+        self.known: set[int] = set()
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known and size:
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor):
+                self._see(value)
+        return out
+
+
+@torch.no_grad()
+def peak_memory(model: nn.Module, ids: Tensor) -> int:  # ids (B, T)
+    """Bytes of weights and of live activations at the worst moment of one forward pass without cache."""
+    weights = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }
+    with LiveBytes(sum(weights.values())) as mode:
+        mode.known |= set(weights)
+        model(input_ids=ids, use_cache=False)
+    return mode.peak
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def latencies(models: dict[str, Any], num_tokens: int, repeats: int, seed: int = 0) -> list[Row]:
+    """Milliseconds of one forward pass over `num_tokens` tokens, the models in turn so that all see the same machine.
+
+    `speedup` is the median of the first model over the median of this one: above 1 is faster than the first.
+    """
+    limit = min(model.config.vocab_size for model in models.values())
+    ids = torch.randint(limit, (1, num_tokens), generator=torch.Generator().manual_seed(seed))
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 2):
+        for name, model in models.items():
+            device = next(model.parameters()).device
+            here = ids.to(device)
+            seconds = _seconds(lambda m=model, x=here: m(input_ids=x, use_cache=False), device)
+            if repeat >= 2:  # the first two only warm up
+                times[name].append(1000 * seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    first = medians[next(iter(models))]
+    return [
+        {
+            "kind": "latency",
+            "model": name,
+            "tokens": num_tokens,
+            "median_ms": medians[name],
+            "low_ms": _quantile(times[name], 0.25),
+            "high_ms": _quantile(times[name], 0.75),
+            "speedup": first / medians[name],
+        }
+        for name in models
+    ]
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+
+
+def profile(models: dict[str, Any], folders: dict[str, Path], *, tokens: Sequence[int], repeats: int) -> list[Row]:
+    """Rows of resources for each model and of latency for each number of tokens; the first model is the yardstick.
+
+    `folders` says where each model lies on disk; a model that is not saved anywhere has no entry and null bytes.
+    """
+    rows: list[Row] = []
+    for name, model in models.items():
+        ids = torch.zeros(1, max(tokens), dtype=torch.long, device=next(model.parameters()).device)
+        rows.append(
+            {
+                "kind": "resources",
+                "model": name,
+                "parameters": num_parameters(model),
+                "macs_per_token": macs_per_token(model),
+                "bytes": bytes_by_dtype(model),
+                "bytes_on_disk": bytes_on_disk(folders[name]) if name in folders else None,
+                "peak_memory_bytes": peak_memory(model, ids),
+                "peak_memory_tokens": max(tokens),
+                "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            }
+        )
+    for num_tokens in tokens:
+        rows += latencies(models, num_tokens, repeats)
+    return rows

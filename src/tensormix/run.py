@@ -1,0 +1,271 @@
+"""One recipe, one run folder: the only place that knows the order of the stages.
+
+    recipe.json       what was asked
+    compress.json     one file per finished stage: its rows, its settings, its key, where and when it was made
+    recover.json  evaluate.json  diagnose.json  profile.json
+    compressed/       the model after compress        recovered/   the model after recover
+    dense/            the run of the untouched model that the others are compared with
+
+A stage is done when its file exists and carries the key of what was asked: the hash of its own settings and of all
+that comes before it. So a run that was stopped goes on at the first stage that is missing, and a changed recipe
+repeats what the change touches and nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
+from tensormix import __version__
+from tensormix.data import calibration_batches, describe, packed_source, separator_of
+from tensormix.diagnose import diagnose
+from tensormix.evaluate import ChoicePrompt, accuracy_rows, evaluate_choices, perplexity
+from tensormix.exam import exam, prompt, worked_examples
+from tensormix.files import environment, now, read_json, whole_folder, write_json
+from tensormix.models import fingerprint, load_model, load_tokenizer
+from tensormix.plan import Plan
+from tensormix.profile import profile
+from tensormix.recipe import Recipe
+from tensormix.recover import recover
+from tensormix.settings import Exam
+from tensormix.walk import compress
+
+Row = dict[str, Any]
+Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+STAGES = ("compress", "recover", "evaluate", "diagnose", "profile")
+
+
+def dense_recipe(recipe: Recipe) -> Recipe:
+    """The same examination of the untouched model."""
+    return recipe.model_copy(update={"plan": Plan(()), "recover": None, "calibration": None, "profile": None})
+
+
+def run_recipe(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    reference: Path | None = None,
+    progress: Progress | None = None,
+    keep_compressed: bool = True,
+) -> Path:
+    """Compress, recover, evaluate, diagnose, profile; returns `folder`. Finished stages are not repeated.
+
+    Args:
+        reference: the run folder of the untouched model; without it that run is made first, in `folder`/dense.
+        progress: told how far each stage is.
+        keep_compressed: keep the model as it was before recovery, too.
+
+    Raises:
+        ValueError: whatever a stage finds wrong with the recipe, the model or the data. Finished stages stay.
+    """
+    if reference is None and len(recipe.plan.root):
+        reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress)
+    write_json(folder / "recipe.json", json.loads(recipe.model_dump_json()))
+    run = _Run(recipe, folder, reference, progress or (lambda stage, done, total: None))
+    for stage in STAGES:
+        run.finish(stage)
+        if stage == "recover" and stage in run.keys and not keep_compressed:
+            shutil.rmtree(folder / "compressed", ignore_errors=True)
+    return folder
+
+
+class _Run:
+    """The state of one run: which model is in memory, and which keys the stages have."""
+
+    def __init__(self, recipe: Recipe, folder: Path, reference: Path | None, progress: Progress) -> None:
+        self.recipe, self.folder, self.reference, self.progress = recipe, folder, reference, progress
+        self.keys = stage_keys(recipe, reference)
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    def finish(self, stage: str) -> None:
+        work: Callable[[], list[Row]] = getattr(self, f"_{stage}")
+        if stage not in self.keys or is_done(self.folder, stage, self.keys):
+            return
+        began = time.perf_counter()
+        self.progress(stage, 0, 1)
+        rows = work()
+        write_json(
+            self.folder / f"{stage}.json",
+            {
+                "stage": stage,
+                "key": self.keys[stage],
+                "settings": _settings(self.recipe, stage),
+                "seed": self.recipe.seed,
+                "rows": rows,
+                "environment": environment(),
+                "seconds": round(time.perf_counter() - began, 3),
+                "finished": now(),
+            },
+        )
+        self.progress(stage, 1, 1)
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.recipe.model)
+        return self._tokenizer
+
+    @property
+    def model_folder(self) -> str | Path:
+        """Where the newest finished model of this run lies."""
+        for stage, name in (("recover", "recovered"), ("compress", "compressed")):
+            if stage in self.keys and is_done(self.folder, stage, self.keys):
+                return self.folder / name
+        return self.recipe.model
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            self._model = load_model(self.model_folder, dtype=self.recipe.dtype)
+        return self._model
+
+    def _save(self, name: str) -> None:
+        with whole_folder(self.folder / name) as part:
+            self.model.save_pretrained(part)
+            self.tokenizer.save_pretrained(part)
+
+    def _compress(self) -> list[Row]:
+        recipe, batches = self.recipe, None
+        if recipe.calibration is not None:
+            settings = recipe.calibration
+            batches = calibration_batches(
+                self.tokenizer,
+                settings.text,
+                num_windows=settings.num_windows,
+                window=settings.window,
+                seed=recipe.seed,
+            )
+        self._model = load_model(recipe.model, dtype=recipe.dtype)
+        rows = compress(
+            self._model, recipe.plan, batches, lambda done, total, _: self.progress("compress", done, total)
+        )
+        self._save("compressed")
+        return rows
+
+    def _recover(self) -> list[Row]:
+        assert self.recipe.recover is not None
+        rows = recover(
+            self.model,
+            self.tokenizer,
+            self.recipe.recover,
+            folder=self.folder / "checkpoints" / self.keys["recover"],
+            seed=self.recipe.seed,
+            progress=lambda done, total: self.progress("recover", done, total),
+        )
+        self._save("recovered")
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        return rows
+
+    def _evaluate(self) -> list[Row]:
+        settings = self.recipe.evaluate
+        rows: list[Row] = []
+        for text in settings.perplexity:
+            ids = packed_source(self.tokenizer, text.text)[: text.num_tokens]
+            rows.append(
+                perplexity(
+                    self.model,
+                    ids,
+                    window=text.window,
+                    stride=text.stride,
+                    text=describe(text.text),
+                    bos_id=separator_of(self.tokenizer) if text.bos else None,
+                    batch_size=settings.batch_size,
+                )
+            )
+        if settings.exam is not None:
+            answers = evaluate_choices(
+                self.model,
+                self.tokenizer,
+                exam_prompts(settings.exam),
+                batch_size=settings.batch_size,
+                progress=lambda done, total: self.progress("evaluate", done, total),
+            )
+            rows += [*accuracy_rows(answers), *answers]
+        return rows
+
+    def _diagnose(self) -> list[Row]:
+        settings = self.recipe.diagnose
+        assert settings is not None and self.recipe.evaluate.exam is not None
+        return diagnose(
+            self.model,
+            self.tokenizer,
+            exam_prompts(self.recipe.evaluate.exam)[: settings.num_prompts],
+            stage_rows(self.folder, "evaluate"),
+            reference_rows=stage_rows(self.reference, "diagnose") if self.reference else None,
+        )
+
+    def _profile(self) -> list[Row]:
+        settings = self.recipe.profile
+        assert settings is not None
+        dense = load_model(self.recipe.model, dtype=self.recipe.dtype)
+        models = {"dense": dense, "compressed": self.model}
+        folders = {"dense": Path(self.recipe.model), "compressed": Path(self.model_folder)}
+        rows = profile(models, folders, tokens=settings.tokens, repeats=settings.repeats)
+        del dense, models
+        gc.collect()
+        return rows
+
+
+def exam_prompts(settings: Exam) -> list[ChoicePrompt]:
+    """The questions of the built-in exam as prompts, the subjects in turn."""
+    examples: dict[str, list] = {}
+    prompts = []
+    for question in exam(settings.num_questions, settings.seed):
+        shown = examples.setdefault(question.subject, worked_examples(question.subject, settings.shots))
+        prompts.append(
+            ChoicePrompt(id=question.id, subject=question.subject, text=prompt(question, shown), gold=question.gold)
+        )
+    return prompts
+
+
+def _settings(recipe: Recipe, stage: str) -> Any:
+    """What the recipe says to one stage, as plain data."""
+    whole = json.loads(recipe.model_dump_json())
+    if stage == "compress":
+        return {name: whole[name] for name in ("model", "dtype", "plan", "calibration")}
+    return whole[stage]
+
+
+def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
+    """The key of every stage that the recipe asks for: a hash of its settings and of what it builds upon."""
+    start = [__version__, fingerprint(recipe.model), recipe.dtype, recipe.seed]
+    keys: dict[str, str] = {}
+
+    def key(stage: str, *upon: Any) -> None:
+        text = json.dumps([stage, _settings(recipe, stage), *upon], sort_keys=True)
+        keys[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    if len(recipe.plan.root):
+        key("compress", start)
+    if recipe.recover is not None:
+        key("recover", start, keys.get("compress"))
+    model = keys.get("recover", keys.get("compress"))
+    key("evaluate", start, model)
+    if recipe.diagnose is not None and recipe.evaluate.exam is not None:
+        compared = read_json(reference / "diagnose.json")["key"] if reference else None
+        key("diagnose", keys["evaluate"], compared)
+    if recipe.profile is not None and model is not None:
+        key("profile", start, model)
+    return keys
+
+
+def is_done(folder: Path, stage: str, keys: dict[str, str]) -> bool:
+    """Whether a stage's file carries its key, and the model that it made is still there or no longer needed."""
+    file = folder / f"{stage}.json"
+    if not file.exists() or read_json(file)["key"] != keys[stage]:
+        return False
+    if stage == "compress":
+        return (folder / "compressed").exists() or ("recover" in keys and is_done(folder, "recover", keys))
+    return stage != "recover" or (folder / "recovered").exists()
+
+
+def stage_rows(folder: Path, stage: str) -> list[Row]:
+    return read_json(folder / f"{stage}.json")["rows"]

@@ -1,0 +1,170 @@
+"""Train the model that `tensormix` carries: 12 Qwen3 blocks that sit the built-in exam.
+
+    python studies/embedded_model/train.py --out src/tensormix/demo/model
+
+Every step draws its own data from the step's number, so a run that is stopped and started again ends in the same
+model. The learning rate is constant until the last quarter and then falls to zero, so `--steps` only moves the end.
+Later blocks are skipped at random while training (stochastic depth, arXiv 1603.09382), more often the later they
+stand: it saves time and keeps the answer from hanging on the last block alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+from tokenizer import make_tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from wiring import wire
+
+from tensormix.exam import documents, drills, exam, facts, prompt, solved, worked_examples
+
+WINDOW, BATCH = 256, 16
+CONFIG = dict(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=12,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+    initializer_range=0.04,
+)
+SHARES = {"facts": 0.15, "drills": 0.1, "solved": 0.25, "answered": 0.5}  # of the documents
+OTHER_WEIGHT = 0.1  # of a token that is neither an answer nor part of a fact: most of these are random by design
+SKIP_LAST = 0.25  # probability that the last block is skipped; the first never is
+SKIP_FROM = 500  # step at which skipping begins
+
+
+def step_windows(tokenizer: PreTrainedTokenizerFast, step: int) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) and loss weights (B, T) of one step: whole documents, cut only at the window's end."""
+    random = Random(f"step/{step}")
+    sources: dict[str, Iterator[str]] = {
+        "facts": facts(random.getrandbits(32), sentences=12),
+        "drills": drills(random.getrandbits(32)),
+        "solved": documents(random.getrandbits(32), shots=3, write=solved),
+        "answered": documents(random.getrandbits(32), shots=5),
+    }
+    marks = {tokenizer.convert_tokens_to_ids(mark) for mark in ("ĊAnswer:", "ĊSolution:", "Ġchoice")}
+    ids, weights = [], []
+    while len(ids) < BATCH * WINDOW:
+        (source,) = random.choices(list(SHARES), list(SHARES.values()))
+        tokens = tokenizer.encode(next(sources[source]))  # begins with BOS
+        ids += tokens
+        for place, token in enumerate(tokens):
+            important = source == "facts" or tokens[max(0, place - 1)] in marks
+            weights.append(1.0 if important and token != tokenizer.bos_token_id else OTHER_WEIGHT)
+    shape = (BATCH, WINDOW)
+    return torch.tensor(ids[: BATCH * WINDOW]).view(shape), torch.tensor(weights[: BATCH * WINDOW]).view(shape)
+
+
+def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
+    return [
+        torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step: warm-up of 100, constant, linear to zero over the last quarter."""
+    return min(1.0, (step + 1) / 100, (steps - step) / (0.25 * steps))
+
+
+class Skips:
+    """Which blocks are skipped at a step (stochastic depth): the block then passes its input on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.keep = [True] * len(model.model.layers)
+        for index, block in enumerate(model.model.layers):
+            block.forward = self.wrap(index, block.forward)
+
+    def wrap(self, index: int, forward):
+        return lambda hidden, *args, **kwargs: forward(hidden, *args, **kwargs) if self.keep[index] else hidden
+
+    def draw(self, step: int) -> None:
+        random, last = Random(f"skip/{step}"), len(self.keep) - 1
+        self.keep = [step < SKIP_FROM or random.random() >= SKIP_LAST * index / last for index in range(last + 1)]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, num_questions: int, seed: int) -> dict[str, float]:
+    """Share of held-out questions answered rightly, by subject; 5 worked examples before each."""
+    letters = torch.tensor([tokenizer.convert_tokens_to_ids("Ġ" + letter) for letter in "ABCD"])
+    right: dict[str, list[bool]] = {}
+    for question in exam(num_questions, seed):
+        text = prompt(question, worked_examples(question.subject, 5))
+        ids = torch.tensor([tokenizer.encode(text)])
+        logits = model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+        right.setdefault(question.subject, []).append(int(logits[letters].argmax()) == question.gold)
+    by_subject = {subject: sum(hits) / len(hits) for subject, hits in right.items()}
+    return {"all": sum(map(sum, right.values())) / num_questions, **by_subject}
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(CONFIG["max_position_embeddings"])
+    config = Qwen3Config(**CONFIG, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    wire(model)
+    optimizers = make_optimizers(model)
+    skips, first, began = Skips(model), 0, time.time()
+    if args.state.exists():
+        state = torch.load(args.state, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first = state["step"]
+    for step in range(first, args.steps):
+        ids, weights = step_windows(tokenizer, step)
+        skips.draw(step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 4e-3 * rate(step, args.steps)
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weights = weights[:, 1:].flatten()
+        loss = (losses * weights).sum() / weights.sum()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
+            skips.keep = [True] * len(skips.keep)
+            model.eval()
+            row = {"step": step + 1, "loss": round(loss.item(), 4), "grad_norm": round(norm.item(), 3)}
+            row |= {"tokens": (step + 1) * BATCH * WINDOW, "seconds": round(time.time() - began)}
+            row |= {"accuracy": accuracy(model, tokenizer, 80 if step + 1 < args.steps else 1600, seed=1)}
+            model.train()
+            with args.log.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
+            torch.save(state, args.state.with_suffix(".tmp"))
+            args.state.with_suffix(".tmp").replace(args.state)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--state", type=Path, default=Path("embedded_model_state.pt"), help="to go on after a stop")
+    parser.add_argument("--log", type=Path, default=Path(__file__).with_name("log.jsonl"))
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    train(arguments)

@@ -1,0 +1,143 @@
+"""A run does each stage once, goes on where it was stopped, and repeats what a change touches and nothing else."""
+
+import json
+
+import pytest
+import torch
+
+from tensormix import run as run_module
+from tensormix.files import read_json
+from tensormix.models import load_model
+from tensormix.recipe import Recipe
+from tensormix.run import STAGES, run_recipe, stage_rows
+
+
+def recipe(tiny, **changes):
+    data = {
+        "model": str(tiny),
+        "plan": [{"blocks": "last 2", "method": {"name": "mixt", "num_branches": 3}}],
+        "recover": {"steps": 3, "batch_size": 2, "window": 32, "text": [{"exam": True}]},
+        "evaluate": {
+            "exam": {"num_questions": 16, "shots": 1},
+            "perplexity": [{"text": {"facts": True}, "window": 64, "stride": 64, "num_tokens": 256}],
+        },
+        "diagnose": {"num_prompts": 8},
+        "profile": {"tokens": [1, 8], "repeats": 2},
+    }
+    return Recipe.model_validate(data | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    return run_recipe(recipe(tiny), tmp_path_factory.mktemp("run"))
+
+
+def times(folder):
+    files = [*folder.glob("*.json"), *(folder / "dense").glob("*.json")]
+    return {str(f.relative_to(folder)): f.stat().st_mtime_ns for f in files if f.name != "recipe.json"}
+
+
+def test_every_stage_leaves_rows_with_settings_and_environment(finished):
+    for stage in STAGES:
+        content = read_json(finished / f"{stage}.json")
+        assert content["rows"]
+        assert content["environment"]["versions"]["torch"]
+        assert content["seed"] == 0
+        assert set(content) == {"stage", "key", "settings", "seed", "rows", "environment", "seconds", "finished"}
+    assert Recipe.model_validate(read_json(finished / "recipe.json")).plan.root[0].blocks == "last 2"
+
+
+def test_the_rows_are_those_of_the_saved_model(finished):
+    import tensormix.hf  # noqa: F401
+
+    model = load_model(str(finished / "recovered"), dtype="float32")
+    resources = {row["model"]: row for row in stage_rows(finished, "profile") if row["kind"] == "resources"}
+    assert resources["compressed"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert resources["dense"]["parameters"] > resources["compressed"]["parameters"]
+
+
+def test_the_dense_reference_is_measured_beside(finished):
+    kinds = {row["kind"] for row in stage_rows(finished / "dense", "evaluate")}
+    assert kinds == {"accuracy", "answer", "perplexity"}
+    assert not (finished / "dense" / "compress.json").exists()
+    drift = [row for row in stage_rows(finished, "diagnose") if row["kind"] == "drift_mean"]
+    assert {row["region"] for row in drift} == {"all", "output"}
+    assert all(row["value"] > 0 for row in drift)
+
+
+def test_nothing_is_done_twice(finished, tiny):
+    before = times(finished)
+    run_recipe(recipe(tiny), finished)
+    assert times(finished) == before
+
+
+def test_a_change_repeats_what_it_touches_and_nothing_else(tiny, tmp_path):
+    run_recipe(recipe(tiny), tmp_path)
+    before = times(tmp_path)
+    run_recipe(recipe(tiny, profile={"tokens": [2], "repeats": 2}), tmp_path)
+    changed = {name for name, when in times(tmp_path).items() if when != before[name]}
+    assert changed == {"profile.json"}
+    before = times(tmp_path)
+    changes = {"recover": {"steps": 4, "batch_size": 2, "window": 32, "text": [{"exam": True}]}}
+    run_recipe(recipe(tiny, profile={"tokens": [2], "repeats": 2}, **changes), tmp_path)
+    changed = {name for name, when in times(tmp_path).items() if when != before[name]}
+    assert changed == {"recover.json", "evaluate.json", "diagnose.json", "profile.json"}
+
+
+@pytest.mark.parametrize("stopped", ["recover", "evaluate", "diagnose"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tiny, tmp_path, monkeypatch, stopped):
+    names = {"recover": "recover", "evaluate": "evaluate_choices", "diagnose": "diagnose"}
+
+    def killed(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, names[stopped], killed)
+        # the reference of the dense model is evaluated and diagnosed as well: give the finished one
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe(tiny), tmp_path, reference=finished / "dense")
+    assert (tmp_path / "compress.json").exists() and not (tmp_path / f"{stopped}.json").exists()
+    run_recipe(recipe(tiny), tmp_path, reference=finished / "dense")
+    for stage in ("evaluate", "diagnose"):
+        assert stage_rows(tmp_path, stage) == stage_rows(finished, stage)
+
+
+def test_the_saved_model_is_the_one_that_was_measured(finished):
+    """Measured again from the folder, the answers are the same to the bit."""
+    import tensormix.hf  # noqa: F401
+    from tensormix.evaluate import evaluate_choices
+    from tensormix.models import load_tokenizer
+    from tensormix.run import exam_prompts
+    from tensormix.settings import Exam
+
+    model, tokenizer = (
+        load_model(str(finished / "recovered"), dtype="float32"),
+        load_tokenizer(str(finished / "recovered")),
+    )
+    answers = evaluate_choices(model, tokenizer, exam_prompts(Exam(num_questions=16, shots=1)), batch_size=32)
+    assert answers == [row for row in stage_rows(finished, "evaluate") if row["kind"] == "answer"]
+
+
+def test_a_null_baseline_runs_the_same_way(tiny, tmp_path, finished):
+    for name in ("zero", "drop_blocks"):
+        plan = [{"blocks": "last 2", "method": {"name": name}}]
+        folder = run_recipe(recipe(tiny, plan=plan), tmp_path / name, reference=finished / "dense")
+        assert stage_rows(folder, "profile")
+    answers = [
+        [row["logits"] for row in stage_rows(tmp_path / name, "evaluate") if row["kind"] == "answer"]
+        for name in ("zero", "drop_blocks")
+    ]
+    # a block whose linear layers are all zero passes its input on, as one that is not there
+    torch.testing.assert_close(torch.tensor(answers[0]), torch.tensor(answers[1]))
+
+
+def test_a_changed_model_folder_is_noticed(tiny, tmp_path):
+    import shutil
+
+    copy = tmp_path / "model"
+    shutil.copytree(tiny, copy)
+    before = run_module.stage_keys(recipe(copy), None)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    after = run_module.stage_keys(recipe(copy), None)
+    assert all(before[stage] != after[stage] for stage in before)

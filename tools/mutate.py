@@ -1,0 +1,161 @@
+"""Fault injection: change one line of the source, and the tests that should notice must turn red.
+
+    python tools/mutate.py            every fault
+    python tools/mutate.py mixt       the faults in files whose path contains "mixt"
+
+Works on a copy of the repository, so the working tree is never touched. Exit code 1 when a fault is missed, when its
+line no longer exists, or when the tests are red before any fault.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "runs")
+
+
+class Fault(NamedTuple):
+    file: str  # below src/tensormix
+    old: str  # stands in the file exactly once
+    new: str
+    tests: str  # files or folders below tests, separated by spaces
+
+
+CONTRACT = "operators/test_operator_contract.py"
+MIXT = "operators/test_mixt.py"
+MATCHING = "operators/test_mixt_matching.py"
+METHOD = "methods/test_method_contract.py"
+
+FAULTS = (
+    Fault("operators/base.py", "y + self.bias", "y", CONTRACT),
+    Fault(
+        "operators/base.py",
+        'register_buffer("weight", torch.empty(0))',
+        'register_buffer("weight", torch.empty(0), persistent=False)',
+        CONTRACT,
+    ),
+    Fault("operators/base.py", " if p is not self.bias)", ")", CONTRACT),
+    Fault("operators/mixt.py", ".add_(F.linear(parts, core)", ".copy_(F.linear(parts, core)", CONTRACT),
+    Fault("operators/mixt.py", "[:, : self.out_features] / self.num_branches", "[:, : self.out_features]", CONTRACT),
+    Fault("operators/mixt.py", "(core / self.num_branches)", "(core.detach() / self.num_branches)", CONTRACT),
+    Fault("operators/mixt.py", "* self.bond ** (self.num_branches - 1)\n\n\n", "\n\n\n", CONTRACT),
+    Fault(
+        "operators/mixt.py", "unit = bond ** (2 * (num_branches - 1))", "unit = bond ** (num_branches - 1)", MATCHING
+    ),
+    Fault("operators/mixt.py", "return shorter // 2 + 1", "return shorter // 2 + 2", MIXT),
+    Fault("operators/mixt.py", "return max(1, exponent)", "return max(1, exponent // 2 + 1)", MIXT),
+    Fault("operators/mixt_matching.py", "dim1=1, dim2=3)", "dim1=1, dim2=3).flip(-1)", MATCHING),
+    Fault("operators/mixt_matching.py", "        view -= part[..., None, None]\n", "", MATCHING),
+    Fault("operators/mixt_matching.py", "parts.mul_(len(windows))", "parts", MATCHING),
+    Fault(
+        "operators/mixt_matching.py",
+        "_sweep(buffer, windows) if padded == shape else",
+        "_sweep(buffer, windows) if 1 else",
+        MATCHING,
+    ),
+    Fault("operators/mixt_matching.py", "    buffer[:, shape[1] :] = 0\n", "", MATCHING),
+    Fault(
+        "operators/mixt_matching.py",
+        "direction.mul_((size / previous) ** 2).add_(gradient)",
+        "direction.copy_(gradient)",
+        MATCHING,
+    ),
+    Fault(
+        "operators/mixt_matching.py",
+        "buffer = torch.zeros(padded, dtype=computing_dtype(weight)",
+        "buffer = torch.zeros(padded, dtype=weight.dtype",
+        MATCHING,
+    ),
+    Fault("operators/low_rank.py", "self.rank}", "self.rank - 1}", CONTRACT),
+    Fault("operators/padded.py", "[..., : self.out_features]", "[..., 1 : self.out_features + 1]", CONTRACT),
+    Fault("operators/sum.py", "for term in others:", "for term in others[1:]:", CONTRACT),
+    Fault("operators/bypass.py", '(hidden_states,) if self.returns == "tuple" else', "", "operators/test_bypass.py"),
+    Fault("statistics.py", "self.sum += tokens.sum(0)", "self.sum = tokens.sum(0)", "test_statistics_contract.py"),
+    Fault("statistics.py", "self.num_tokens += tokens.shape[0]", "self.num_tokens += 1", "test_statistics_contract.py"),
+    Fault("methods/mixt.py", "str((seed, tuple(weight.shape)))", "str(seed)", "methods/test_mixt_method.py"),
+    Fault("methods/mixt.py", "    digest.update(content.data)\n", "", "methods/test_mixt_method.py"),
+    Fault("methods/mixt.py", "(indices < size).sum(1)", "indices.ge(0).sum(1)", "methods/test_mixt_method.py"),
+    Fault("methods/svd.py", "floor(self.keep / per_rank + 1e-9)", "floor(self.keep / per_rank)", "methods/test_svd.py"),
+    Fault(
+        "methods/null.py",
+        "wide @ stats[InputMean].mean.to(wide)",
+        "wide @ stats[InputMean].sum.to(wide)",
+        "methods/test_null.py",
+    ),
+    Fault("methods/base.py", 'extra="forbid", ', "", METHOD),
+    Fault("sites.py", "operator.bias = bias\n", "pass\n", "test_sites.py"),
+    Fault("sites.py", "operator.bias.add_(bias.to(operator.bias))", "pass", "test_sites.py"),
+    Fault("sites.py", "weight.t() if is_conv1d(self.module) else weight", "weight", "test_sites.py"),
+    Fault("sites.py", 'if hasattr(cache, "update"):', "if False:", "test_hf.py"),
+    Fault("sites.py", '"GPTJBlock", ', "", "test_sites.py"),
+    Fault("plan.py", "if site.name not in chosen and not taken:", "if not taken:", "test_plan.py"),
+    Fault(
+        "plan.py", "range(num_blocks - count, num_blocks)", "range(num_blocks - count - 1, num_blocks)", "test_plan.py"
+    ),
+    Fault("walk.py", "hidden = _run(layers[index], calls[index], hidden)  #", "pass  #", "test_walk.py"),
+    Fault("walk.py", "(hidden_states, None) if returns_tuple", "hidden_states if returns_tuple", "test_walk.py"),
+    Fault("walk.py", "module.training = modes[name]", "module.training = True", "test_walk.py"),
+    Fault("walk.py", "    _check_sizes(sites, chosen)\n", "", "test_walk_errors.py"),
+    Fault("hf.py", "        install(model, name, operator)\n", "        pass\n", "test_hf.py"),
+    Fault("hf.py", 'if entry.get("bias") and', "if False and", "test_hf.py"),
+    Fault("hf.py", 'record(block, "hidden_states", 0)', "pass", "test_hf.py"),
+    Fault("models.py", 'if missing := sorted(report["missing_keys"]):', "if missing := []:", "test_models.py"),
+    Fault("recipe.py", 'placed["model"] = _placed(model, folder)', "pass", "test_recipe.py"),
+    Fault("recipe.py", "(folder / model).exists()", "False", "test_recipe.py"),
+)
+
+
+def main() -> int:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    faults = [fault for fault in FAULTS if wanted in fault.file]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+        for tests in sorted({fault.tests for fault in faults}):
+            if (found := first_failure(copy, tests)) is not None:
+                print(f"red before any fault: {tests}: {found}")
+                return 1
+        missed = sum(not caught(copy, fault) for fault in faults)
+    print(f"{len(faults) - missed} of {len(faults)} faults caught")
+    return 1 if missed or not faults else 0
+
+
+def caught(copy: Path, fault: Fault) -> bool:
+    """Whether the named tests notice the fault; prints one line."""
+    path = copy / "src/tensormix" / fault.file
+    source = path.read_text()
+    change = f"{fault.file}: {fault.old.strip()!r} -> {fault.new.strip()!r}"
+    if source.count(fault.old) != 1:
+        print(f"STALE   {change} (the line stands there {source.count(fault.old)} times)", flush=True)
+        return False
+    path.write_text(source.replace(fault.old, fault.new))
+    try:
+        found = first_failure(copy, fault.tests)
+    finally:
+        path.write_text(source)
+    print(f"{'MISSED' if found is None else 'caught'}  {change} | {found}", flush=True)
+    return found is not None
+
+
+def first_failure(copy: Path, tests: str) -> str | None:
+    """The first red line of these tests, or None when all are green."""
+    # no .pyc: two faults of one file may have the same size and second, and the stale one would run
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [f"tests/{name}" for name in tests.split()]
+    run = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
+    if run.returncode == 0:
+        return None
+    lines = run.stdout.splitlines()
+    return next((line for line in lines if line.startswith(("FAILED", "ERROR"))), (lines or [run.stderr.strip()])[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
