@@ -1,5 +1,7 @@
 """Costs to the digit: the published counts, and torch's own counter."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -81,7 +83,7 @@ def test_qwen3_8b_to_the_digit(padding, parameters):
 def test_macs_are_those_of_torchs_own_counter(family):
     """All of a model's matrix products but the attention scores, which the counter books apart."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(ZOO[family], attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(deepcopy(ZOO[family]), attn_implementation="eager").eval()
     compress(model, mixt(2, num_branches=2))
     num_tokens = 8
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

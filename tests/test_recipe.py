@@ -122,7 +122,7 @@ M = "model: m\n"
         (
             M + "recover: {steps: 3, text: [{fil: a.txt}]}",
             "recipe.recover.text[0]: unknown key 'fil', did you mean 'file'? Known: file, hub, config, split, exam, "
-            "facts, field, weight, seed.",
+            "facts, field, weight, num_documents, seed.",
         ),
         (
             M + "recover: {steps: 3, text: [{exam: true}, {file: a.txt, exam: true}]}",

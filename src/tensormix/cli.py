@@ -77,6 +77,15 @@ def sweep(
 
 
 @app.command()
+def demo(out: Out = None) -> None:
+    """Run the main job on the embedded model: a sweep over the compression depth, no download, about 8 minutes."""
+    from tensormix.demo import sweep_file
+
+    console.print("A 12-block model is compressed with MixT at every depth, recovered and examined again.")
+    sweep(sweep_file(), out or Path("runs") / "demo")
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run or sweep folders.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default: report.html beside.")] = None,

@@ -26,7 +26,7 @@ import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
 from tensormix import __version__
 from tensormix.data import calibration_batches, describe, packed_source, separator_of
 from tensormix.diagnose import diagnose
-from tensormix.evaluate import ChoicePrompt, accuracy_rows, evaluate_choices, perplexity
+from tensormix.evaluate import ChoicePrompt, evaluate_choices, perplexity
 from tensormix.exam import exam, prompt, worked_examples
 from tensormix.files import environment, now, read_json, whole_folder, write_json
 from tensormix.models import fingerprint, load_model, load_tokenizer
@@ -181,14 +181,13 @@ class _Run:
                 )
             )
         if settings.exam is not None:
-            answers = evaluate_choices(
+            rows += evaluate_choices(
                 self.model,
                 self.tokenizer,
                 exam_prompts(settings.exam),
                 batch_size=settings.batch_size,
                 progress=lambda done, total: self.progress("evaluate", done, total),
             )
-            rows += [*accuracy_rows(answers), *answers]
         return rows
 
     def _diagnose(self) -> list[Row]:

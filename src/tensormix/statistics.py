@@ -55,3 +55,6 @@ class Gram(Statistic):
 
     def add(self, tokens: Tensor) -> None:  # (N, I)
         self.sum.addmm_(tokens.T, tokens)
+
+
+STATISTICS: dict[str, type] = {"InputMean": InputMean, "Gram": Gram}

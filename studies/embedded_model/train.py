@@ -14,10 +14,12 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import torch
+from connecting import connect
 from tokenizer import make_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +28,8 @@ from wiring import wire
 
 from tensormix.exam import documents, drills, exam, facts, prompt, solved, worked_examples
 
-WINDOW, BATCH = 256, 16
+WINDOW, BATCH = 256, 8
+RATES = (2e-3, 3e-3)  # peak learning rates: Muon for the matrices, AdamW for the rest
 CONFIG = dict(
     hidden_size=128,
     intermediate_size=256,
@@ -38,10 +41,15 @@ CONFIG = dict(
     tie_word_embeddings=True,
     initializer_range=0.04,
 )
-SHARES = {"facts": 0.15, "drills": 0.1, "solved": 0.25, "answered": 0.5}  # of the documents
+EARLY = {"facts": 0.1, "drills": 0.3, "solved": 0.3, "answered": 0.3}  # shares of the documents up to step EARLY_STEPS
+LATER = {"facts": 0.1, "drills": 0.1, "solved": 0.3, "answered": 0.5}
+EARLY_STEPS = 250
 OTHER_WEIGHT = 0.1  # of a token that is neither an answer nor part of a fact: most of these are random by design
-SKIP_LAST = 0.25  # probability that the last block is skipped; the first never is
-SKIP_FROM = 500  # step at which skipping begins
+HALFWAY = 4  # the block after which the answer in words must be known, so that the blocks behind it find the letter
+HALFWAY_WEIGHT = 0.3
+CONNECT_AT, CONNECTED = 700, (5, 7)  # the step and the blocks of the look-up from words to letters
+SKIP_LAST = 0.15  # probability that the last block is skipped; the first never is
+SKIP_FROM = 1300  # step at which skipping begins
 
 
 def step_windows(tokenizer: PreTrainedTokenizerFast, step: int) -> tuple[Tensor, Tensor]:
@@ -54,9 +62,10 @@ def step_windows(tokenizer: PreTrainedTokenizerFast, step: int) -> tuple[Tensor,
         "answered": documents(random.getrandbits(32), shots=5),
     }
     marks = {tokenizer.convert_tokens_to_ids(mark) for mark in ("ĊAnswer:", "ĊSolution:", "Ġchoice")}
+    shares = EARLY if step < EARLY_STEPS else LATER
     ids, weights = [], []
     while len(ids) < BATCH * WINDOW:
-        (source,) = random.choices(list(SHARES), list(SHARES.values()))
+        (source,) = random.choices(list(shares), list(shares.values()))
         tokens = tokenizer.encode(next(sources[source]))  # begins with BOS
         ids += tokens
         for place, token in enumerate(tokens):
@@ -66,13 +75,30 @@ def step_windows(tokenizer: PreTrainedTokenizerFast, step: int) -> tuple[Tensor,
     return torch.tensor(ids[: BATCH * WINDOW]).view(shape), torch.tensor(weights[: BATCH * WINDOW]).view(shape)
 
 
+def answers_in_words(tokenizer: PreTrainedTokenizerFast, ids: Tensor) -> Tensor:  # (B, T) -> (B, T)
+    """At every mark after which an answer is due, the first token of the right answer in words; -100 elsewhere."""
+    answer, solution = tokenizer.convert_tokens_to_ids(["ĊAnswer:", "ĊSolution:"])
+    choices = {tokenizer.convert_tokens_to_ids(f"Ġ{x}"): tokenizer.convert_tokens_to_ids(f"Ċ{x}.") for x in "ABCD"}
+    targets = torch.full_like(ids, -100)
+    for row, tokens in enumerate(ids.tolist()):
+        offered: dict[int, int] = {}  # the mark of a choice -> the token after it
+        for place, (token, after) in enumerate(pairwise(tokens)):
+            if token in choices.values():
+                offered[token] = after
+            elif token == solution:
+                targets[row, place] = after
+            elif token == answer and choices.get(after) in offered:
+                targets[row, place] = offered[choices[after]]
+    return targets
+
+
 def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
     return [
-        torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0, betas=(0.9, 0.98)),
+        torch.optim.Muon(matrices, lr=RATES[0], weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=RATES[1], weight_decay=0.0, betas=(0.9, 0.98)),
     ]
 
 
@@ -116,9 +142,13 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = make_tokenizer(CONFIG["max_position_embeddings"])
     config = Qwen3Config(**CONFIG, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config).float()
-    wire(model)
+    mark, answer, solution = tokenizer.convert_tokens_to_ids(["?", "ĊAnswer:", "ĊSolution:"])
+    pairs = [tuple(tokenizer.convert_tokens_to_ids([f"Ċ{letter}.", f"Ġ{letter}"])) for letter in "ABCD"]
+    wire(model, mark, [answer, solution], pairs)
     optimizers = make_optimizers(model)
     skips, first, began = Skips(model), 0, time.time()
+    halfway: dict[int, Tensor] = {}
+    model.model.layers[HALFWAY].register_forward_hook(lambda block, args, out: halfway.update({0: out}))
     if args.state.exists():
         state = torch.load(args.state, weights_only=True)
         model.load_state_dict(state["model"])
@@ -126,15 +156,22 @@ def train(args: argparse.Namespace) -> None:
             optimizer.load_state_dict(saved)
         first = state["step"]
     for step in range(first, args.steps):
+        if step == CONNECT_AT:
+            model.eval()
+            for index in CONNECTED:
+                connect(model, tokenizer, index, answers_in_words)
+            model.train()
         ids, weights = step_windows(tokenizer, step)
         skips.draw(step)
-        for optimizer in optimizers:
+        for optimizer, peak in zip(optimizers, RATES, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = 4e-3 * rate(step, args.steps)
+                group["lr"] = peak * rate(step, args.steps)
         logits = model(ids, use_cache=False).logits[:, :-1]
+        words = answers_in_words(tokenizer, ids)
+        middle = model.lm_head(model.model.norm(halfway[0][words != -100]))
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         weights = weights[:, 1:].flatten()
-        loss = (losses * weights).sum() / weights.sum()
+        loss = (losses * weights).sum() / weights.sum() + HALFWAY_WEIGHT * F.cross_entropy(middle, words[words != -100])
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -160,7 +197,7 @@ def train(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2300)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--state", type=Path, default=Path("embedded_model_state.pt"), help="to go on after a stop")
     parser.add_argument("--log", type=Path, default=Path(__file__).with_name("log.jsonl"))

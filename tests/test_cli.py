@@ -1,0 +1,119 @@
+"""The command line as a user types it: what it prints, and what it says when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tensormix import cli
+from tensormix.cli import app, blocks_text, listing
+from tensormix.methods import METHODS
+from tensormix.progress import duration
+
+ROOT = Path(__file__).parents[1]
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    data = {
+        "model": str(tiny),
+        "plan": [{"blocks": "last 2", "method": {"name": "mixt", "num_branches": 3}}],
+        "evaluate": {"exam": {"num_questions": 8, "shots": 1}},
+        "diagnose": {"num_prompts": 4},
+        "profile": {"tokens": [1], "repeats": 2},
+    }
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_check_prints_what_programs_need(recipe):
+    result = json.loads(invoke("check", recipe, "--json").stdout)
+    assert set(result) == {"dense", "compressed", "sites"}
+    for side in ("dense", "compressed"):
+        assert set(result[side]) == {"parameters", "macs_per_token", "bytes"}
+        assert result[side]["bytes"]["bfloat16"] == 2 * result[side]["parameters"]
+    assert len(result["sites"]) == 14
+    assert result["compressed"]["parameters"] < result["dense"]["parameters"]
+
+
+def test_check_needs_a_config_only(recipe, tiny, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    data = yaml.safe_load(recipe.read_text()) | {"model": "bare"}
+    (tmp_path / "bare.yaml").write_text(yaml.safe_dump(data))
+    assert json.loads(invoke("check", tmp_path / "bare.yaml", "--json").stdout)["sites"]
+
+
+def test_check_is_readable(recipe):
+    text = invoke("check", recipe).stdout
+    assert "2 in blocks 2-3" in text
+    assert "parameters" in text and "%" in text
+
+
+def test_run_then_report(recipe, tmp_path):
+    folder = tmp_path / "out"
+    text = invoke("run", recipe, "--out", folder).stdout
+    assert "evaluate:" in text and "Finished. See it with: tensormix report" in text
+    assert (folder / "profile.json").exists()
+    text = invoke("report", folder).stdout
+    assert text.strip().endswith("report.html")
+    assert "<html" in (folder / "report.html").read_text()
+
+
+def test_sweep_ends_with_the_name_of_the_page(recipe, tmp_path):
+    data = yaml.safe_load(recipe.read_text())
+    data["plan"] = [{"method": {"name": "mixt", "num_branches": 3}}]
+    sweep = {"recipe": data, "num_branches": [3], "depths": [1, 2]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    result = invoke("sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "s")
+    assert result.stdout.splitlines()[-1].endswith("report.html")
+    assert "left" in result.stdout or "estimating" in result.stdout
+
+
+def test_list_methods_for_programs():
+    rows = json.loads(invoke("list", "methods", "--json").stdout)
+    assert [row["name"] for row in rows] == list(METHODS)
+    assert all({"name", "source", "sites", "needs"} <= set(row) for row in rows)
+
+
+@pytest.mark.parametrize("what", cli.THINGS)
+def test_every_list_has_rows(what):
+    assert listing(what)
+    assert invoke("list", what).exit_code == 0
+
+
+def test_an_unknown_list_is_named_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"there is no table 'method', did you mean 'methods'\? Known: methods, "):
+        listing("method")
+
+
+def test_mistakes_are_one_sentence_without_a_traceback(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: nowhere/such-model\nplan: []\nrecovr: {}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "tensormix.cli", "check", str(tmp_path / "r.yaml")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2
+    assert "unknown key 'recovr', did you mean 'recover'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_blocks_are_written_as_ranges():
+    assert blocks_text([3, 1, 2, 2, 7]) == "1-3, 7"
+
+
+def test_durations_read_as_people_say_them():
+    assert [duration(s) for s in (7, 65, 3600 * 2 + 300)] == ["7 s", "1 min 05 s", "2 h 05 min"]

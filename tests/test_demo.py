@@ -1,0 +1,54 @@
+"""The embedded model is what the README says it is, and its sweep can be read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tensormix.demo import model_folder, sweep_file
+from tensormix.evaluate import evaluate_choices
+from tensormix.models import load_model, load_tokenizer
+from tensormix.recipe import Sweep
+from tensormix.run import exam_prompts
+from tensormix.settings import Exam
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def test_it_is_small_deep_and_free_of_pickles():
+    files = list(model_folder().iterdir())
+    assert sum(file.stat().st_size for file in files) < 6_000_000
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".jinja"}
+    config = json.loads((model_folder() / "config.json").read_text())
+    assert config["model_type"] == "qwen3" and config["num_hidden_layers"] >= 12
+
+
+def test_it_answers_85_percent_of_questions_it_never_saw():
+    model, tokenizer = load_model(str(model_folder()), dtype="float32"), load_tokenizer(str(model_folder()))
+    rows = evaluate_choices(model, tokenizer, exam_prompts(Exam(num_questions=800, seed=2)), batch_size=50)
+    overall = next(row for row in rows if row.get("subject") == "all")
+    assert overall["value"] >= 0.85
+
+
+def test_its_sweep_scans_every_depth():
+    sweep = Sweep.load(sweep_file())
+    assert sweep.recipe is not None and Path(sweep.recipe.model) == model_folder()
+    cells = sweep.cells(12)
+    assert [cell.depth for cell in cells if cell.direction == "last" and cell.method == "mixt"] == list(range(1, 13))
+    assert {cell.method for cell in cells} == {"mixt", "zero", "drop_blocks"}
+    assert any(cell.direction == "first" for cell in cells)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="shared/data is not beside the checkout: no stories260K")
+def test_stories260k_has_its_published_perplexity():
+    """4.69 per token on packed stories, BOS between them, windows of 512; over the first 200 stories."""
+    from tensormix.data import packed_source
+    from tensormix.evaluate import perplexity
+
+    sweep = Sweep.load(Path(__file__).parents[1] / "recipes" / "stories260k_mixt3_sweep.yaml")
+    assert sweep.recipe is not None
+    text = sweep.recipe.evaluate.perplexity[0]
+    model, tokenizer = load_model(sweep.recipe.model, dtype="float32"), load_tokenizer(sweep.recipe.model)
+    ids = packed_source(tokenizer, text.text)
+    row = perplexity(model, ids, window=text.window, stride=text.stride, text="stories", batch_size=16)
+    assert row["value"] == pytest.approx(4.69, rel=0.01)
