@@ -45,7 +45,7 @@ def load_model(id_or_path: str | Path, dtype: str | None = None) -> PreTrainedMo
     from transformers import AutoModelForCausalLM
 
     _register()
-    with _quiet(), _explained(source):
+    with quiet(), _explained(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -66,7 +66,7 @@ def load_tokenizer(id_or_path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{source} has no tokenizer (no tokenizer.json); copy the one of the original model there")
     from transformers import AutoTokenizer
 
-    with _quiet(), _explained(source):
+    with quiet(), _explained(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
@@ -79,7 +79,7 @@ def skeleton(id_or_path: str | Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     hf = _register()
-    with _quiet(), _explained(source):
+    with quiet(), _explained(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -197,7 +197,7 @@ def _explained(source: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without progress bars and warnings; both come back afterwards."""
     from transformers.utils import logging
 

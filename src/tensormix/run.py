@@ -29,7 +29,7 @@ from tensormix.diagnose import diagnose
 from tensormix.evaluate import ChoicePrompt, evaluate_choices, perplexity
 from tensormix.exam import exam, prompt, worked_examples
 from tensormix.files import environment, now, read_json, whole_folder, write_json
-from tensormix.models import fingerprint, load_model, load_tokenizer
+from tensormix.models import fingerprint, load_model, load_tokenizer, quiet
 from tensormix.plan import Plan
 from tensormix.profile import profile
 from tensormix.recipe import Recipe
@@ -128,7 +128,7 @@ class _Run:
         return self._model
 
     def _save(self, name: str) -> None:
-        with whole_folder(self.folder / name) as part:
+        with whole_folder(self.folder / name) as part, quiet():
             self.model.save_pretrained(part)
             self.tokenizer.save_pretrained(part)
 

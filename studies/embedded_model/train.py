@@ -49,7 +49,7 @@ HALFWAY = 4  # the block after which the answer in words must be known, so that 
 HALFWAY_WEIGHT = 0.3
 CONNECT_AT, CONNECTED = 700, (5, 7)  # the step and the blocks of the look-up from words to letters
 SKIP_LAST = 0.15  # probability that the last block is skipped; the first never is
-SKIP_FROM = 1300  # step at which skipping begins
+SKIP_FROM = 1000  # step at which skipping begins
 
 
 def step_windows(tokenizer: PreTrainedTokenizerFast, step: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ def train(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
-    parser.add_argument("--steps", type=int, default=2300)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--state", type=Path, default=Path("embedded_model_state.pt"), help="to go on after a stop")
     parser.add_argument("--log", type=Path, default=Path(__file__).with_name("log.jsonl"))

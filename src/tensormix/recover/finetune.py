@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tensormix.data import Mixture
 from tensormix.files import read_json, write_json
@@ -151,6 +151,7 @@ def recover(
     trainer = Trainer(
         model=model, args=_arguments(settings, folder, name, seed), train_dataset=windows, callbacks=[watch]
     )
+    trainer.remove_callback(PrinterCallback)  # the rows say it
     cache = model.config.use_cache
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
