@@ -76,7 +76,9 @@ FAULTS = (
     Fault("operators/low_rank.py", "self.rank}", "self.rank - 1}", CONTRACT),
     Fault("operators/padded.py", "[..., : self.out_features]", "[..., 1 : self.out_features + 1]", CONTRACT),
     Fault("operators/sum.py", "for term in others:", "for term in others[1:]:", CONTRACT),
-    Fault("operators/bypass.py", '(hidden_states,) if self.returns == "tuple" else', "", "operators/test_bypass.py"),
+    Fault(
+        "operators/bypass.py", '(hidden_states, None) if self.returns == "tuple" else', "", "operators/test_bypass.py"
+    ),
     Fault("statistics.py", "self.sum += tokens.sum(0)", "self.sum = tokens.sum(0)", "test_statistics_contract.py"),
     Fault("statistics.py", "self.num_tokens += tokens.shape[0]", "self.num_tokens += 1", "test_statistics_contract.py"),
     Fault("methods/mixt.py", "str((seed, tuple(weight.shape)))", "str(seed)", "methods/test_mixt_method.py"),
@@ -109,6 +111,40 @@ FAULTS = (
     Fault("models.py", 'if missing := sorted(report["missing_keys"]):', "if missing := []:", "test_models.py"),
     Fault("recipe.py", 'placed["model"] = _placed(model, folder)', "pass", "test_recipe.py"),
     Fault("recipe.py", "(folder / model).exists()", "False", "test_recipe.py"),
+    Fault(
+        "evaluate/perplexity.py", "        scored = end\n", "        scored = begin\n", "evaluate/test_perplexity.py"
+    ),
+    Fault(
+        "evaluate/forward.py",
+        "last = [len(row) - 1 for row in rows]",
+        "last = [longest - 1 for row in rows]",
+        "evaluate/test_choices.py",
+    ),
+    Fault("evaluate/choices.py", "own = copy.deepcopy(cache)", "own = cache", "evaluate/test_choices.py"),
+    Fault("diagnose/geometry.py", "(own - dense).abs()", "(own - dense)", "diagnose/test_geometry.py"),
+    Fault("diagnose/entropy.py", "if value > 0)", "if value > 0.2)", "diagnose/test_entropy.py"),
+    Fault(
+        "diagnose/boundary.py",
+        "stays = below[:, place - 1, place:].all(axis=1)",
+        "stays = below[:, place - 1, place]",
+        "diagnose/test_boundary.py",
+    ),
+    Fault("data.py", "(IGNORED)\n            ids += new", "(0)\n            ids += new[1:]", "test_data.py"),
+    Fault("data.py", "epoch, place = divmod(", "place, epoch = divmod(", "test_data.py"),
+    Fault(
+        "exam/families.py",
+        "num_smaller = min(random.randrange(4), len(smaller))",
+        "num_smaller = min(1, len(smaller))",
+        "exam",
+    ),
+    Fault("exam/questions.py", "gold = random.randrange(4)", "gold = random.randrange(3)", "exam"),
+    Fault("files.py", "        part.unlink(missing_ok=True)\n", "        pass\n", "test_files.py"),
+    Fault("profile.py", "inside.update(module.modules())", "pass", "test_profile.py"),
+    Fault("profile.py", "self.live -= size", "pass", "test_profile.py"),
+    Fault("recover/finetune.py", "== _sizes(checkpoint)", "is not None", "test_recover.py"),
+    Fault("recover/finetune.py", "parameter.requires_grad_(parameter in trained)", "pass", "test_recover.py"),
+    Fault("run.py", '["key"] != keys[stage]', '["key"] == ""', "test_run.py"),
+    Fault("sweep.py", 'where = f"{cell.direction} {cell.depth}"', 'where = f"last {cell.depth}"', "test_sweep.py"),
 )
 
 

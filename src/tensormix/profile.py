@@ -47,8 +47,10 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
     return {dtype: size * num_parameters(model) for dtype, size in DTYPES.items()}
 
 
-def bytes_on_disk(folder: Path) -> int:
-    """Bytes of the weight files of a saved model."""
+def bytes_on_disk(folder: Path) -> int | None:
+    """Bytes of the weight files of a saved model; None where there is no such folder (a model of the Hub)."""
+    if not folder.is_dir():
+        return None
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
 from tensormix import __version__
 from tensormix.data import calibration_batches, describe, packed_source, separator_of
@@ -124,8 +126,12 @@ class _Run:
     @property
     def model(self) -> Any:
         if self._model is None:
-            self._model = load_model(self.model_folder, dtype=self.recipe.dtype)
+            self._model = self._load(self.model_folder)
         return self._model
+
+    def _load(self, source: str | Path) -> Any:
+        model: Any = load_model(source, dtype=self.recipe.dtype)
+        return model.to("cuda") if torch.cuda.is_available() else model
 
     def _save(self, name: str) -> None:
         with whole_folder(self.folder / name) as part, quiet():
@@ -143,7 +149,7 @@ class _Run:
                 window=settings.window,
                 seed=recipe.seed,
             )
-        self._model = load_model(recipe.model, dtype=recipe.dtype)
+        self._model = self._load(recipe.model)
         rows = compress(
             self._model, recipe.plan, batches, lambda done, total, _: self.progress("compress", done, total)
         )
@@ -204,7 +210,7 @@ class _Run:
     def _profile(self) -> list[Row]:
         settings = self.recipe.profile
         assert settings is not None
-        dense = load_model(self.recipe.model, dtype=self.recipe.dtype)
+        dense = self._load(self.recipe.model)
         models = {"dense": dense, "compressed": self.model}
         folders = {"dense": Path(self.recipe.model), "compressed": Path(self.model_folder)}
         rows = profile(models, folders, tokens=settings.tokens, repeats=settings.repeats)
