@@ -10,7 +10,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from tensormix.check import check, counts, replace_empty
 from tensormix.models import load_model
 from tensormix.plan import Plan
-from tensormix.profile import LiveBytes, latencies, macs_per_token, num_parameters, peak_memory, profile
+from tensormix.profile import (
+    LiveBytes,
+    bytes_on_disk,
+    latencies,
+    macs_per_token,
+    num_parameters,
+    peak_memory,
+    profile,
+    stored_dtype,
+)
 from tensormix.recipe import Recipe
 from tensormix.walk import compress
 from zoo import ZOO
@@ -148,7 +157,8 @@ def test_profile_puts_dense_beside_compressed(tiny):
     assert resources["compressed"]["parameters"] < resources["dense"]["parameters"]
     assert resources["compressed"]["macs_per_token"] < resources["dense"]["macs_per_token"]
     assert resources["dense"]["bytes_on_disk"] == sum(f.stat().st_size for f in tiny.glob("*.safetensors"))
-    assert resources["compressed"]["bytes_on_disk"] is None
+    saved = 4 * resources["compressed"]["parameters"]
+    assert saved < resources["compressed"]["bytes_on_disk"] < saved + 50_000  # and the headers
     timed = [row for row in rows if row["kind"] == "latency"]
     assert [(row["model"], row["tokens"]) for row in timed] == [
         ("dense", 1), ("compressed", 1), ("dense", 8), ("compressed", 8),
@@ -157,6 +167,15 @@ def test_profile_puts_dense_beside_compressed(tiny):
     for dense_row, row in zip(timed[::2], timed[1::2], strict=True):
         assert dense_row["speedup"] == 1
         assert row["speedup"] == pytest.approx(dense_row["median_ms"] / row["median_ms"])
+
+
+def test_bytes_on_disk_are_those_of_the_dtype_that_runs(tiny):
+    """A checkpoint stored in float32 and run in bfloat16 is counted in bfloat16, dense like compressed."""
+    wide, narrow = (load_model(str(tiny), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    stored = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
+    assert stored_dtype(next(tiny.glob("*.safetensors"))) == torch.float32
+    assert bytes_on_disk(wide, tiny) == stored
+    assert 0.45 * stored < bytes_on_disk(narrow, tiny) < 0.6 * stored
 
 
 def test_a_model_is_measured_in_turn_with_its_rival(tiny):

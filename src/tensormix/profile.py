@@ -7,6 +7,7 @@ in them. A tied lm_head has no parameters of its own but is multiplied all the s
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tensormix.models import quiet
 from tensormix.operators import StructuredLinear
 from tensormix.sites import is_conv1d
 
 Row = dict[str, Any]
 DTYPES = {"float32": 4, "bfloat16": 2}  # bytes per parameter
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -47,11 +51,28 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
     return {dtype: size * num_parameters(model) for dtype, size in DTYPES.items()}
 
 
-def bytes_on_disk(folder: Path) -> int | None:
-    """Bytes of the weight files of a saved model; None where there is no such folder (a model of the Hub)."""
-    if not folder.is_dir():
-        return None
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def bytes_on_disk(model: Any, folder: Path | None) -> int:
+    """Bytes of the weight files of a model in the dtype in which it was loaded.
+
+    Taken from `folder` if it is saved there in that dtype; otherwise, so that dense and compressed are compared in one
+    dtype, it is saved for a moment and measured.
+    """
+    files = sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else []
+    if files and stored_dtype(files[0]) == model.dtype:
+        return sum(file.stat().st_size for file in files)
+    with tempfile.TemporaryDirectory() as part, quiet():
+        model.save_pretrained(part)
+        return sum(file.stat().st_size for file in Path(part).glob("*.safetensors"))
+
+
+def stored_dtype(file: Path) -> torch.dtype | None:
+    """The dtype of the first floating-point tensor in a safetensors file that holds anything."""
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():
+            tensor = tensors.get_slice(name)
+            if 0 not in tensor.get_shape() and (dtype := SAFETENSORS_DTYPES.get(tensor.get_dtype())):
+                return dtype
+    return None
 
 
 class LiveBytes(TorchDispatchMode):
@@ -147,7 +168,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
 def profile(models: dict[str, Any], folders: dict[str, Path], *, tokens: Sequence[int], repeats: int) -> list[Row]:
     """Rows of resources for each model and of latency for each number of tokens; the first model is the yardstick.
 
-    `folders` says where each model lies on disk; a model that is not saved anywhere has no entry and null bytes.
+    `folders` says where each model lies on disk.
     """
     rows: list[Row] = []
     for name, model in models.items():
@@ -159,7 +180,7 @@ def profile(models: dict[str, Any], folders: dict[str, Path], *, tokens: Sequenc
                 "parameters": num_parameters(model),
                 "macs_per_token": macs_per_token(model),
                 "bytes": bytes_by_dtype(model),
-                "bytes_on_disk": bytes_on_disk(folders[name]) if name in folders else None,
+                "bytes_on_disk": bytes_on_disk(model, folders.get(name)),
                 "peak_memory_bytes": peak_memory(model, ids),
                 "peak_memory_tokens": max(tokens),
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
