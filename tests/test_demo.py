@@ -52,3 +52,28 @@ def test_stories260k_has_its_published_perplexity():
     ids = packed_source(tokenizer, text.text)
     row = perplexity(model, ids, window=text.window, stride=text.stride, text="stories", batch_size=16)
     assert row["value"] == pytest.approx(4.69, rel=0.01)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="shared/data is not beside the checkout: no stories260K")
+def test_stories260k_is_swept_over_all_its_blocks_to_a_report(tmp_path):
+    """The recipe with fewer steps and a shorter text: every depth has its row, and a page comes out."""
+    from tensormix.report import build_report
+    from tensormix.run import stage_rows
+    from tensormix.sweep import run_sweep
+
+    sweep = Sweep.load(Path(__file__).parents[1] / "recipes" / "stories260k_mixt3_sweep.yaml")
+    recipe = sweep.recipe
+    assert recipe is not None and recipe.recover is not None
+    short = recipe.evaluate.perplexity[0].model_copy(update={"num_tokens": 2048})
+    recipe = recipe.model_copy(
+        update={
+            "recover": recipe.recover.model_copy(update={"steps": 2, "batch_size": 2, "window": 64}),
+            "evaluate": recipe.evaluate.model_copy(update={"perplexity": (short,)}),
+            "profile": None,
+        }
+    )
+    run_sweep(sweep.model_copy(update={"recipe": recipe, "baselines": None}), tmp_path)
+    for depth in range(1, 6):
+        (row,) = stage_rows(tmp_path / f"last-0{depth}-mixt3", "evaluate")
+        assert row["value"] > 4
+    assert "<html" in build_report([tmp_path]).read_text(encoding="utf-8")
