@@ -6,11 +6,13 @@ Shape letters: ... leading batch axes, N tokens, I in_features.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 
-class Statistic:
+class Statistic(ABC):
     """A sum over tokens of something of the shape `sum`."""
 
     def __init__(self, sum: Tensor) -> None:
@@ -22,8 +24,9 @@ class Statistic:
         self.add(tokens)
         self.num_tokens += tokens.shape[0]
 
+    @abstractmethod
     def add(self, tokens: Tensor) -> None:  # (N, I), in the dtype and on the device of the sum
-        raise NotImplementedError
+        """Add the tokens to the sum."""
 
     @property
     def mean(self) -> Tensor:

@@ -58,11 +58,15 @@ def null_words(main: Boundary, nulls: list[Boundary]) -> str:
 
 
 def lead(dense: Record, main: Boundary | None, at: Record | None, others: list[Boundary]) -> str:
+    if main is None and dense.accuracy is None and dense.perplexity:
+        return (
+            '<p class="lead">No exam was asked of this model, so there is no accuracy and no boundary of it. '
+            "How the perplexity grows is shown below.</p>"
+        )
     if main is None:
         return (
-            '<p class="lead">The sweep has not written a boundary: it needs the dense model and at least one finished '
-            "depth of MixT, "
-            "back to front. What is finished is shown below.</p>"
+            '<p class="lead">The sweep has not written a boundary: it needs the dense model and at least two finished '
+            "depths of MixT, back to front. What is finished is shown below.</p>"
         )
     sentences = []
     if main.value is not None:
