@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+from typing import Annotated
+
+from pydantic import Field
+
 from tensormix.methods.base import BlockMethod, LinearMethod, Method
+from tensormix.methods.coala import Coala
+from tensormix.methods.hassle_free import HassleFree
+from tensormix.methods.laser import Laser, laser_search
 from tensormix.methods.mixt import Mixt
 from tensormix.methods.null import DropBlocks, MeanOutput, ZeroMethod
+from tensormix.methods.rtn import Rtn
 from tensormix.methods.svd import Svd
+from tensormix.methods.svd_llm import SvdLlm
 
 __all__ = [
-    "METHODS", "BlockMethod", "DropBlocks", "LinearMethod", "MeanOutput", "Method", "Mixt", "Svd", "ZeroMethod",
+    "METHODS", "BlockMethod", "Coala", "DropBlocks", "HassleFree", "Laser", "LinearMethod", "MeanOutput", "Method",
+    "Mixt", "Rtn", "Svd", "SvdLlm", "ZeroMethod", "laser_search",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
@@ -17,4 +29,13 @@ METHODS: dict[str, type[Method]] = {
     "zero": ZeroMethod,
     "mean_output": MeanOutput,
     "drop_blocks": DropBlocks,
+    "svd_llm": SvdLlm,
+    "coala": Coala,
+    "laser": Laser,
+    "hassle_free": HassleFree,
+    "rtn": Rtn,
 }
+
+# Only here are all methods known among which `Rtn.of` chooses.
+_linear = [cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and cls is not Rtn]
+Rtn.model_rebuild(_types_namespace={"AnyLinearMethod": Annotated[reduce(or_, _linear), Field(discriminator="name")]})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.methods.base import BlockMethod, LinearMethod, Statistics
-from tensormix.operators import Bypass, StructuredLinear, Zero
+from tensormix.operators import Bypass, Experts, StructuredLinear, Zero
 from tensormix.operators.base import computing_dtype
 from tensormix.statistics import InputMean
 
@@ -63,7 +63,9 @@ class DropBlocks(BlockMethod):
     name: Literal["drop_blocks"] = "drop_blocks"
 
     def replace(self, block: nn.Module, *, returns: str = "tensor") -> Bypass:
-        operators = tuple(f"{name}." for name, part in block.named_modules() if isinstance(part, StructuredLinear))
+        operators = tuple(
+            f"{name}." for name, part in block.named_modules() if isinstance(part, StructuredLinear | Experts)
+        )
         # A parameter of the dense block: loaded without this package, its missing value is an error.
         sentinel = next((name for name, _ in block.named_parameters() if not name.startswith(operators)), "weight")
         return Bypass(returns=returns, attention_type=getattr(block, "attention_type", None), sentinel=sentinel)

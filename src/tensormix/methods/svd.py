@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import ceil, floor
 from typing import Literal
 
 import torch
@@ -10,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tensormix.methods.base import LinearMethod, Statistics
+from tensormix.methods.ranks import rank_for
 from tensormix.operators import LowRank
 
 
@@ -35,12 +35,4 @@ class Svd(LinearMethod):
         Raises:
             ValueError: not even rank 1 fits.
         """
-        per_rank = (in_features + out_features) / (in_features * out_features)
-        rank = floor(self.keep / per_rank + 1e-9)  # the margin undoes the rounding of keep
-        if rank < 1:
-            smallest = ceil(per_rank * 1e4) / 1e4
-            raise ValueError(
-                f"Svd: keep={self.keep} leaves no rank for a {in_features}x{out_features} layer; "
-                f"the smallest usable keep is {smallest:.4f}."
-            )
-        return rank
+        return rank_for("Svd", self.keep, in_features, out_features)

@@ -7,21 +7,47 @@ from typing import Any
 
 from tensormix.operators.base import StructuredLinear, did_you_mean
 from tensormix.operators.bypass import Bypass
+from tensormix.operators.dense import Dense
+from tensormix.operators.experts import DenseStack, Experts, ExpertStack, StackedLinear
 from tensormix.operators.low_rank import LowRank
 from tensormix.operators.mixt import MixT
 from tensormix.operators.padded import Padded
+from tensormix.operators.quantized import Quantized
+from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
 from tensormix.operators.zero import Zero
 
-__all__ = ["OPERATORS", "Bypass", "LowRank", "MixT", "Padded", "StructuredLinear", "Sum", "Zero", "build"]
+__all__ = [
+    "OPERATORS",
+    "Bypass",
+    "Dense",
+    "DenseStack",
+    "ExpertStack",
+    "Experts",
+    "LowRank",
+    "MixT",
+    "Padded",
+    "Quantized",
+    "Sparse",
+    "StackedLinear",
+    "StructuredLinear",
+    "Sum",
+    "Zero",
+    "build",
+]
 
-OPERATORS: dict[str, type[StructuredLinear] | type[Bypass]] = {
+OPERATORS: dict[str, type[StructuredLinear] | type[StackedLinear] | type[Bypass]] = {
     "MixT": MixT,
     "LowRank": LowRank,
     "Zero": Zero,
     "Padded": Padded,
     "Sum": Sum,
     "Bypass": Bypass,
+    "Dense": Dense,
+    "Quantized": Quantized,
+    "Sparse": Sparse,
+    "DenseStack": DenseStack,
+    "ExpertStack": ExpertStack,
 }
 
 

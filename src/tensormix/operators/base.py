@@ -74,6 +74,15 @@ class StructuredLinear(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters() if p is not self.bias)
 
     @property
+    def num_bits(self) -> int:
+        """Bits of everything that `state_dict` holds but the bias, which belongs to the site.
+
+        Taken from the tensors themselves, so that no operator can forget a part of what it stores.
+        """
+        stored = (tensor for name, tensor in self.state_dict().items() if name != "bias")
+        return sum(8 * tensor.numel() * tensor.element_size() for tensor in stored)
+
+    @property
     def spec(self) -> dict[str, Any]:
         """JSON-able description from which `build` makes an empty copy."""
         return {"operator": type(self).__name__, **self.sizes}

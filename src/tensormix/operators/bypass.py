@@ -59,6 +59,10 @@ class Bypass(nn.Module):
         return 0
 
     @property
+    def num_bits(self) -> int:
+        return 0
+
+    @property
     def macs_per_token(self) -> int:
         return 0
 

@@ -1,0 +1,107 @@
+"""The best low rank on data: what the methods with whitened weights share.
+
+For S with S S^T = X X^T the error on the data is ||(W - W') X||_F = ||(W - W') S||_F, so that the left singular vectors
+of W S answer everything: W' = U U^T W is the optimum, and no square root is ever inverted.
+Shape letters: I in_features, O out_features, R rank, K directions of the inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tensormix.operators import LowRank
+from tensormix.operators.base import computing_dtype
+
+
+def gram_root(gram: Tensor, ridge: float = 0.0) -> Tensor:  # (I, I) -> (I, K)
+    """S with S S^T = gram + ridge * (mean eigenvalue of gram) * identity, from the eigendecomposition.
+
+    A Gram matrix without full rank is welcome: eigenvalues below the rounding of the largest are left out.
+
+    Raises:
+        ValueError: `gram` is zero or not finite.
+    """
+    _check_inputs(gram)
+    values, vectors = torch.linalg.eigh(gram)
+    values = values + ridge * gram.diagonal().mean()
+    kept = values > _rounding(gram) * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def factor_root(factor: Tensor, ridge: float = 0.0) -> Tensor:  # (K, I) -> (I, K)
+    """The same from R with R^T R = gram, without forming a Gram matrix: the ridge becomes rows below R.
+
+    Raises:
+        ValueError: `factor` is zero or not finite.
+    """
+    _check_inputs(factor)
+    if ridge == 0:
+        return factor.T
+    rows = torch.eye(factor.shape[1]).to(factor) * (ridge * factor.square().sum() / factor.shape[1]).sqrt()
+    return torch.linalg.qr(torch.cat([factor, rows]), mode="r").R.T
+
+
+def widened(weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:  # (O, I), (I, K)
+    """Both on the device of the weight, in the wider dtype of what a fit and the statistic are computed in.
+
+    Raises:
+        ValueError: `weight` is not finite.
+    """
+    dtype = torch.promote_types(computing_dtype(weight), root.dtype)
+    wide = weight.detach().to(dtype)
+    if not wide.isfinite().all():
+        raise ValueError("the weight holds NaN or infinite values")
+    return wide, root.to(wide)
+
+
+def output_basis(weight: Tensor, root: Tensor, rank: int) -> Tensor:  # (O, I), (I, K) -> (O, R)
+    """Orthonormal U for which W' = U U^T W of this rank has the smallest ||(W - W') root||_F.
+
+    Inputs that span few directions leave a choice; of all optima this is the one with the smallest ||W - W'||_F: U
+    begins with what the inputs reach, and the ranks that are left go to the truncated SVD of what W has beside it.
+    """
+    u, s, _ = torch.linalg.svd(weight @ root, full_matrices=False)
+    rounding = torch.finfo(s.dtype).eps * weight.norm() * root.norm()  # of the product
+    num_reached = int((s > rounding).sum())
+    basis = u[:, : min(rank, num_reached)]
+    if basis.shape[1] == rank:
+        return basis
+    beside = torch.linalg.svd(weight - basis @ (basis.T @ weight), full_matrices=False).U
+    # QR, because singular vectors of what rounding left of a zero remainder are not orthogonal to the basis
+    return torch.linalg.qr(torch.cat([basis, beside[:, : rank - basis.shape[1]]], dim=1)).Q
+
+
+def refit_left(weight: Tensor, left: Tensor, right: Tensor, root: Tensor) -> Tensor:  # (O, I), (O, R), (R, I), (I, K)
+    """The left factor with the smallest ||(W - left right) root||_F; among several, the one nearest to `left`.
+
+    Rounding the Gram matrix at eps times its norm moves singular values of right @ root that are smaller than the root
+    of that; what they belong to counts as not seen.
+    """
+    seen = right @ root  # (R, K)
+    unsure = _rounding(root) ** 0.5 * torch.linalg.matrix_norm(right, 2) * torch.linalg.matrix_norm(root, 2)
+    missing = weight @ root - left @ seen
+    return left + missing @ torch.linalg.pinv(seen, atol=unsure)
+
+
+def low_rank(weight: Tensor, left: Tensor, right: Tensor) -> LowRank:  # (O, I), (O, R), (R, I)
+    """The operator with these factors, in the dtype and on the device of `weight`."""
+    op = LowRank(weight.shape[1], weight.shape[0], rank=left.shape[1]).to(weight)
+    with torch.no_grad():
+        op.left.copy_(left)
+        op.right.copy_(right)
+    return op
+
+
+def _rounding(matrix: Tensor) -> float:
+    """What rounding does to the spectrum of such a matrix, as a fraction of its largest value: eps sqrt(size)."""
+    return torch.finfo(matrix.dtype).eps * max(matrix.shape) ** 0.5
+
+
+def _check_inputs(measured: Tensor) -> None:
+    if not measured.isfinite().all():
+        raise ValueError("the calibration inputs hold NaN or infinite values")
+    if not measured.any():
+        raise ValueError(
+            "the calibration inputs are all zero, so they do not say which directions matter; use svd or zero here"
+        )
