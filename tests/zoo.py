@@ -1,4 +1,7 @@
-"""Tiny random models of every supported family: four blocks, biases that are not zero, no downloads."""
+"""Tiny random models of every supported family: four blocks, biases that are not zero, no downloads.
+
+`ZOO` has the dense families, `MOE` those with a mixture of experts: four experts, of which a token visits two.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,25 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 61
@@ -73,11 +82,44 @@ ZOO: dict[str, PreTrainedConfig] = {
     ),
 }
 
+_LOCAL: dict[str, Any] = {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+_QWEN: dict[str, Any] = {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+MOE: dict[str, PreTrainedConfig] = {
+    "qwen3_moe": Qwen3MoeConfig(**_QWEN, head_dim=8, norm_topk_prob=True),
+    "mixtral": MixtralConfig(**_LOCAL),
+    "gpt_oss": GptOssConfig(
+        **_LOCAL,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "deepseek_v3": DeepseekV3Config(
+        **{**_LLAMA, "num_key_value_heads": 4},
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "qwen2_moe": Qwen2MoeConfig(**_QWEN, shared_expert_intermediate_size=40),
+    "olmoe": OlmoeConfig(**_LLAMA, num_experts=4, num_experts_per_tok=2),
+}
+
 
 def make(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model of `family` in evaluation mode, its biases filled: at zero they would hide a lost bias."""
     torch.manual_seed(seed)
-    config = type(ZOO[family]).from_dict({**ZOO[family].to_dict(), **changes})
+    known = ZOO | MOE
+    config = type(known[family]).from_dict({**known[family].to_dict(), **changes})
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -85,6 +127,9 @@ def make(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
                 parameter.normal_(std=0.1)
             elif "norm" not in name and "ln_" not in name:
                 parameter.normal_(std=0.1)  # the usual 0.02 leaves attention nearly uniform
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # DeepSeek's routers choose experts with it
+                buffer.normal_(std=0.1)
     return model
 
 

@@ -9,10 +9,11 @@ from torch import nn
 from tensormix.methods import METHODS, Method
 from tensormix.methods.base import BlockMethod, LinearMethod
 from tensormix.models import skeleton
+from tensormix.operators import ExpertStack
 from tensormix.plan import Plan
-from tensormix.profile import bytes_by_dtype, macs_per_token, num_parameters
+from tensormix.profile import bytes_by_dtype, num_parameters
 from tensormix.recipe import Recipe
-from tensormix.sites import Site, blocks, find_sites, install, returns_tuple
+from tensormix.sites import Site, blocks, find_sites, install, macs_per_token, returns_tuple
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
@@ -20,7 +21,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         {"dense": {"parameters", "macs_per_token", "bytes": {dtype: n}}, "compressed": {the same}, "sites": [rows]}.
-        MACs are those of the linear layers and lm_head; bytes are parameters times the size of the dtype.
+        MACs are those of `macs_per_token`; bytes are parameters times the size of the dtype. "num_experts" in a row
+        is None unless the site is a stack of experts.
 
     Raises:
         ValueError: the model has no config, or the plan does not fit it.
@@ -44,7 +46,7 @@ def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     rows = []
     for name, method in plan.resolve(list(sites.values()), len(blocks(model))).items():
         site = sites[name]
-        operator = empty_operator(site, method)
+        operator, whole = empty_operator(site, method), site.kind == "block"
         rows.append(
             {
                 "site": name,
@@ -52,12 +54,13 @@ def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
                 "role": site.role,
                 "method": method.name,
                 "operator": type(operator).__name__,
-                "in_features": site.in_features if site.kind == "linear" else None,
-                "out_features": site.out_features if site.kind == "linear" else None,
-                "dense_parameters": site.weight.numel() if site.kind == "linear" else num_parameters(site.module),
+                "num_experts": site.num_experts if site.kind == "experts" else None,
+                "in_features": None if whole else site.in_features,
+                "out_features": None if whole else site.out_features,
+                "dense_parameters": num_parameters(site.module) if whole else site.weight.numel(),
                 "parameters": operator.num_params,
-                "dense_macs_per_token": site.weight.numel() if site.kind == "linear" else macs_per_token(site.module),
-                "macs_per_token": operator.macs_per_token,
+                "dense_macs_per_token": macs_per_token(site.module) if whole else site.macs_per_token,
+                "macs_per_token": operator.macs_per_token * site.experts_per_token,
             }
         )
         install(model, name, operator)
@@ -69,9 +72,10 @@ def empty_operator(site: Site, method: Method) -> Any:
         return method.replace(site.module, returns="tuple" if returns_tuple(site.module) else "tensor")
     assert isinstance(method, LinearMethod)
     try:
-        return method.empty(site.in_features, site.out_features)
+        each = [method.empty(site.in_features, site.out_features) for _ in range(site.num_experts)]
     except ValueError as error:
         raise ValueError(f"{site.name}: {error}") from error
+    return ExpertStack.from_experts(each) if site.kind == "experts" else each[0]
 
 
 def list_methods() -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from tensormix.sites import FUSED, ROLES, Site
 
 _COUNTED = re.compile(r"(last|first) +(\d+)")
 _RANGE = re.compile(r"(\d+)(?: *- *(\d+))?")
+_KINDS = {"linear": ("linear", "experts"), "block": ("block",)}  # the sites that a method for one of them works on
 
 
 def _method(value: Any, validate: Handler) -> Method:
@@ -41,8 +42,8 @@ class Rule(BaseModel):
     Args:
         blocks: "last 17", "first 5", "3-7", "2", "1,4,6", "all", or an integer or a list of integers, from 0.
         sites: a list of roles (q, k, v, o, gate, up, down, or the fused qkv, gate_up), or one regular expression
-            for the whole name of a site; without it every linear layer of the blocks. Not for a method that works
-            on whole blocks.
+            for the whole name of a site; without it every linear layer and every stack of experts of the blocks. Not
+            for a method that works on whole blocks.
         method: a mapping with the `name` of a method and its settings, or a method.
     """
 
@@ -117,7 +118,7 @@ class Rule(BaseModel):
 
         Raises ValueError if it asks for a part of a site that the architecture fuses.
         """
-        if site.kind != self.method.site:
+        if site.kind not in _KINDS[self.method.site]:
             return False
         if self.sites is None:
             return True
@@ -220,7 +221,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _examples(sites: Sequence[Site], rule: Rule) -> str:
-    same_kind = [site for site in sites if site.kind == rule.method.site]
+    same_kind = [site for site in sites if site.kind in _KINDS[rule.method.site]]
     if not same_kind:
         return f"; the model has no {rule.method.site} site left."
     shown = [site.name if site.role is None else f"{site.name} (role {site.role})" for site in same_kind[:3]]

@@ -1,7 +1,8 @@
 """What a model costs: parameters, multiply-accumulates, bytes, peak memory and latency, dense beside compressed.
 
-Multiply-accumulates (MACs) are those of the linear layers and lm_head, counted analytically; attention scores are not
-in them. A tied lm_head has no parameters of its own but is multiplied all the same.
+Multiply-accumulates (MACs) are those of the linear layers, lm_head and routers, and of the experts that one token
+visits, counted analytically; attention scores are not in them. A tied lm_head has no parameters of its own but is
+multiplied all the same.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensormix.models import quiet
-from tensormix.operators import StructuredLinear
-from tensormix.sites import is_conv1d
+from tensormix.sites import macs_per_token
 
 Row = dict[str, Any]
 DTYPES = {"float32": 4, "bfloat16": 2}  # bytes per parameter
@@ -31,20 +31,6 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
 def num_parameters(model: nn.Module) -> int:
     """Every parameter once, shared ones included once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def macs_per_token(model: nn.Module) -> int:
-    """MACs of all linear layers, structured operators and lm_head for one token."""
-    total, inside = 0, set()
-    for module in model.modules():
-        if module in inside:
-            continue
-        if isinstance(module, StructuredLinear):
-            total += module.macs_per_token
-            inside.update(module.modules())  # what it holds is in its own count
-        elif isinstance(module, nn.Linear) or is_conv1d(module):
-            total += module.get_parameter("weight").numel()
-    return total
 
 
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:

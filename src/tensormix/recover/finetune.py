@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from tensormix.data import Mixture
 from tensormix.files import read_json, write_json
-from tensormix.operators import StructuredLinear
+from tensormix.operators import ExpertStack, StructuredLinear
 from tensormix.settings import Recover
 
 Row = dict[str, Any]
@@ -77,7 +77,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 def compressed_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The parameters that stand inside structured operators, their biases included."""
-    operators = [module for module in model.modules() if isinstance(module, StructuredLinear)]
+    operators = [module for module in model.modules() if isinstance(module, StructuredLinear | ExpertStack)]
     return {parameter for operator in operators for parameter in operator.parameters()}
 
 

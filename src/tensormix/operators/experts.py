@@ -1,0 +1,254 @@
+"""The experts of one block: a matrix for each, multiplied one expert at a time.
+
+Shape letters: ... leading batch axes, N tokens, K experts per token, E experts, D width of the block,
+I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensormix.operators.base import StructuredLinear
+
+
+class StackedLinear(nn.Module, ABC):
+    """y = x @ W_e.T + b_e for the expert e that is asked for; every W_e is (O, I).
+
+    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. As in
+    `StructuredLinear`, the constructor leaves the parameters uninitialised and the bias (E, O) belongs to the site.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        if min(num_experts, in_features, out_features) < 1:
+            raise ValueError(
+                f"{type(self).__name__}: num_experts, in_features and out_features must be at least 1, "
+                f"got {num_experts}, {in_features}, {out_features}"
+            )
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:  # (..., I) -> (..., O)
+        y = self.multiply(x, expert)
+        return y if self.bias is None else y + self.bias[expert]
+
+    @abstractmethod
+    def multiply(self, x: Tensor, expert: int) -> Tensor:  # (..., I) -> (..., O)
+        """x @ W_e.T"""
+
+    @abstractmethod
+    def expert_dense(self, expert: int) -> Tensor:  # (O, I)
+        """W_e itself, differentiable."""
+
+    def to_dense(self) -> Tensor:  # (E, O, I)
+        """Every W_e. It holds as much as the dense experts: `expert_dense` needs the room of one."""
+        return torch.stack([self.expert_dense(expert) for expert in range(self.num_experts)])
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, Any]:
+        """JSON-able constructor arguments: enough to rebuild an empty copy."""
+
+    @property
+    @abstractmethod
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates for one token at ONE expert; a token costs this times the experts that it visits."""
+
+    @property
+    @abstractmethod
+    def num_params(self) -> int:
+        """Stored numbers of all experts; the bias, which belongs to the site, is not counted."""
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of everything that `state_dict` holds but the bias, which belongs to the site."""
+        stored = (tensor for name, tensor in self.state_dict().items() if name != "bias")
+        return sum(8 * tensor.numel() * tensor.element_size() for tensor in stored)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """JSON-able description from which `build` makes an empty copy."""
+        return {"operator": type(self).__name__, **self.sizes}
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+class DenseStack(StackedLinear):
+    """All W_e in one parameter `stack`: (E, O, I), or (E, I, O) if `transposed`.
+
+    Two layouts, so that the parameter of a fused module is kept as it is: contiguous, and not copied.
+    """
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, *, transposed: bool = False) -> None:
+        super().__init__(num_experts, in_features, out_features)
+        self.transposed = transposed
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        self.stack = nn.Parameter(torch.empty(num_experts, *shape))
+
+    @classmethod
+    def around(cls, stack: nn.Parameter, *, transposed: bool = False) -> DenseStack:  # (E, O, I) or (E, I, O)
+        """The stack that holds this very parameter."""
+        num_experts, rows, columns = stack.shape
+        I, O = (rows, columns) if transposed else (columns, rows)
+        with torch.device("meta"):
+            dense = cls(num_experts, I, O, transposed=transposed)
+        dense.stack = stack
+        return dense
+
+    @property
+    def weight(self) -> Tensor:  # (E, O, I), a view
+        return self.stack.transpose(1, 2) if self.transposed else self.stack
+
+    def multiply(self, x: Tensor, expert: int) -> Tensor:  # (..., I) -> (..., O)
+        return F.linear(x, self.weight[expert])
+
+    def expert_dense(self, expert: int) -> Tensor:  # (O, I)
+        return self.weight[expert]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.num_experts,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "transposed": self.transposed,
+        }
+
+    @property
+    def macs_per_token(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def num_params(self) -> int:
+        return self.stack.numel()
+
+
+class ExpertStack(StackedLinear):
+    """One structured operator for each expert, all of one kind and of one size: `expert_0`, `expert_1`, ...
+
+    Args:
+        each: the operator of the first expert; the others start as copies of it.
+
+    Raises:
+        ValueError: `each` is not an operator that replaces a matrix.
+    """
+
+    def __init__(self, *, each: StructuredLinear, num_experts: int) -> None:
+        if not isinstance(each, StructuredLinear):
+            raise ValueError(
+                f"ExpertStack: each must be the operator of one expert, such as LowRank, not a {type(each).__name__}"
+            )
+        super().__init__(num_experts, each.in_features, each.out_features)
+        for expert in range(num_experts):
+            self.add_module(f"expert_{expert}", copy.deepcopy(each) if expert else each)
+
+    @classmethod
+    def from_experts(cls, experts: Sequence[StructuredLinear]) -> ExpertStack:
+        """The stack of these very operators. Their biases become the rows of its bias, zero where one has none.
+
+        Raises:
+            ValueError: there are none, or they differ in kind or size.
+        """
+        if not experts:
+            raise ValueError("ExpertStack: needs the operator of one or more experts, got none")
+        first = experts[0].spec
+        for number, expert in enumerate(experts):
+            if expert.spec != first:
+                raise ValueError(f"ExpertStack: expert {number} is {expert.spec}, but expert 0 is {first}")
+        fitted = [expert.bias for expert in experts]
+        like = next((bias for bias in fitted if bias is not None), None)
+        for expert in experts:
+            expert.bias = None
+        stack = cls(each=experts[0], num_experts=1)
+        stack.num_experts = len(experts)
+        for number, expert in enumerate(experts):
+            stack.add_module(f"expert_{number}", expert)
+        if like is not None:
+            rows = [torch.zeros_like(like) if bias is None else bias for bias in fitted]
+            stack.bias = nn.Parameter(torch.stack(rows).detach())
+        return stack
+
+    def expert(self, expert: int) -> StructuredLinear:
+        return cast(StructuredLinear, self.get_submodule(f"expert_{expert}"))
+
+    def multiply(self, x: Tensor, expert: int) -> Tensor:  # (..., I) -> (..., O)
+        return self.expert(expert).multiply(x)
+
+    def expert_dense(self, expert: int) -> Tensor:  # (O, I)
+        return self.expert(expert).to_dense()
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"each": self.expert(0).spec, "num_experts": self.num_experts}
+
+    @property
+    def macs_per_token(self) -> int:
+        return self.expert(0).macs_per_token
+
+    @property
+    def num_params(self) -> int:
+        return sum(self.expert(expert).num_params for expert in range(self.num_experts))
+
+
+class Experts(nn.Module):
+    """Each token's sum over its experts of weight * down_e(gate(up_e(x))), with a `StackedLinear` for both products.
+
+    It is called like the module in which transformers fuses the experts, and stands in for it.
+
+    Args:
+        shell: that module without its weights. It says how to gate, and what makes up the dense module again. Its
+            children (an activation, a norm after each expert) become children here; the shell itself is none.
+        stacks: the stack into the experts (`gate_up`, or `up` where nothing is gated), then `down` out of them.
+        experts_per_token: how many experts the router chooses for a token.
+    """
+
+    shell: Any
+
+    def __init__(self, shell: nn.Module, stacks: Mapping[str, StackedLinear], experts_per_token: int) -> None:
+        super().__init__()
+        self.__dict__["shell"] = shell
+        self.names = tuple(stacks)
+        self.experts_per_token = experts_per_token
+        for name, module in (*shell.named_children(), *stacks.items()):
+            self.add_module(name, module)
+
+    @property
+    def stacks(self) -> dict[str, StackedLinear]:
+        return {name: cast(StackedLinear, self.get_submodule(name)) for name in self.names}
+
+    @property
+    def num_experts(self) -> int:
+        return self.stacks["down"].num_experts
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # (N, D), (N, K), (N, K)
+        """The index `num_experts` stands for no expert at all."""
+        up, down = self.stacks.values()
+        act = self.shell._apply_gate if self.shell.has_gate else self.shell.act_fn
+        choice, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)  # (N * K,), (N * K, 1)
+        counts = torch.bincount(choice, minlength=self.num_experts)[: self.num_experts].tolist()
+        picks = choice.argsort(stable=True)[: sum(counts)]  # those of expert 0 first, those of no expert cut off
+        out = torch.zeros_like(hidden)
+        for expert, mine in enumerate(picks.split(counts)):
+            if not len(mine):
+                continue
+            tokens = mine // top_k_index.shape[-1]
+            y = down(act(up(hidden[tokens], expert)), expert)
+            if self.shell.has_post_expert_norm:
+                y = self.get_submodule("post_expert_norm")(y)
+            out.index_add_(0, tokens, (y * weights[mine]).to(out.dtype))
+        return out  # (N, D)
+
+    @property
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates of both products at all experts that a token visits."""
+        return self.experts_per_token * sum(stack.macs_per_token for stack in self.stacks.values())
