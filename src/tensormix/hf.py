@@ -7,16 +7,18 @@ operators' specs into config.json, and `from_pretrained` rebuilds the skeleton f
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensormix.operators import Bypass, StructuredLinear, build
-from tensormix.sites import fill_dense, install
+from tensormix.fused_experts import close_experts
+from tensormix.hf_packed import PackedQuantizer
+from tensormix.operators import Bypass, Experts, StackedLinear, StructuredLinear, build
+from tensormix.packed import pack_of
+from tensormix.sites import dense_at, fill_dense, install
 
 NAME = "tensormix"
 FORMAT_VERSION = 1
@@ -28,9 +30,11 @@ class StructuredConfig(QuantizationConfigMixin):
     Args:
         operators: module name -> spec, with a key "bias" that says whether the site has one.
         format_version: of these keys; a higher one than ours is refused.
+        packed: the source's own quantization_config, if tensors beside the operators are stored packed as they were
+            there. They become plain weights when they are loaded, and this key is gone.
 
     Raises:
-        ValueError: a key is unknown, or the format is newer than this tensormix.
+        ValueError: a key is unknown, the format is newer than this tensormix, or the pack is none that can be read.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class StructuredConfig(QuantizationConfigMixin):
         operators: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = NAME,
+        packed: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if quant_method != NAME:
@@ -50,50 +55,61 @@ class StructuredConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(
                 f"quantization_config: unknown key {', '.join(map(repr, sorted(unknown)))}. "
-                "Known: quant_method, format_version, operators."
+                "Known: quant_method, format_version, operators, packed."
             )
         self.quant_method = NAME  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.operators = operators or {}
+        self.packed = packed
+        pack_of(packed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if value is not None}
 
 
-class StructuredQuantizer(HfQuantizer):
-    """Puts empty operators into the skeleton before loading; afterwards the model is an ordinary float model."""
+class StructuredQuantizer(PackedQuantizer):
+    """Puts empty operators into the skeleton before loading; afterwards the model is an ordinary float model.
 
-    requires_calibration = True  # a dense checkpoint cannot be compressed while it is loaded
+    Tensors beside the operators that are stored packed become plain weights on the way.
+    """
+
+    requires_calibration = True  # a dense checkpoint is compressed while it is loaded by `while_loading`, not by this
+
+    def __init__(self, quantization_config: StructuredConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, pack_of(quantization_config.packed), **kwargs)
 
     @property
     def _operators(self) -> dict[str, dict[str, Any]]:
-        assert isinstance(self.quantization_config, StructuredConfig)
-        return self.quantization_config.operators
+        return cast(StructuredConfig, self.quantization_config).operators
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        parallel = getattr(getattr(model, "config", None), "distributed_config", None)
-        if getattr(parallel, "tp_plan", None) is not None:
-            raise ValueError(
-                "tp_plan: structured operators cannot be split over devices by tensor parallelism; "
-                "load without tp_plan (device_map works)"
-            )
+        refuse_tensor_parallelism(model)
         install_empty(model, self._operators)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        # Otherwise .half() and .float() raise, and the Trainer asks for adapters.
-        model.is_quantized = False  # pyright: ignore[reportArgumentType]
-        for module in model.modules():
-            config = module.__dict__.get("config")
-            if getattr(config, "_is_quantized", False):
-                config._is_quantized = False  # pyright: ignore[reportOptionalMemberAccess]
+        unmark(model)
+        self.forget_pack(model)
+        cast(StructuredConfig, self.quantization_config).packed = None
+        if not self._operators:
+            self.remove_quantization_config(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """Every operator becomes the dense layer that the architecture has there.
+        """Every operator becomes the dense layer that the architecture has there, opened experts the fused module.
 
         Raises ValueError for dropped blocks, and for a bias that the architecture has no place for.
         """
+        if isinstance(dtype, str):  # as save_pretrained leaves it in the config that it comes from
+            dtype = getattr(torch, dtype)
         with torch.device("meta"):
             skeleton = type(model)(copy.deepcopy(model.config))
+        opened = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+        for name in opened:
+            close_experts(model, name, dtype)
         for name in self._operators:
+            if name.rpartition(".")[0] in opened:
+                continue
             operator, dense = model.get_submodule(name), skeleton.get_submodule(name)
             if not isinstance(operator, StructuredLinear):
                 raise ValueError(f"{name} was dropped and its weights are gone: this model has no dense form")
@@ -129,6 +145,45 @@ register_quantization_config(NAME)(StructuredConfig)
 register_quantizer(NAME)(StructuredQuantizer)
 
 
+def refuse_tensor_parallelism(model: nn.Module) -> None:
+    """Raise ValueError if the model is being loaded with a tp_plan."""
+    parallel = getattr(getattr(model, "config", None), "distributed_config", None)
+    if getattr(parallel, "tp_plan", None) is not None:
+        raise ValueError(
+            "tp_plan: structured operators cannot be split over devices by tensor parallelism; "
+            "load without tp_plan (device_map works)"
+        )
+
+
+def unmark(model: nn.Module) -> None:
+    """Make transformers forget that the model is quantized.
+
+    Otherwise .half() and .float() raise, and the Trainer asks for adapters.
+    """
+    model.is_quantized = False  # pyright: ignore[reportArgumentType]
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if getattr(config, "_is_quantized", False):
+            config._is_quantized = False  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def read_packed(config: Any) -> None:
+    """Change the config of a model whose checkpoint is packed by others so that loading makes plain weights of it.
+
+    Raises ValueError if it is packed in a way that cannot be read.
+    """
+    found = _as_dict(getattr(config, "quantization_config", None))
+    if found and found.get("quant_method") != NAME:
+        found = config.quantization_config = StructuredConfig(packed=found).to_dict()
+    if found.get("packed"):
+        config.dtype = config.dtype or torch.bfloat16  # the first tensor on disk may be fp8
+
+
+def _as_dict(quantization_config: Any) -> dict[str, Any]:
+    found = quantization_config or {}
+    return found if isinstance(found, dict) else found.to_dict()
+
+
 def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
     """Put an empty operator, on meta, at every module named in `operators`: module name -> spec with "bias".
 
@@ -136,16 +191,18 @@ def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> Non
     """
     for name, entry in operators.items():
         try:
-            old = model.get_submodule(name)
+            old = dense_at(model, name)
         except AttributeError:
             raise ValueError(
                 f"quantization_config: operators names {name!r}, which a {type(model).__name__} does not have"
             ) from None
         spec = {key: value for key, value in entry.items() if key != "bias"}
         with torch.device("meta"):
-            operator = build(spec).to(next(old.parameters()).dtype)
+            dtype = next(old.parameters()).dtype
+            operator = build(spec).to(dtype)
             if entry.get("bias") and getattr(old, "bias", None) is None:
-                operator.bias = nn.Parameter(torch.empty(operator.out_features, dtype=operator.weight.dtype))
+                rows = (operator.num_experts,) if isinstance(operator, StackedLinear) else ()
+                operator.bias = nn.Parameter(torch.empty(*rows, operator.out_features, dtype=dtype))
         install(model, name, operator)
     _record_bypassed(model)
 
@@ -164,32 +221,33 @@ def _record_bypassed(model: nn.Module) -> None:
 def attach(model: nn.Module) -> None:
     """Make `model.save_pretrained` write what `from_pretrained` needs, for all operators in the model.
 
-    A model without operators is left an ordinary dense one. Raises ValueError if it is quantized by something else.
+    A model without operators is left an ordinary dense one; of a skeleton, what is packed on disk stays packed. Raises
+    ValueError if it is quantized by something else.
     """
     config: Any = model.config
-    existing = getattr(config, "quantization_config", None)
-    method = existing.get("quant_method") if isinstance(existing, dict) else getattr(existing, "quant_method", None)
-    if existing is not None and method != NAME:
+    existing = _as_dict(getattr(config, "quantization_config", None))
+    method = existing.get("quant_method")
+    if existing and method != NAME:
         raise ValueError(
             f"the model is quantized by {method!r} already, and a checkpoint has one quantization_config: "
             "load it without quantization to compress it"
         )
-    operators = _entries(model)
+    operators = operators_of(model)
     if not operators:
         return
     _record_bypassed(model)
-    config.quantization_config = StructuredConfig(operators=operators)
+    config.quantization_config = StructuredConfig(operators=operators, packed=existing.get("packed"))
     model.hf_quantizer = StructuredQuantizer(config.quantization_config)  # pyright: ignore[reportArgumentType]
     model.is_quantized = False  # pyright: ignore[reportArgumentType]
 
 
-def _entries(model: nn.Module) -> dict[str, dict[str, Any]]:
+def operators_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The spec of every outermost operator: module name -> spec with "bias"."""
     entries: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in entries):
             continue
-        if isinstance(module, StructuredLinear):
+        if isinstance(module, StructuredLinear | StackedLinear):
             entries[name] = {**module.spec, "bias": module.bias is not None}
         elif isinstance(module, Bypass):
             entries[name] = module.spec
