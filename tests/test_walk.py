@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from tensormix.calls import record_calls
 from tensormix.methods import DropBlocks, LinearMethod, MeanOutput, Mixt, Svd, ZeroMethod
 from tensormix.operators import Bypass, LowRank
 from tensormix.plan import Plan, Rule
 from tensormix.sites import blocks, find_sites
 from tensormix.statistics import Gram
-from tensormix.walk import compress, record_calls
+from tensormix.walk import compress
 from zoo import NUM_BLOCKS, ZOO, make, token_ids
 
 
@@ -206,6 +207,8 @@ def test_rows():
         "operator": "LowRank",
         "dense_parameters": 32 * 128,
         "parameters": 12 * (32 + 128),
+        "dense_bits": 32 * 32 * 128,
+        "bits": 32 * 12 * (32 + 128),
         "dense_macs_per_token": 32 * 128,
         "macs_per_token": 12 * (32 + 128),
     }

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from tensormix.fitting import observe
 from tensormix.methods import LinearMethod, MeanOutput, Mixt, ZeroMethod
 from tensormix.operators import LowRank, StructuredLinear
 from tensormix.plan import Plan, Rule
 from tensormix.sites import blocks, find_sites
 from tensormix.statistics import InputMean
-from tensormix.walk import compress, observe
+from tensormix.walk import compress
 from zoo import NUM_BLOCKS, make, token_ids
 
 
@@ -111,7 +112,7 @@ def test_observe_removes_its_hooks_after_an_error():
     model = make("llama")
     sites = {site.name: site for site in find_sites(model)}
     name = "model.layers.0.mlp.up_proj"
-    with pytest.raises(RuntimeError), observe(sites, {name: {InputMean: InputMean(32)}}):
+    with pytest.raises(RuntimeError), observe(model, sites, {name: [{InputMean: InputMean(32)}]}):
         assert len(sites[name].module._forward_pre_hooks) == 1
         raise RuntimeError
     assert len(sites[name].module._forward_pre_hooks) == 0

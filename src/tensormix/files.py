@@ -13,24 +13,30 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 RECORDED_PACKAGES = ("tensormix", "torch", "transformers", "accelerate", "safetensors", "datasets")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` whole or not at all: under another name, flushed to the disk, then renamed."""
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that stands at `path` whole or not at all: under another name, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as handle:
-            handle.write(text)
+        with part.open("wb") as handle:
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    with new_file(path) as handle:
+        handle.write(text.encode())
 
 
 def write_json(path: Path, data: Any) -> None:

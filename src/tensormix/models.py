@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tensormix.checkpoint import Checkpoint
 from tensormix.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SAMPLES, _SAMPLE = 256, 1 << 18  # a fingerprint reads at most this many pieces of this many bytes of each file
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -32,23 +32,26 @@ def load_model(id_or_path: str | Path, dtype: str | None = None) -> PreTrainedMo
 
     Args:
         id_or_path: a folder with config.json and safetensors, or a Hub id.
-        dtype: one of `DTYPES`; "auto" and None keep the checkpoint's own.
+        dtype: one of `DTYPES`; "auto" and None keep the checkpoint's own. Weights that are packed in fp8 or MXFP4
+            become plain ones, in bfloat16 if the config does not say.
 
     Raises:
-        ValueError: it is no model, its weights are pickled, unreadable or incomplete, or it cannot be reached.
+        ValueError: it is no model, its weights are pickled, packed in another way, unreadable or incomplete, or it
+            cannot be reached.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = _source(id_or_path)
     if isinstance(source, Path):
-        _check_weights(source)
-    from transformers import AutoModelForCausalLM
+        Checkpoint(source)  # finds what is wrong with the files before a minute has passed
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    _register()
+    hf = _register()
     with quiet(), _explained(source):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        hf.read_packed(config)
+        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype or "auto", **options)
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -70,8 +73,11 @@ def load_tokenizer(id_or_path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-def skeleton(id_or_path: str | Path) -> PreTrainedModel:
+def skeleton(id_or_path: str | Path, dtype: str | None = None) -> PreTrainedModel:
     """The model on the meta device, operators included: all names and shapes, no weights; it reads config.json only.
+
+    Args:
+        dtype: of the parameters; "auto" and None are as in `load_model`.
 
     Raises ValueError if it is no model or cannot be reached.
     """
@@ -81,14 +87,64 @@ def skeleton(id_or_path: str | Path) -> PreTrainedModel:
     hf = _register()
     with quiet(), _explained(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        hf.read_packed(config)
+        wanted = _dtype_of(config, source) if dtype in (None, "auto") else getattr(torch, str(dtype))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=wanted)
+        _keep_wide(model, wanted)
         compressed: Any = getattr(config, "quantization_config", None)
         if compressed is not None:
             compressed = compressed if isinstance(compressed, dict) else compressed.to_dict()
             hf.install_empty(model, hf.StructuredConfig(**compressed).operators)
             hf.attach(model)
     return model.eval()
+
+
+def _dtype_of(config: Any, source: Path | str) -> torch.dtype:
+    """The dtype that `from_pretrained` takes by itself: that of the config, else of the first weight."""
+    if config.dtype is not None or isinstance(source, str):
+        return config.dtype or torch.float32
+    dtypes = [entry.torch_dtype for entry in Checkpoint(source).entries.values() if entry.is_float]
+    return dtypes[0] if dtypes and dtypes[0] is not None else torch.float32
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Some architectures keep a few parameters in float32; `from_pretrained` knows, a skeleton has to be told."""
+    patterns = [pattern.replace(".", r"\.").replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    for name, tensor in list(model.state_dict(keep_vars=True).items()) if patterns else []:
+        if tensor.is_floating_point() and re.search("|".join(patterns), name):
+            path, _, leaf = name.rpartition(".")
+            wide = tensor.detach().float()
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            setattr(model.get_submodule(path), leaf, torch.nn.Parameter(wide) if is_parameter else wide)
+
+
+def fill_buffers(model: Any, device: str = "cpu") -> None:
+    """Give a skeleton the buffers that no checkpoint holds (rotary frequencies and the like), as loading does."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = True  # so that what is missing is only the buffers made next
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device=device)
+    with torch.random.fork_rng(devices=[]):
+        model.initialize_weights()
+
+
+def local_folder(id_or_path: str | Path) -> Path:
+    """The folder itself; of a Hub id the snapshot in the local cache, fetched first where it is missing.
+
+    Raises ValueError if it is no model or cannot be reached.
+    """
+    source = _source(id_or_path)
+    if isinstance(source, Path):
+        return source
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+    with quiet(), _explained(source):
+        folder = Path(snapshot_download(source, allow_patterns=wanted))
+    _source(folder)
+    return folder
 
 
 def fingerprint(id_or_path: str | Path) -> str:
@@ -152,33 +208,6 @@ def _known_type(model_type: str) -> bool:
     from transformers import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING
-
-
-def _check_weights(folder: Path) -> None:
-    """Raise ValueError, naming the file, unless the folder's safetensors are all there and readable."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    if not files:
-        pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
-        if pickled:
-            raise ValueError(
-                f"{folder} has pickled weights ({pickled[0]}), which can run code when they are read; convert them "
-                "where you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) "
-                "writes safetensors"
-            )
-        raise ValueError(f"{folder} has a config.json but no weights (*.safetensors)")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except FileNotFoundError:
-            raise ValueError(f"{file} is missing, but {index.name} names it") from None
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or cut off ({error}); fetch it again") from error
 
 
 @contextmanager

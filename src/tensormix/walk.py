@@ -1,99 +1,75 @@
-"""Walk the blocks once; fit each site on what the part that is compressed already really feeds it."""
+"""Walk the blocks once; fit each site on what the part that is compressed already really feeds it.
+
+The walk asks a `Home` for one block at a time: the blocks may stay in the model, or come from the disk and go back.
+"""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tensormix.methods.base import BlockMethod, LinearMethod, Method
-from tensormix.operators import Bypass, StructuredLinear
+from tensormix.calls import Activations, Call, record_calls
+from tensormix.fitting import Row, Statistics, check_finite, new_statistics, observe, replace
+from tensormix.methods.base import LinearMethod, Method
 from tensormix.plan import Plan
-from tensormix.sites import Site, blocks, find_sites, install, is_dense, returns_tuple
+from tensormix.sites import Site, blocks, find_sites
 
-Row = dict[str, Any]
-Statistics = dict[str, dict[type, Any]]  # site name -> statistic class -> what it saw
+Progress = Callable[[int, int, str], None]  # sites done, sites planned, the name of the last one
+Stream = Literal["propagated", "dense"]
+
+
+class Home:
+    """Where the blocks are while the model is walked: here in the model itself, all the time."""
+
+    def finished(self, index: int) -> list[Row] | None:
+        """The rows of a block that an earlier walk finished; None if it is still to be done."""
+        return None
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """While open, everything outside the blocks has its weights."""
+        yield
+
+    def enter(self, index: int) -> None:
+        """Block `index` has its dense weights afterwards."""
+
+    def restore(self, index: int) -> None:
+        """Block `index` is afterwards as the earlier walk left it, weights included."""
+
+    def dense_bits(self, site: Site) -> int:
+        """What the weight of a site, or all of a block, takes where it is stored."""
+        weights = site.module.state_dict().values() if site.kind == "block" else [site.weight]
+        return sum(8 * weight.numel() * weight.element_size() for weight in weights)
+
+    def tidy(self) -> None:
+        """Something large was just let go of: after the statistics of a block, and after each site."""
+
+    def leave(self, index: int, rows: list[Row]) -> None:
+        """The walk is done with block `index`, which may be put away."""
+
+    def release(self, index: int) -> None:
+        """The weights of block `index`, which was finished before, are no longer needed."""
 
 
 @dataclass
-class Call:
-    """How the model calls one block for one batch: hidden (B, T, D) and everything that it passes beside it."""
+class Calibration:
+    """What methods with statistics see.
 
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        out = block(hidden, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block: notes how the model calls it, computes nothing."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # not a submodule: the model must not see it
-        self.calls: list[Call] = []
-
-    def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, e.g. attention_type
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-        self.calls.append(Call(hidden_states, args, kwargs))
-        return (hidden_states, None) if returns_tuple(self.__dict__["block"]) else hidden_states
-
-
-@torch.no_grad()
-def record_calls(model: nn.Module, batches: Iterable[Tensor]) -> list[list[Call]]:  # (B, T) each
-    """Per block, per batch: how the model itself calls it.
-
-    Masks, positions and caches differ between the blocks of one model, so one block's arguments do not serve another.
-    `hidden` is what enters the first block, in all calls. Raises ValueError if a batch is not (B, T) token ids.
+    `inputs` says what enters a block: "propagated", what the compressed blocks before it pass on, or "dense", what
+    the dense ones do. A statistic that names a stream of its own gets that one.
     """
-    layers = blocks(model)
-    real = list(layers)
-    device = next(model.parameters()).device
-    try:
-        for index, block in enumerate(real):
-            layers[index] = _Recorder(block)
-        for batch in batches:
-            if batch.dim() != 2 or batch.is_floating_point():
-                shape = tuple(batch.shape)
-                raise ValueError(f"a calibration batch must be token ids of shape (B, T), got {batch.dtype} {shape}")
-            model(batch.to(device), use_cache=False)
-        return [layer.calls for layer in layers if isinstance(layer, _Recorder)]
-    finally:
-        for index, block in enumerate(real):
-            layers[index] = block
 
-
-@contextmanager
-def observe(sites: Mapping[str, Site], stats: Statistics) -> Iterator[None]:
-    """While open, every statistic of `stats` is updated with the inputs (..., I) of its site."""
-
-    def watcher(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for statistic in stats[name].values():
-                statistic.update(args[0])
-
-        return hook
-
-    handles = [sites[name].module.register_forward_pre_hook(watcher(name)) for name in stats]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    batches: Iterable[Tensor] | None = None  # (B, T) each
+    inputs: Stream = "propagated"
+    precision: torch.dtype = torch.float64  # of the statistics
+    activations: Activations = field(default_factory=Activations)
 
 
 @torch.no_grad()
@@ -101,7 +77,10 @@ def compress(
     model: nn.Module,
     plan: Plan,
     batches: Iterable[Tensor] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
+    *,
+    inputs: Stream = "propagated",
+    precision: torch.dtype = torch.float64,
 ) -> list[Row]:
     """Replace the planned sites of `model` in place.
 
@@ -111,6 +90,8 @@ def compress(
         plan: which site gets which method.
         batches: token ids (B, T) for calibration; needed, and read, only if a method needs statistics.
         progress: called after each site with the number of sites done, the number planned, and the site's name.
+        inputs: "propagated" measures what the compressed part feeds a block, "dense" what the dense model does.
+        precision: of the statistics, float64 or float32.
 
     Returns:
         One row per replaced site. Parameters and MACs are those of the weight (of all parameters for a block), without
@@ -120,33 +101,7 @@ def compress(
         ValueError: the plan does not fit the model, a method needs batches and there are none, or a weight or an
             activation is not finite. The block where that was found is unchanged, those before it are compressed.
     """
-    layers = blocks(model)
-    sites = {site.name: site for site in find_sites(model)}
-    chosen = plan.resolve(list(sites.values()), len(layers))
-    _check_sizes(sites, chosen)
-    observed = [i for i in (sites[name].block for name, method in chosen.items() if method.needs) if i is not None]
-    if observed and batches is None:
-        needy = next(method for method in chosen.values() if method.needs)
-        raise ValueError(f"{needy.name} needs calibration batches ({_names(needy.needs)}), but none were given")
-    rows: list[Row] = []
-    with _evaluating(model):
-        calls = record_calls(model, batches or ()) if observed else []
-        if observed and not (calls and calls[0]):
-            raise ValueError("there are no calibration batches: the iterable is empty")
-        hidden = [call.hidden for call in calls[0]] if observed else []
-        for index in range(len(layers)):
-            here = {name: method for name, method in chosen.items() if sites[name].block == index}
-            stats = _statistics(sites, here)
-            if stats:
-                with observe(sites, stats):
-                    _run(layers[index], calls[index], hidden)
-            _check_finite(sites, here, stats)
-            for name, method in here.items():
-                rows.append(_replace(model, sites[name], method, stats.get(name, {})))
-                if progress is not None:
-                    progress(len(rows), len(chosen), name)
-            if index < max(observed, default=0):
-                hidden = _run(layers[index], calls[index], hidden)  # what the compressed block really passes on
+    rows = Walk(model, plan, Home(), progress).run(Calibration(batches, inputs, precision))
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
         from tensormix.hf import attach  # here, so that importing this module does not import transformers
 
@@ -154,20 +109,156 @@ def compress(
     return rows
 
 
-def _run(block: nn.Module, calls: list[Call], hidden: list[Tensor]) -> list[Tensor]:
-    return [call.run(block, h) for call, h in zip(calls, hidden, strict=True)]
+class Walk:
+    """One walk over `model` by `plan`. Raises ValueError, before anything is computed, if they do not fit."""
+
+    def __init__(self, model: nn.Module, plan: Plan, home: Home, progress: Progress | None = None) -> None:
+        self.model, self.home, self.progress = model, home, progress or (lambda done, planned, name: None)
+        self.layers = blocks(model)
+        self.sites = {site.name: site for site in find_sites(model)}
+        chosen = plan.resolve(list(self.sites.values()), len(self.layers))
+        _check_sizes(self.sites, chosen)
+        self.num_planned, self.num_done, self._lock = len(chosen), 0, Lock()
+        self.chosen: list[dict[str, Method]] = [{} for _ in self.layers]
+        for name, method in chosen.items():
+            block = self.sites[name].block
+            assert block is not None
+            self.chosen[block][name] = method
+
+    @property
+    def last_observed(self) -> int:
+        """The last block whose inputs some method needs; -1 if none does."""
+        needy = [i for i, here in enumerate(self.chosen) if any(method.needs for method in here.values())]
+        return max(needy, default=-1)
+
+    @torch.no_grad()
+    def run(self, calibration: Calibration, workers: int = 1) -> list[Row]:
+        """All blocks; the rows in the order of the sites. `workers` blocks at a time where no inputs are needed."""
+        with _evaluating(self.model):
+            if self.last_observed >= 0:
+                return self._run_in_order(calibration)
+            if workers == 1:
+                return [row for index in range(len(self.layers)) for row in self._run_alone(index)]
+            threads = torch.get_num_threads()  # a thread starts with another count, and sums depend on it
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+                futures = [pool.submit(self._run_alone, index) for index in range(len(self.layers))]
+                try:
+                    return [row for future in futures for row in future.result()]
+                finally:
+                    pool.shutdown(cancel_futures=True)
+
+    @torch.no_grad()  # of the thread that runs it
+    def _run_alone(self, index: int) -> list[Row]:
+        """One block without any inputs."""
+        rows = self.home.finished(index)
+        if rows is not None:
+            return self._count(rows)
+        if self.chosen[index]:
+            self.home.enter(index)
+        rows = self._fit(index, {})
+        self.home.leave(index, rows)
+        return rows
+
+    def _run_in_order(self, calibration: Calibration) -> list[Row]:
+        with self.home.rest():
+            streams = _Streams(self.model, self.chosen, calibration)
+        rows: list[Row] = []
+        for index, block in enumerate(self.layers):
+            finished = self.home.finished(index)
+            if index > self.last_observed or (finished is not None and index == self.last_observed):
+                rows += self._run_alone(index)
+            elif finished is None:
+                self.home.enter(index)
+                new = self._fit(index, streams.observe(index, block, self.sites, self.chosen[index]))
+                if index < self.last_observed:
+                    streams.advance(index, self.layers[index], bool(new))
+                self.home.leave(index, new)
+                rows += new
+            else:
+                if streams.separate:
+                    self.home.enter(index)
+                    streams.observe(index, block, self.sites, {})
+                self.home.restore(index)
+                streams.advance(index, self.layers[index], True)
+                self.home.release(index)
+                rows += self._count(finished)
+        return rows
+
+    def _fit(self, index: int, stats: Statistics) -> list[Row]:
+        here, rows = self.chosen[index], []
+        self.home.tidy()
+        check_finite(self.sites, here, stats)
+        for name, method in here.items():
+            site = self.sites[name]
+            rows.append(replace(self.model, site, method, stats.pop(name, []), self.home.dense_bits(site)))
+            self.home.tidy()
+            self._count(rows[-1:])
+        return rows
+
+    def _count(self, rows: list[Row]) -> list[Row]:
+        for row in rows:
+            with self._lock:
+                self.num_done += 1
+                self.progress(self.num_done, self.num_planned, row["site"])
+        return rows
 
 
-def _statistics(sites: Mapping[str, Site], chosen: Mapping[str, Method]) -> Statistics:
-    return {
-        name: {kind: kind(sites[name].in_features, device=sites[name].weight.device) for kind in method.needs}
-        for name, method in chosen.items()
-        if method.needs
-    }
+class _Streams:
+    """The hidden states that enter a block: of the compressed model, and of the dense one where that is asked for."""
 
+    def __init__(self, model: nn.Module, chosen: list[dict[str, Method]], calibration: Calibration) -> None:
+        self.model, self.calibration = model, calibration
+        methods = [method for here in chosen for method in here.values() if method.needs]
+        if calibration.batches is None:
+            names = ", ".join(kind.__name__ for kind in methods[0].needs)
+            raise ValueError(f"{methods[0].name} needs calibration batches ({names}), but none were given")
+        self.asked = {self._stream_of(kind) for method in methods for kind in method.needs}
+        self.calls: list[list[Call]] = record_calls(model, calibration.batches)
+        if not (self.calls and self.calls[0]):
+            raise ValueError("there are no calibration batches: the iterable is empty")
+        start = [calibration.activations.keep(call.hidden) for call in self.calls[0]]
+        for call in (call for of_block in self.calls for call in of_block):
+            call.hidden = start[0]  # lets go of the others, which may lie in files now
+        self.hidden: dict[str, list[Tensor]] = {stream: start for stream in sorted(self.asked)}
+        self._passed: dict[str, list[Tensor]] = {}  # what the block passed on while it was dense
 
-def _names(kinds: Iterable[type]) -> str:
-    return ", ".join(kind.__name__ for kind in kinds)
+    def _stream_of(self, kind: Any) -> str:
+        return self.calibration.inputs if kind.stream == "walk" else kind.stream
+
+    @property
+    def separate(self) -> bool:
+        """Whether the dense stream is needed for itself."""
+        return "dense" in self.asked
+
+    def observe(
+        self, index: int, block: nn.Module, sites: Mapping[str, Site], here: Mapping[str, Method]
+    ) -> Statistics:
+        """Run the dense block on every stream; returns what the statistics of its sites saw."""
+        stats = new_statistics(sites, here, self.calibration.precision)
+        self._passed = {}
+        for stream in self.hidden:
+            watched = {
+                name: [{k: s for k, s in of_expert.items() if self._stream_of(k) == stream} for of_expert in experts]
+                for name, experts in stats.items()
+            }
+            watched = {name: experts for name, experts in watched.items() if experts[0]}
+            if stream == "dense" or not here or watched:
+                with observe(self.model, sites, watched):
+                    self._passed[stream] = self._run(index, block, self.hidden[stream])
+        return stats
+
+    def advance(self, index: int, block: nn.Module, changed: bool) -> None:
+        """Go on to the next block; `changed` says whether this one is no longer dense."""
+        for stream in self.hidden:
+            if stream == "propagated" and (changed or stream not in self._passed):
+                self.hidden[stream] = self._run(index, block, self.hidden[stream])
+            else:
+                self.hidden[stream] = self._passed[stream]
+        self._passed = {}
+
+    def _run(self, index: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
+        keep = self.calibration.activations.keep
+        return [keep(call.run(block, h)) for call, h in zip(self.calls[index], hidden, strict=True)]
 
 
 def _check_sizes(sites: Mapping[str, Site], chosen: Mapping[str, Method]) -> None:
@@ -178,65 +269,6 @@ def _check_sizes(sites: Mapping[str, Site], chosen: Mapping[str, Method]) -> Non
                 method.empty(sites[name].in_features, sites[name].out_features)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-
-
-def _check_finite(sites: Mapping[str, Site], chosen: Mapping[str, Method], stats: Statistics) -> None:
-    for name, method in chosen.items():
-        if isinstance(method, LinearMethod) and not torch.isfinite(sites[name].weight).all():
-            raise ValueError(f"{name}: the weight holds NaN or infinite values; nothing was changed there")
-        for statistic in stats.get(name, {}).values():
-            if statistic.num_tokens == 0:
-                raise ValueError(f"{name}: no calibration token reached this site, so {method.name} cannot be fitted")
-            if not torch.isfinite(statistic.sum).all():
-                raise ValueError(f"{name}: its inputs hold NaN or infinite values; nothing was changed there")
-
-
-def _replace(model: nn.Module, site: Site, method: Method, stats: dict[type, Any]) -> Row:
-    start = time.perf_counter()
-    operator: StructuredLinear | Bypass
-    if isinstance(method, BlockMethod):
-        dense, macs = sum(p.numel() for p in site.module.parameters()), _block_macs(site.module)
-        operator = method.replace(site.module, returns="tuple" if returns_tuple(site.module) else "tensor")
-        error = None
-    elif isinstance(method, LinearMethod):
-        dense = macs = site.weight.numel()
-        operator = method.fit(site.weight, stats)
-        try:
-            error = _relative_error(operator, site.weight)
-        except ValueError as reason:
-            raise ValueError(f"{site.name}: {reason}") from None
-    else:
-        raise TypeError(f"{type(method).__name__} is neither a LinearMethod nor a BlockMethod")
-    install(model, site.name, operator)
-    return {
-        "site": site.name,
-        "block": site.block,
-        "role": site.role,
-        "method": method.name,
-        "operator": type(operator).__name__,
-        "dense_parameters": dense,
-        "parameters": operator.num_params,
-        "dense_macs_per_token": macs,
-        "macs_per_token": operator.macs_per_token,
-        "relative_error": error,
-        "seconds": time.perf_counter() - start,
-    }
-
-
-def _relative_error(operator: StructuredLinear, weight: Tensor) -> float | None:  # (O, I)
-    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-    wide = torch.promote_types(weight.dtype, torch.float32)  # so that bf16 does not round the difference
-    error = float(torch.linalg.vector_norm(operator.to_dense().to(wide) - weight, dtype=torch.float64))
-    if not math.isfinite(error):
-        raise ValueError(
-            f"the fitted {type(operator).__name__} holds NaN or infinite values; nothing was changed there"
-        )
-    return error / norm if norm > 0 else None
-
-
-def _block_macs(block: nn.Module) -> int:
-    dense = sum(Site("", "linear", None, None, m).weight.numel() for m in block.modules() if is_dense(m))
-    return dense + sum(m.macs_per_token for m in block.modules() if isinstance(m, StructuredLinear))
 
 
 @contextmanager

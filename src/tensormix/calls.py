@@ -1,0 +1,93 @@
+"""How a model calls its blocks, recorded once, so that each block can be run alone afterwards.
+
+Shape letters: B sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensormix.sites import blocks, returns_tuple
+
+
+@dataclass
+class Call:
+    """How the model calls one block for one batch: hidden (B, T, D) and everything that it passes beside it."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        out = block(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes how the model calls it, computes nothing."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: the model must not see it
+        self.calls: list[Call] = []
+
+    def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, e.g. attention_type
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        self.calls.append(Call(hidden_states, args, kwargs))
+        return (hidden_states, None) if returns_tuple(self.__dict__["block"]) else hidden_states
+
+
+@torch.no_grad()
+def record_calls(model: nn.Module, batches: Iterable[Tensor]) -> list[list[Call]]:  # (B, T) each
+    """Per block, per batch: how the model itself calls it.
+
+    Masks, positions and caches differ between the blocks of one model, so one block's arguments do not serve another.
+    `hidden` is what enters the first block, in all calls. Raises ValueError if a batch is not (B, T) token ids.
+    """
+    layers = blocks(model)
+    real = list(layers)
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    try:
+        for index, block in enumerate(real):
+            layers[index] = _Recorder(block)
+        for batch in batches:
+            if batch.dim() != 2 or batch.is_floating_point():
+                shape = tuple(batch.shape)
+                raise ValueError(f"a calibration batch must be token ids of shape (B, T), got {batch.dtype} {shape}")
+            model(batch.to(device), use_cache=False)
+        return [layer.calls for layer in layers if isinstance(layer, _Recorder)]
+    finally:
+        for index, block in enumerate(real):
+            layers[index] = block
+
+
+class Activations:
+    """Keeps the hidden states between blocks: in memory, or in files of `folder`, whose pages the kernel may drop.
+
+    A file has no name from the moment it is mapped, so that it is gone with its tensor, whatever happens.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self._numbers = folder, count()
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        if self.folder is None:
+            return hidden
+        file = self.folder / f"{next(self._numbers)}.bin"
+        kept = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+        file.unlink()
+        return kept.copy_(hidden)

@@ -1,0 +1,161 @@
+"""One site: watch its inputs, fit an operator to its weight, and say in a row what came of it.
+
+Shape letters: I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensormix.methods.base import BlockMethod, LinearMethod, Method
+from tensormix.operators import ExpertStack, StructuredLinear
+from tensormix.sites import Site, install, macs_per_token, opened, returns_tuple
+from tensormix.statistics import is_finite
+
+Row = dict[str, Any]
+_ROWS = 256  # of a weight that are in fp64 at the same time
+Statistics = dict[str, list[dict[type, Any]]]  # site name -> of each expert: statistic class -> what it saw
+
+
+def new_statistics(sites: Mapping[str, Site], chosen: Mapping[str, Method], dtype: torch.dtype) -> Statistics:
+    """Empty ones for every site whose method needs some: one for a linear layer, one for each expert of a stack."""
+
+    def empty(site: Site, method: Method) -> dict[type, Any]:
+        return {kind: kind(site.in_features, site.weight.device, dtype) for kind in method.needs}
+
+    return {
+        name: [empty(sites[name], method) for _ in range(sites[name].num_experts)]
+        for name, method in chosen.items()
+        if method.needs
+    }
+
+
+@contextmanager
+def observe(model: nn.Module, sites: Mapping[str, Site], stats: Statistics) -> Iterator[None]:
+    """While open, every statistic of `stats` is updated with the inputs (..., I) of its site, or of its expert."""
+
+    def watcher(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any) -> None:  # (x,) of a linear layer, (x, expert) of a stack
+            for statistic in stats[name][args[1] if len(args) > 1 else 0].values():
+                statistic.update(args[0])
+
+        return hook
+
+    with opened(model, [sites[name] for name in stats]) as modules:
+        handles = [modules[name].register_forward_pre_hook(watcher(name)) for name in stats]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def check_finite(sites: Mapping[str, Site], chosen: Mapping[str, Method], stats: Statistics) -> None:
+    """Raise ValueError, naming the site, if a weight or an input is not finite or a statistic saw no token."""
+    for name, method in chosen.items():
+        if isinstance(method, LinearMethod) and not is_finite(sites[name].weight):
+            raise ValueError(f"{name}: the weight holds NaN or infinite values; nothing was changed there")
+        for kind in method.needs:
+            seen = [of_expert[kind] for of_expert in stats[name]]
+            if not any(statistic.num_tokens for statistic in seen):
+                raise ValueError(f"{name}: no calibration token reached this site, so {method.name} cannot be fitted")
+            if not all(statistic.is_finite for statistic in seen):
+                raise ValueError(f"{name}: its inputs hold NaN or infinite values; nothing was changed there")
+
+
+def replace(model: nn.Module, site: Site, method: Method, stats: list[dict[type, Any]], dense_bits: int) -> Row:
+    """Fit `method` to the site, put the operator there, and return the row about it.
+
+    Args:
+        stats: of the site, or of each expert. An expert that no token reached gets those of all others together.
+        dense_bits: what the dense weight takes where it is stored.
+
+    Raises ValueError, naming the site, if the method cannot be fitted there or the fit is not finite.
+    """
+    start = time.perf_counter()
+    error, facts = None, {}
+    if isinstance(method, BlockMethod):
+        dense, macs = sum(p.numel() for p in site.module.parameters()), macs_per_token(site.module)
+        operator = method.replace(site.module, returns="tuple" if returns_tuple(site.module) else "tensor")
+    elif isinstance(method, LinearMethod):
+        dense, macs = site.weight.numel(), site.macs_per_token
+        try:
+            operator, error, facts = _fit(site, method, stats)
+        except ValueError as reason:
+            raise ValueError(f"{site.name}: {reason}") from None
+    else:
+        raise TypeError(f"{type(method).__name__} is neither a LinearMethod nor a BlockMethod")
+    install(model, site.name, operator)
+    return {
+        "site": site.name,
+        "block": site.block,
+        "role": site.role,
+        "method": method.name,
+        "operator": type(operator).__name__,
+        "dense_parameters": dense,
+        "parameters": operator.num_params,
+        "dense_bits": dense_bits,
+        "bits": operator.num_bits,
+        "dense_macs_per_token": macs,
+        "macs_per_token": operator.macs_per_token * site.experts_per_token,
+        "relative_error": error,
+        **facts,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _fit(
+    site: Site, method: LinearMethod, stats: list[dict[type, Any]]
+) -> tuple[StructuredLinear | ExpertStack, float | None, Row]:
+    """The operator, its relative error, and what else there is to say."""
+    if site.kind != "experts":
+        operator = method.fit(site.weight, stats[0] if stats else {})
+        return operator, _root_ratio([_squares(operator, site.weight)], operator), {}
+    facts: Row = {}
+    if stats:
+        facts["tokens_per_expert"] = [next(iter(of_expert.values())).num_tokens for of_expert in stats]
+        _pool(stats)
+    experts, squares = [], []
+    for expert in range(site.num_experts):  # one dense expert at a time is all that is ever in a wider dtype
+        weight = site.expert_weight(expert)
+        experts.append(method.fit(weight, stats[expert] if stats else {}))
+        squares.append(_squares(experts[-1], weight))
+    return ExpertStack.from_experts(experts), _root_ratio(squares, experts[0]), facts
+
+
+def _pool(stats: list[dict[type, Any]]) -> None:
+    """Give the experts that no token reached what all others saw together."""
+    for kind in stats[0]:
+        idle = [of_expert for of_expert in stats if of_expert[kind].num_tokens == 0]
+        if idle:
+            together = idle[0][kind]
+            for of_expert in stats:
+                if of_expert[kind].num_tokens and of_expert[kind] is not together:
+                    together.merge(of_expert[kind])
+            for of_expert in idle:
+                of_expert[kind] = together
+
+
+def _squares(operator: StructuredLinear, weight: Tensor) -> tuple[float, float]:  # (O, I)
+    """||W' - W||^2 and ||W||^2."""
+    wanted = error = 0.0
+    for ours, theirs in zip(operator.to_dense().split(_ROWS), weight.split(_ROWS), strict=True):
+        wanted += float(theirs.double().square().sum())
+        error += float((ours.double() - theirs.double()).square().sum())
+    return error, wanted
+
+
+def _root_ratio(squares: list[tuple[float, float]], operator: StructuredLinear) -> float | None:
+    error, wanted = (sum(parts) for parts in zip(*squares, strict=True))
+    if not math.isfinite(error):
+        raise ValueError(
+            f"the fitted {type(operator).__name__} holds NaN or infinite values; nothing was changed there"
+        )
+    return math.sqrt(error / wanted) if wanted > 0 else None

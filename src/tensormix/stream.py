@@ -1,0 +1,86 @@
+"""Compress a checkpoint of any size: block by block from its files into a new checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensormix import __version__
+from tensormix.assembly import Assembly
+from tensormix.calls import Activations
+from tensormix.checkpoint import Checkpoint
+from tensormix.disk import Disk
+from tensormix.fitting import Row
+from tensormix.models import fill_buffers, fingerprint, local_folder, skeleton
+from tensormix.plan import Plan
+from tensormix.walk import Calibration, Progress, Stream, Walk
+
+
+@torch.no_grad()
+def compress_checkpoint(
+    source: str | Path,
+    out: Path,
+    plan: Plan,
+    batches: Iterable[Tensor] | None = None,
+    progress: Progress | None = None,
+    *,
+    dtype: str = "auto",
+    inputs: Stream = "propagated",
+    precision: torch.dtype = torch.float64,
+    spill: bool = False,
+    workers: int = 1,
+    device: str = "cpu",
+    asked: Any = None,
+    overwrite: bool = False,
+) -> list[Row]:
+    """What `compress` does in memory, from the files of `source` into the new folder `out`: to the bit the same.
+
+    At no time are more than `workers` dense blocks in memory, and of those only what is being computed with: weights
+    are mapped from their files. Tensors that the plan leaves alone are copied byte for byte.
+
+    Args:
+        source: a folder with config.json and safetensors, or a Hub id.
+        batches, inputs, precision: as in `compress`.
+        dtype: "auto" leaves every tensor in its own; another one converts those that the model knows.
+        spill: keep the activations between blocks in files beside `out` instead of in memory.
+        workers: blocks at a time, where no method needs inputs.
+        device: where blocks are computed with.
+        asked: what else tells this request from others, as JSON (the batches are not looked at): an interrupted walk
+            that was asked for something else is started again, not continued.
+        overwrite: what stands at `out` may be replaced.
+
+    Returns:
+        The rows of `compress`.
+
+    Raises:
+        ValueError: as `compress`, and if the checkpoint is damaged or incomplete, `out` exists, or the disk is too
+            small. What was finished before an error or a kill is used by the next call.
+    """
+    folder = local_folder(source)
+    model: Any = skeleton(folder, dtype=dtype)
+    home = Disk(model, Assembly(model, Checkpoint(folder)), out, convert=dtype != "auto", device=device)
+    walk = Walk(model, plan, home, progress)
+    request = {
+        "version": __version__,
+        "source": fingerprint(folder),
+        "dtype": dtype,
+        "plan": plan.model_dump(mode="json"),
+        "inputs": inputs,
+        "precision": str(precision),
+        "asked": asked,
+    }
+    if home.is_complete(request):
+        return home.all_rows()
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; choose another folder, or say that it may be overwritten")
+    home.begin(request, walk)
+    if walk.last_observed >= 0:
+        fill_buffers(model, device)
+    activations = Activations(home.part / "activations" if spill else None)
+    walk.run(Calibration(batches, inputs, precision, activations), workers)
+    home.finish()
+    return home.all_rows()

@@ -1,0 +1,223 @@
+"""Stopped at any moment, the same call goes on at the first unfinished block and ends with the same files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensormix import disk
+from tensormix.checkpoint import file_hash
+from tensormix.fitting import replace
+from tensormix.methods import DropBlocks, MeanOutput, Mixt, SvdLlm
+from tensormix.plan import Plan, Rule
+from tensormix.stream import compress_checkpoint
+from zoo import NUM_BLOCKS, make, token_ids
+
+PLANS = {
+    "weights_only": Plan((Rule(method=Mixt(num_branches=2)),)),
+    "calibrated": Plan((Rule(method=DropBlocks(), blocks="1"), Rule(method=MeanOutput(), blocks="0,3"))),
+    "both_streams": Plan((Rule(method=SvdLlm(keep=0.5, update=True), blocks="0,2"),)),
+}
+BATCHES = [token_ids(seed=1), token_ids(seed=2, length=7)]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    make("qwen3").save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    return tmp_path / "dense"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {file.name: file_hash(file) for file in sorted(folder.iterdir())}
+
+
+def stop_at(number: int):
+    def progress(done: int, planned: int, name: str) -> None:
+        if done == number:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("number", [1, 2, 8, 9, 14])
+def test_interrupted_and_taken_up_again(tmp_path, folder, plan, number):
+    expected = compress_checkpoint(folder, tmp_path / "straight", plan, BATCHES)
+    number = min(number, len(expected))
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(folder, tmp_path / "out", plan, BATCHES, stop_at(number))
+    assert not (tmp_path / "out").exists()
+    rows = compress_checkpoint(folder, tmp_path / "out", plan, BATCHES)
+    assert [row["relative_error"] for row in rows] == [row["relative_error"] for row in expected]
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+    assert leftovers(tmp_path) == ["dense", "out", "out.journal.jsonl", "straight", "straight.journal.jsonl"]
+
+
+def test_finished_blocks_are_not_fitted_again(tmp_path, folder, monkeypatch):
+    fitted = []
+    monkeypatch.setattr("tensormix.walk.replace", lambda m, site, *a: fitted.append(site.name) or replace(m, site, *a))
+    plan = PLANS["calibrated"]
+    with pytest.raises(KeyboardInterrupt):  # the dropped block is the eighth; its file is not written then
+        compress_checkpoint(folder, tmp_path / "out", plan, BATCHES, stop_at(8))
+    assert len(fitted) == 8
+    fitted.clear()
+    compress_checkpoint(folder, tmp_path / "out", plan, BATCHES)
+    assert len(fitted) == 8 and fitted[0] == "model.layers.1" and "layers.0." not in str(fitted)
+    fitted.clear()
+    compress_checkpoint(folder, tmp_path / "out", plan, BATCHES)  # it is complete: nothing is left to do
+    assert fitted == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dtype": "bfloat16"}, {"asked": "more"}, {"plan": PLANS["calibrated"]}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_request_starts_again(tmp_path, folder, change):
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"], BATCHES, stop_at(15))
+    request = {"plan": PLANS["weights_only"], **change}
+    compress_checkpoint(folder, tmp_path / "straight", batches=BATCHES, **request)
+    compress_checkpoint(folder, tmp_path / "out", batches=BATCHES, **request)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_finished_file_that_is_damaged_is_made_again(tmp_path, folder, damage):
+    plan = PLANS["weights_only"]
+    compress_checkpoint(folder, tmp_path / "straight", plan)
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(folder, tmp_path / "out", plan, progress=stop_at(15))
+    file = tmp_path / ".out.part" / f"model-00001-of-0000{NUM_BLOCKS + 1}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    {"cut": lambda: file.write_bytes(content[:-9]), "flipped": lambda: file.write_bytes(content), "gone": file.unlink}[
+        damage
+    ]()
+    compress_checkpoint(folder, tmp_path / "out", plan)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+
+
+def test_a_torn_line_of_the_journal_is_as_good_as_none(tmp_path, folder):
+    plan = PLANS["weights_only"]
+    compress_checkpoint(folder, tmp_path / "straight", plan)
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(folder, tmp_path / "out", plan, progress=stop_at(15))
+    journal = tmp_path / "out.journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    compress_checkpoint(folder, tmp_path / "out", plan)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+    assert len([json.loads(line) for line in journal.read_text().splitlines()]) == 1 + NUM_BLOCKS + 1
+
+
+def test_the_journal_holds_the_hash_of_every_file(tmp_path, folder):
+    compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"])
+    lines = [json.loads(line) for line in (tmp_path / "out.journal.jsonl").read_text().splitlines()[1:]]
+    written = {file.name: file_hash(file) for file in (tmp_path / "out").glob("*.safetensors")}
+    assert {line["file"]: line["sha256"] for line in lines} == written
+
+
+def test_a_full_disk(tmp_path, folder, monkeypatch):
+    plan, written = PLANS["weights_only"], disk.write_shard
+    compress_checkpoint(folder, tmp_path / "straight", plan)
+
+    def full(path, pieces):
+        if path.name.startswith("model-00003"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(path, pieces)
+
+    monkeypatch.setattr(disk, "write_shard", full)
+    with pytest.raises(
+        ValueError, match=r"the disk under .* is full; make room and .* after the 2 files that are fini"
+    ):
+        compress_checkpoint(folder, tmp_path / "out", plan)
+    monkeypatch.undo()
+    compress_checkpoint(folder, tmp_path / "out", plan)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000})())
+    with pytest.raises(ValueError, match=r"has 0.00 GB free, and 0.00 GB are needed; nothing was written"):
+        compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"])
+    assert leftovers(tmp_path) == ["dense"]
+
+
+def test_the_space_asked_for_is_what_is_written(tmp_path, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(disk, "check_space", lambda path, needed: asked.append(needed))
+    for name, plan in PLANS.items():
+        compress_checkpoint(folder, tmp_path / name, plan, BATCHES)
+        index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
+        assert asked[-1] == index["metadata"]["total_size"]
+
+
+def test_an_output_folder_that_is_there_already(tmp_path, folder):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"out exists already; choose another folder, or say that it may be overwrit"):
+        compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"])
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"], overwrite=True)
+    assert not (tmp_path / "out" / "thesis.txt").exists()
+
+
+KILLED_AGAIN_AND_AGAIN = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tensormix.stream import compress_checkpoint
+from test_stream_resume import BATCHES, PLANS
+folder, out, plan = Path(sys.argv[1]), Path(sys.argv[2]), PLANS[sys.argv[3]]
+compress_checkpoint(folder, out.with_name("first"), plan, BATCHES)  # imports, too
+began = time.perf_counter()
+compress_checkpoint(folder, out.with_name("timed"), plan, BATCHES)
+needed = time.perf_counter() - began
+chance, killed = random.Random(0), 0
+for attempt in range(50):
+    child = os.fork()
+    if not child:
+        compress_checkpoint(folder, out, plan, BATCHES)
+        os._exit(0)
+    time.sleep(needed * chance.uniform(0.2, 0.7 + 0.1 * attempt))
+    os.kill(child, signal.SIGKILL)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+    killed += 1
+assert os.path.exists(out / "config.json"), "never finished"
+print(killed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills child processes of its own")
+@pytest.mark.parametrize("plan", ["weights_only", "calibrated"])
+def test_killed_at_random_moments(tmp_path, plan):
+    """SIGKILL, again and again, until one attempt gets through."""
+    folder = tmp_path / "dense"
+    make("llama", num_hidden_layers=12).save_pretrained(folder)
+    torch.set_num_threads(1)
+    compress_checkpoint(folder, tmp_path / "straight", PLANS[plan], BATCHES)
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent / "src")])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, str(folder), str(tmp_path / "out"), plan],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 2, "it was hardly ever killed: the test says nothing"
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
