@@ -117,3 +117,35 @@ def test_blocks_are_written_as_ranges():
 
 def test_durations_read_as_people_say_them():
     assert [duration(s) for s in (7, 65, 3600 * 2 + 300)] == ["7 s", "1 min 05 s", "2 h 05 min"]
+
+
+@pytest.mark.parametrize("verb", ["run", "sweep"])
+def test_a_folder_that_holds_something_else_is_left_alone(recipe, tmp_path, verb):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    settings = tmp_path / "sweep.yaml"
+    settings.write_text(
+        yaml.safe_dump({"base": recipe.name, "num_branches": [3], "directions": {"last": {"depths": [1]}}})
+    )
+    result = invoke(verb, recipe if verb == "run" else settings, "--out", tmp_path / "out")
+    assert isinstance(result.exception, ValueError), result.exception
+    assert f"holds something else (no {'recipe' if verb == 'run' else 'sweep'}.json)" in str(result.exception)
+    assert str(result.exception).endswith("choose another --out, or add --overwrite")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_workers_and_threads_and_overwrite(recipe, tmp_path):
+    import torch
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    threads = torch.get_num_threads()
+    try:
+        words = ["--out", tmp_path / "out", "--workers", "2", "--threads", "1", "--overwrite"]
+        assert invoke("run", recipe, *words).exit_code == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "out" / "compressed" / "config.json").exists()
+    assert (tmp_path / "out" / "thesis.txt").exists()
+    assert invoke("run", recipe, "--out", tmp_path / "out").exit_code == 0  # a run of ours goes on without the flag

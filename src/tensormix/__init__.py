@@ -4,6 +4,8 @@
     tensormix.compress(model, tensormix.Recipe.load("recipe.yaml").plan)
     model.save_pretrained(out)             # load it again after `import tensormix.hf`
 
+    tensormix.compress_checkpoint(path, out, plan)      # the same from disk to disk, for a model of any size
+
 Importing this package loads nothing else; each name below is loaded when it is first used.
 """
 
@@ -15,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CompressConfig": "tensormix.while_loading",
     "Plan": "tensormix.plan",
     "Recipe": "tensormix.recipe",
     "build_report": "tensormix.report",
     "compress": "tensormix.walk",
+    "compress_checkpoint": "tensormix.stream",
     "load_model": "tensormix.models",
     "load_tokenizer": "tensormix.models",
     "run_recipe": "tensormix.run",
@@ -31,11 +35,14 @@ if TYPE_CHECKING:
     from tensormix.recipe import Recipe
     from tensormix.report import build_report
     from tensormix.run import run_recipe
+    from tensormix.stream import compress_checkpoint
     from tensormix.sweep import run_sweep
     from tensormix.walk import compress
+    from tensormix.while_loading import CompressConfig
 
 __all__ = [
-    "Plan", "Recipe", "build_report", "compress", "load_model", "load_tokenizer", "run_recipe", "run_sweep",
+    "CompressConfig", "Plan", "Recipe", "build_report", "compress", "compress_checkpoint", "load_model",
+    "load_tokenizer", "run_recipe", "run_sweep",
 ]  # fmt: skip
 
 

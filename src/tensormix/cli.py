@@ -28,6 +28,7 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/NAME-OF-THE-FILE.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Use the folder even if it holds something else.")]
 THINGS = ("methods", "operators", "statistics", "diagnostics", "stages", "subjects")
 
 
@@ -45,15 +46,26 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], as_
 
 
 @app.command()
-def run(recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], out: Out = None) -> None:
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")],
+    out: Out = None,
+    workers: Annotated[int, typer.Option(min=1, help="Blocks compressed at a time, where no inputs are needed.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each; default: one per core.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
     """Compress, recover, evaluate, diagnose and profile one model. Stopped? The same command goes on."""
+    import torch
+
     from tensormix.progress import stage_bars
     from tensormix.recipe import Recipe
     from tensormix.run import run_recipe
 
     loaded, folder = Recipe.load(recipe), out or Path("runs") / recipe.stem
+    check_out(folder, "recipe.json", overwrite)
+    if threads is not None:
+        torch.set_num_threads(threads)
     with resumable(), stage_bars(console) as progress:
-        run_recipe(loaded, folder, progress=progress)
+        run_recipe(loaded, folder, progress=progress, workers=workers)
     console.print(f"Finished. See it with: tensormix report {folder}")
 
 
@@ -62,6 +74,7 @@ def sweep(
     settings: Annotated[Path, typer.Argument(help="A sweep (.yaml).")],
     out: Out = None,
     page: Annotated[bool, typer.Option(help="Write the report when the last cell is done.")] = True,
+    overwrite: Overwrite = False,
 ) -> None:
     """Run a recipe at many depths, directions and branch counts, and find where accuracy leaves its plateau."""
     from tensormix.progress import cell_bars
@@ -70,6 +83,7 @@ def sweep(
     from tensormix.sweep import run_sweep
 
     loaded, folder = Sweep.load(settings), out or Path("runs") / settings.stem
+    check_out(folder, "sweep.json", overwrite)
     with resumable(), cell_bars(console) as progress:
         run_sweep(loaded, folder, progress=progress)
     if page:
@@ -189,6 +203,12 @@ def blocks_text(blocks: list[int]) -> str:
         else:
             runs.append([block])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def check_out(folder: Path, ours: str, overwrite: bool) -> None:
+    """Raise ValueError if `folder` holds something and not the file `ours`, by which our own folders are known."""
+    if not overwrite and folder.exists() and not (folder / ours).exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something else (no {ours}); choose another --out, or add --overwrite")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def stage_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
                 began[stage] = time.perf_counter()
             bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
             if done == total and not console.is_terminal and stage in began:
-                console.print(f"{stage}: {time.perf_counter() - began[stage]:.1f} s")
+                console.print(f"{stage}: {time.perf_counter() - began.pop(stage):.1f} s")
 
         yield progress
 

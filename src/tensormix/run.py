@@ -4,6 +4,7 @@
     compress.json     one file per finished stage: its rows, its settings, its key, where and when it was made
     recover.json  evaluate.json  diagnose.json  profile.json
     compressed/       the model after compress        recovered/   the model after recover
+    compressed.journal.jsonl   what each file of compressed/ holds, and its SHA-256
     dense/            the run of the untouched model that the others are compared with
 
 A stage is done when its file exists and carries the key of what was asked: the hash of its own settings and of all
@@ -36,8 +37,8 @@ from tensormix.plan import Plan
 from tensormix.profile import profile
 from tensormix.recipe import Recipe
 from tensormix.recover import recover
-from tensormix.settings import Exam
-from tensormix.walk import compress
+from tensormix.settings import Calibration, Exam, Source
+from tensormix.stream import compress_checkpoint
 
 Row = dict[str, Any]
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
@@ -56,6 +57,7 @@ def run_recipe(
     reference: Path | None = None,
     progress: Progress | None = None,
     keep_compressed: bool = True,
+    workers: int = 1,
 ) -> Path:
     """Compress, recover, evaluate, diagnose, profile; returns `folder`. Finished stages are not repeated.
 
@@ -63,26 +65,29 @@ def run_recipe(
         reference: the run folder of the untouched model; without it that run is made first, in `folder`/dense.
         progress: told how far each stage is.
         keep_compressed: keep the model as it was before recovery, too.
+        workers: blocks that are compressed at a time, where no method needs inputs.
 
     Raises:
         ValueError: whatever a stage finds wrong with the recipe, the model or the data. Finished stages stay.
     """
+    write_json(folder / "recipe.json", json.loads(recipe.model_dump_json()))
     if reference is None and len(recipe.plan.root):
         reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress)
-    write_json(folder / "recipe.json", json.loads(recipe.model_dump_json()))
-    run = _Run(recipe, folder, reference, progress or (lambda stage, done, total: None))
+    run = _Run(recipe, folder, reference, progress or (lambda stage, done, total: None), workers)
     for stage in STAGES:
         run.finish(stage)
         if stage == "recover" and stage in run.keys and not keep_compressed:
             shutil.rmtree(folder / "compressed", ignore_errors=True)
+            (folder / "compressed.journal.jsonl").unlink(missing_ok=True)
     return folder
 
 
 class _Run:
     """The state of one run: which model is in memory, and which keys the stages have."""
 
-    def __init__(self, recipe: Recipe, folder: Path, reference: Path | None, progress: Progress) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, reference: Path | None, progress: Progress, workers: int) -> None:
         self.recipe, self.folder, self.reference, self.progress = recipe, folder, reference, progress
+        self.workers = workers
         self.keys = stage_keys(recipe, reference)
         self._model: Any = None
         self._tokenizer: Any = None
@@ -140,8 +145,8 @@ class _Run:
 
     def _compress(self) -> list[Row]:
         recipe, batches = self.recipe, None
+        settings = recipe.calibration or Calibration(text=Source(exam=True))  # the defaults, where nothing is asked
         if recipe.calibration is not None:
-            settings = recipe.calibration
             batches = calibration_batches(
                 self.tokenizer,
                 settings.text,
@@ -149,12 +154,21 @@ class _Run:
                 window=settings.window,
                 seed=recipe.seed,
             )
-        self._model = self._load(recipe.model)
-        rows = compress(
-            self._model, recipe.plan, batches, lambda done, total, _: self.progress("compress", done, total)
+        return compress_checkpoint(
+            recipe.model,
+            self.folder / "compressed",
+            recipe.plan,
+            batches,
+            lambda done, total, _: self.progress("compress", done, total),
+            dtype=recipe.dtype,
+            inputs=settings.inputs,
+            precision=getattr(torch, settings.precision),
+            spill=settings.spill,
+            workers=self.workers,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            asked=self.keys["compress"],
+            overwrite=True,  # it lies in the run's own folder
         )
-        self._save("compressed")
-        return rows
 
     def _recover(self) -> list[Row]:
         assert self.recipe.recover is not None

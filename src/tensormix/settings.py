@@ -43,6 +43,9 @@ class Calibration(Settings):
     text: Source
     num_windows: int = Field(default=8, ge=1)
     window: int = Field(default=512, ge=1)  # tokens
+    inputs: Literal["propagated", "dense"] = "propagated"  # what the compressed blocks pass on, or the dense ones
+    precision: Literal["float64", "float32"] = "float64"  # of the statistics
+    spill: bool = False  # keep the activations between blocks on the disk instead of in memory
 
 
 class Recover(Settings):
