@@ -173,6 +173,16 @@ def test_an_output_folder_that_is_there_already(tmp_path, folder):
     assert not (tmp_path / "out" / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("out", [".", "dense"])
+def test_the_source_is_never_overwritten(tmp_path, folder, out):
+    before = hashes(folder)
+    with pytest.raises(
+        ValueError, match=r"holds the model that is to be compressed \(.*dense\); choose another folder"
+    ):
+        compress_checkpoint(folder, tmp_path / out, PLANS["weights_only"], overwrite=True)
+    assert hashes(folder) == before
+
+
 KILLED_AGAIN_AND_AGAIN = """
 import os, random, signal, sys, time
 from pathlib import Path

@@ -61,6 +61,8 @@ def compress_checkpoint(
             small. What was finished before an error or a kill is used by the next call.
     """
     folder = local_folder(source)
+    if folder.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} holds the model that is to be compressed ({folder}); choose another folder")
     model: Any = skeleton(folder, dtype=dtype)
     home = Disk(model, Assembly(model, Checkpoint(folder)), out, convert=dtype != "auto", device=device)
     walk = Walk(model, plan, home, progress)
