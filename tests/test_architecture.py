@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recover": FACTS,
     "evaluate": FACTS,
     "diagnose": FACTS | {"evaluate"},
-    "profile": FACTS,
+    "profile": FACTS | {"bits"},
 }
 MAY_IMPORT["check"] = set(MAY_IMPORT)
 MAY_IMPORT["demo"] = set(MAY_IMPORT)

@@ -20,11 +20,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tensormix.bits import stored_bits
 from tensormix.models import quiet
 from tensormix.sites import macs_per_token
 
 Row = dict[str, Any]
-DTYPES = {"float32": 4, "bfloat16": 2}  # bytes per parameter
+DTYPES = ("float32", "bfloat16")  # that sizes are told in
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -34,7 +35,8 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
-    return {dtype: size * num_parameters(model) for dtype, size in DTYPES.items()}
+    """What the model stores with its floating-point numbers in each of `DTYPES`; integers keep their size."""
+    return {dtype: stored_bits(model, getattr(torch, dtype)) // 8 for dtype in DTYPES}
 
 
 def bytes_on_disk(model: Any, folder: Path | None) -> int:

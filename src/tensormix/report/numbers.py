@@ -16,6 +16,11 @@ METHODS = {
     "drop_blocks": "dropped blocks",
     "mean_output": "mean output",
     "svd": "low rank (SVD)",
+    "svd_llm": "low rank (SVD-LLM)",
+    "coala": "low rank (COALA)",
+    "laser": "low rank (LASER)",
+    "hassle_free": "sparse + low rank (HASSLE-free)",
+    "rtn": "round to nearest",
 }
 DIRECTIONS = {"last": "back to front", "first": "front to back"}
 
