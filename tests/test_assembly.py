@@ -66,6 +66,40 @@ def test_a_checkpoint_without_the_prefix_of_the_head_model(tmp_path):
             assert torch.equal(tensor, expected[name])
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_a_tied_pair_stored_under_the_name_of_the_head(tmp_path, family):
+    def rename(tensors):
+        name = next(name for name in tensors if "embed_tokens" in name or "wte" in name)
+        tensors["lm_head.weight"] = tensors.pop(name)
+
+    folder = saved(tmp_path, family, rename)
+    assembly = assembled(folder)
+    expected = load_model(folder).state_dict()
+    made = {name: tensor for making in assembly.makings for name, tensor in assembly.make(making.targets[0]).items()}
+    made.update({name: made[source] for name, source in assembly.tied.items() if name not in made})
+    assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
+
+
+def test_a_single_file_goes_before_an_index(tmp_path):
+    """As it does for transformers."""
+    saved(tmp_path / "other", "llama", seed=1)
+    make("llama").save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "dense" / "model.safetensors")
+    assembly, expected = assembled(tmp_path / "dense"), load_model(tmp_path / "dense").state_dict()
+    assert all(torch.equal(assembly.make(name)[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_dtype_of_a_config_that_does_not_say_it(tmp_path):
+    folder = saved(
+        tmp_path,
+        "llama",
+        lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items() if "norm" not in n}),
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "dtype"}))
+    assert skeleton(folder).dtype == load_model(folder).dtype == torch.bfloat16
+
+
 def test_missing_tensors(tmp_path):
     folder = saved(tmp_path, "llama", lambda tensors: [tensors.pop(n) for n in list(tensors) if "2.mlp" in n])
     with pytest.raises(

@@ -8,15 +8,19 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from tensormix.bits import checkpoint_bits, stored_bits
 from tensormix.models import skeleton
-from tensormix.operators import Quantized, StructuredLinear
+from tensormix.operators import Dense, Quantized, StructuredLinear
+from tensormix.operators.quantized import on_meta
 from tensormix.plan import Plan
 from tensormix.walk import compress
 from zoo import make, token_ids
 
+I, O = 48, 80
 RTN = {"name": "rtn", "bits": 4, "group": 16}
 PLANS = {
     "dense": [],
@@ -73,6 +77,43 @@ def test_operators_are_counted_by_their_own_number(family):
     biases = sum(32 * part.bias.numel() for part in operators.values() if part.bias is not None)
     assert len(operators) >= 10
     assert stored_bits(model) == rest + biases + sum(part.num_bits for part in operators.values())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_bits_are_the_published_formula(bits):
+    """bits * numel + 16 for a matrix with one scale: 48 * 80 numbers fill whole words."""
+    dense = Dense.from_dense(torch.randn(O, I))
+    count = O * I
+    assert Quantized.of(dense, bits=bits, group="tensor").num_bits == bits * count + 16
+    assert Quantized.of(dense, bits=bits, group="channel").num_bits == bits * count + 16 * O
+    assert Quantized.of(dense, bits=bits, group=16).num_bits == bits * count + 16 * O * 3
+    assert Quantized.of(dense, bits=bits, group=20).num_bits == bits * count + 16 * O * 3  # 20 + 20 + 8
+    assert Quantized.of(dense, bits=bits, group=128).num_bits == bits * count + 16 * O
+    assert Quantized.of(dense, bits=bits, group=16, symmetric=False).num_bits == bits * count + (16 + bits) * O * 3
+
+
+def test_an_odd_matrix_is_padded_to_a_whole_word():
+    op = Quantized.of(Dense.from_dense(torch.randn(3, 3)), bits=3, group="tensor")
+    assert op.num_bits == 2 * 24 + 16  # 9 numbers, 8 in a word of 24 bits
+
+
+def test_a_dense_operator_is_the_matrix():
+    weight = torch.randn(O, I, dtype=torch.bfloat16)
+    op = Dense.from_dense(weight)
+    assert torch.equal(op.to_dense(), weight) and op.to_dense() is not op.matrix
+    x = torch.randn(3, I, dtype=torch.bfloat16)
+    assert torch.equal(op(x), F.linear(x, weight))
+    assert (op.num_params, op.num_bits, op.macs_per_token) == (O * I, 16 * O * I, O * I)
+
+
+def test_on_meta_copies_shapes_and_ties_but_no_numbers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    model[0].bias.requires_grad_(False)
+    empty = on_meta(model)
+    assert {p.device.type for p in empty.parameters()} == {"meta"} and model[0].weight.device.type == "cpu"
+    assert empty[0].weight is empty[1].weight
+    assert [p.requires_grad for p in empty.parameters()] == [True, False, True]
 
 
 def test_tied_embeddings_are_counted_once():

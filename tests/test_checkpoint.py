@@ -157,6 +157,13 @@ def test_an_index_that_leaves_a_tensor_out(sharded):
         Checkpoint(sharded)
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"weight_map": ["x"]}', '{"weight_map": {"x": 3}}'])
+def test_an_index_without_a_weight_map(sharded, content):
+    (sharded / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=rf"{INDEX} has no weight_map that says which tensor is in which file"):
+        Checkpoint(sharded)
+
+
 def test_files_that_no_index_puts_in_order(sharded):
     (sharded / INDEX).unlink()
     with pytest.raises(ValueError, match=rf"has a.safetensors, but neither model.safetensors nor {INDEX}"):

@@ -160,7 +160,8 @@ def test_the_space_asked_for_is_what_is_written(tmp_path, folder, monkeypatch):
     for name, plan in PLANS.items():
         compress_checkpoint(folder, tmp_path / name, plan, BATCHES)
         index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
-        assert asked[-1] == index["metadata"]["total_size"]
+        beside = (folder / "generation_config.json").stat().st_size
+        assert asked[-1] == index["metadata"]["total_size"] + beside
 
 
 def test_an_output_folder_that_is_there_already(tmp_path, folder):
@@ -181,6 +182,80 @@ def test_the_source_is_never_overwritten(tmp_path, folder, out):
     ):
         compress_checkpoint(folder, tmp_path / out, PLANS["weights_only"], overwrite=True)
     assert hashes(folder) == before
+
+
+def test_an_older_model_is_not_taken_for_the_new_one(tmp_path, folder, monkeypatch):
+    """Stopped between the last line of the journal and the renaming, with a model of another plan at `out`."""
+    compress_checkpoint(folder, tmp_path / "straight", PLANS["weights_only"])
+    compress_checkpoint(folder, tmp_path / "out", PLANS["calibrated"], BATCHES)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(disk.Disk, "_write_index", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"], overwrite=True)
+    compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"], overwrite=True)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+
+
+def test_a_complete_model_that_was_damaged_is_made_again(tmp_path, folder):
+    compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"])
+    expected = hashes(tmp_path / "out")
+    file = tmp_path / "out" / f"model-00002-of-0000{NUM_BLOCKS + 1}.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"], overwrite=True)
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_two_at_once(tmp_path, folder):
+    def second(*_) -> None:
+        with pytest.raises(ValueError, match=r"out is being written by another process; wait, or choose"):
+            compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"])
+
+    compress_checkpoint(folder, tmp_path / "straight", PLANS["weights_only"])
+    compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"], progress=second)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+
+
+def test_a_source_that_changes_on_the_way(tmp_path, folder):
+    def change(done: int, *_) -> None:
+        if done == 1:
+            (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+
+    with pytest.raises(ValueError, match=r"dense changed while it was read: .* start again"):
+        compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"], progress=change)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_experts_taken_up_again(tmp_path, family):
+    """The dense stream runs through opened experts, and a stack beside one that was compressed before is compressed."""
+    make(family).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    both = Plan((Rule(method=SvdLlm(keep=0.5, update=True), blocks="1-2"),))
+    up = Plan((Rule(method=Mixt(num_branches=2), blocks="1-2", sites=("gate_up",)),))
+    down = Plan((Rule(method=Mixt(num_branches=2), blocks="1-2", sites=("down",)),))
+    compress_checkpoint(tmp_path / "dense", tmp_path / "up", up)
+    for source, plan in ((tmp_path / "dense", both), (tmp_path / "up", down)):
+        rows = compress_checkpoint(source, tmp_path / "straight", plan, BATCHES, overwrite=True)
+        with pytest.raises(KeyboardInterrupt):
+            compress_checkpoint(source, tmp_path / "out", plan, BATCHES, stop_at(len(rows)), overwrite=True)
+        compress_checkpoint(source, tmp_path / "out", plan, BATCHES, overwrite=True)
+        assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"inputs": "dens"}, "inputs must be 'propagated' or 'dense', got 'dens'"),
+        ({"dtype": "bf16"}, "dtype must be one of auto, float32, .* got 'bf16'"),
+        ({"plan": PLANS["calibrated"]}, "mean_output needs calibration batches .* but none were given"),
+    ],
+)
+def test_a_wrong_request_leaves_nothing_behind(tmp_path, folder, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        compress_checkpoint(folder, tmp_path / "out", **{"plan": PLANS["weights_only"], **options})
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file is a file; the compressed checkpoint is a folder"):
+        compress_checkpoint(folder, tmp_path / "file", PLANS["weights_only"], overwrite=True)
+    assert leftovers(tmp_path) == ["dense", "file"]
 
 
 KILLED_AGAIN_AND_AGAIN = """

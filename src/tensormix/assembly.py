@@ -60,6 +60,7 @@ class Assembly:
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys or {})
         self.unknown: list[str] = []
         self._made_by = self._match(model)
+        self._turn_ties()
         self.makings = list({id(making): making for making in self._made_by.values()}.values())
         self._check_missing(type(model).__name__)
         self._check_shapes()
@@ -92,6 +93,13 @@ class Assembly:
                 made_by.update(dict.fromkeys(making.targets, making))
             made_by[target].parts.setdefault(pattern or name, []).append(parts)
         return made_by
+
+    def _turn_ties(self) -> None:
+        """A tied pair may be stored under either name, whatever the model says which is tied to which."""
+        for target, source in list(self.tied.items()):
+            if target in self._made_by and source not in self._made_by:
+                del self.tied[target]
+                self.tied[source] = target
 
     def _check_missing(self, model: str) -> None:
         missing = [n for n in self.targets if n not in self._made_by and self.tied.get(n) not in self._made_by]

@@ -5,6 +5,7 @@ Shape letters: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
@@ -88,6 +89,8 @@ class Activations:
         if self.folder is None:
             return hidden
         file = self.folder / f"{next(self._numbers)}.bin"
+        with file.open("wb") as handle:  # a hole in the file would be found out by a signal, when the disk is full
+            os.posix_fallocate(handle.fileno(), 0, max(1, hidden.numel() * hidden.element_size()))
         kept = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype).view_as(hidden)
         file.unlink()
         return kept.copy_(hidden)

@@ -129,7 +129,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index = folder / INDEX
-        listed: dict[str, str] | None = read_json(index)["weight_map"] if index.exists() else None
+        # A single file goes before an index, as it does for transformers.
+        listed = _weight_map(index) if index.exists() and not (folder / SINGLE).exists() else None
         self.files = [folder / name for name in sorted(set(listed.values()))] if listed else _single_files(folder)
         self.entries: dict[str, Entry] = {}
         for file in self.files:
@@ -148,6 +149,14 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.entries.values())
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index)
+    found = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise ValueError(f"{index} has no weight_map that says which tensor is in which file; fetch it again")
+    return found
 
 
 def _single_files(folder: Path) -> list[Path]:
@@ -180,10 +189,10 @@ def read_header(file: Path) -> list[Entry]:
     try:
         for name, item in json.loads(text).items():
             if name != "__metadata__":
-                start, stop = item["data_offsets"]
+                start, stop = (int(n) for n in item["data_offsets"])
                 shape = tuple(int(n) for n in item["shape"])
-                entries.append(Entry(name, file, item["dtype"], shape, 8 + length + start, 8 + length + stop))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                entries.append(Entry(name, file, str(item["dtype"]), shape, 8 + length + start, 8 + length + stop))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{file} is damaged or cut off (its header cannot be read: {error!r}); fetch it again"
         ) from error
@@ -193,7 +202,7 @@ def read_header(file: Path) -> list[Entry]:
 
 
 def _check_entry(entry: Entry, size: int) -> None:
-    if entry.stop > size:
+    if not 0 <= entry.start <= entry.stop <= size:
         raise ValueError(
             f"{entry.file} is damaged or cut off ({entry.name} ends at byte {entry.stop}, and the file has {size}); "
             "fetch it again"

@@ -10,7 +10,8 @@ was stopped at any moment goes on at the first unfinished block, and ends with t
 
 from __future__ import annotations
 
-import errno
+import fcntl
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +24,10 @@ from torch import Tensor, nn
 from tensormix.assembly import Assembly, Making, packed_config
 from tensormix.checkpoint import INDEX, PICKLED, Entry, Piece, check_space, file_hash, read_header, write_shard
 from tensormix.files import read_json, write_json
-from tensormix.fitting import Row
+from tensormix.fitting import Row, bytes_after
 from tensormix.hf import attach, install_empty, operators_of
 from tensormix.journal import Journal, Line
 from tensormix.memory import empty_weights, give_back, set_weight
-from tensormix.methods.base import LinearMethod, Method
 from tensormix.operators import DenseStack
 from tensormix.sites import Site, locate_blocks
 from tensormix.walk import Home, Walk
@@ -58,7 +58,7 @@ class Disk(Home):
         self.part = out.with_name(f".{out.name}.part")
         self.journal = Journal(out.with_name(f"{out.name}.journal.jsonl"))
         self.units = self._units(len(self.layers))  # one for each block, and the last one for the rest
-        self._compressed_before = set(operators_of(model))
+        self._compressed_before = operators_of(model)
         self._lines: dict[str, Line] = {}  # of the journal, by file
         self._entered: dict[int, list[nn.Module]] = {}
 
@@ -74,32 +74,57 @@ class Disk(Home):
     def _block_of(self, name: str, num_blocks: int) -> int:
         head, _, tail = name.partition(f"{self.root}.")
         number = tail.split(".")[0]
-        return int(number) if not head and number.isdigit() and int(number) < num_blocks else num_blocks
+        return int(number) if not head and number.isdecimal() and int(number) < num_blocks else num_blocks
 
     # The journal
 
     def is_complete(self, request: dict[str, Any]) -> bool:
         """Whether `out` is there already, whole, as it was asked for now."""
-        self._lines = self.journal.read(request) if self.out.exists() else {}
-        return len(self._lines) == len(self.units) and all((self.out / file).exists() for file in self._lines)
+        ready = (self.out / "config.json").exists() and not self.part.exists()  # what is in part is newer than out
+        self._lines = self._intact(self.out, self.journal.read(request)) if ready else {}
+        return len(self._lines) == len(self.units)
 
     def begin(self, request: dict[str, Any], walk: Walk) -> None:
         """Take up what an earlier walk left, if it was asked for the same, and make sure that the rest fits the disk.
 
-        Raises ValueError if it does not fit.
+        Raises ValueError if it does not fit, or another process is at it.
         """
-        kept = self.journal.read(request) if self.part.exists() else {}
-        self._lines = {
-            file: line
-            for file, line in kept.items()
-            if (self.part / file).exists() and file_hash(self.part / file) == line["sha256"]
-        }
+        self._lines = self._intact(self.part, self.journal.read(request)) if self.part.exists() else {}
         missing = [number for number, unit in enumerate(self.units) if unit.file not in self._lines]
-        check_space(self.out.parent, sum(self._bytes_of(number, walk) for number in missing))
-        if not self._lines:
-            shutil.rmtree(self.part, ignore_errors=True)
+        beside = sum(file.stat().st_size for file in self._files_beside())
+        check_space(self.out.parent, beside + sum(self._bytes_of(number, walk) for number in missing))
         self.part.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        for file in self.part.iterdir():
+            if file.name not in self._lines:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
         self.journal.start(request, self._lines.values())
+
+    def _intact(self, folder: Path, lines: dict[str, Line]) -> dict[str, Line]:
+        """The lines whose files are in `folder` as they were written."""
+        there = {file: line for file, line in lines.items() if (folder / file).exists()}
+        return {file: line for file, line in there.items() if file_hash(folder / file) == line["sha256"]}
+
+    def _lock(self) -> None:
+        """Held until this process lets go of it or ends, however it ends."""
+        self._locked = os.open(self.part, os.O_RDONLY)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._locked)
+            raise ValueError(
+                f"{self.out} is being written by another process; wait, or choose another folder"
+            ) from None
+
+    def unlock(self) -> None:
+        os.close(self._locked)
+
+    def _files_beside(self) -> list[Path]:
+        """What lies beside the weights of the source and goes along: the tokenizer and the like."""
+        folder = self.assembly.checkpoint.folder
+        weights = {file.name for pattern in ("*.safetensors", *PICKLED) for file in folder.glob(pattern)}
+        ours = {INDEX, "config.json", self.journal.path.name}
+        return [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in weights | ours]
 
     def _bytes_of(self, number: int, walk: Walk) -> int:
         """What the file of one unit will hold, without its header: methods are asked for empty operators."""
@@ -112,8 +137,12 @@ class Disk(Home):
                 total += sum(piece.num_bytes for piece in self._copies(making).values())
         for site in walk.sites.values():
             if site.name in here or site.name.rpartition(".")[0] in opened:
-                total += _bytes_after(site, here.get(site.name))
+                total += bytes_after(site, here.get(site.name))
         return total
+
+    @property
+    def num_finished(self) -> int:
+        return len(self._lines)
 
     def all_rows(self) -> list[Row]:
         return [row for unit in self.units for row in self._lines[unit.file]["rows"]]
@@ -161,7 +190,7 @@ class Disk(Home):
     def leave(self, index: int, rows: list[Row]) -> None:
         block = f"{self.root}.{index}"
         found = {f"{block}.{name}".rstrip("."): spec for name, spec in operators_of(self.layers[index]).items()}
-        operators = {name: spec for name, spec in found.items() if name not in self._compressed_before}
+        operators = {name: spec for name, spec in found.items() if self._compressed_before.get(name) != spec}
         self._write(index, operators, rows)
         self.release(index)
 
@@ -176,7 +205,7 @@ class Disk(Home):
             self._write(rest, {}, [])
         for line in self._lines.values():
             known = operators_of(self.model)
-            install_empty(self.model, {k: spec for k, spec in line["operators"].items() if k not in known})
+            install_empty(self.model, {k: spec for k, spec in line["operators"].items() if known.get(k) != spec})
         self._write_index()
         self._write_config()
         weights = {
@@ -224,17 +253,9 @@ class Disk(Home):
                 for target in kept:
                     new.pop(target, None)
         pieces |= {name: Piece.of(tensor) for name, tensor in new.items()}
-        try:
-            size, digest = write_shard(self.part / unit.file, pieces)
-            line = {"file": unit.file, "bytes": size, "sha256": digest, "operators": operators, "rows": rows}
-            self.journal.append(line)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise ValueError(
-                f"the disk under {self.out.parent} is full; make room and give the same command again: "
-                f"it goes on after the {len(self._lines)} files that are finished"
-            ) from error
+        size, digest = write_shard(self.part / unit.file, pieces)
+        line = {"file": unit.file, "bytes": size, "sha256": digest, "operators": operators, "rows": rows}
+        self.journal.append(line)
         self._lines[unit.file] = line
 
     def _copies(self, making: Making) -> dict[str, Piece | Entry]:
@@ -263,24 +284,10 @@ class Disk(Home):
             attach(self.model)
             made = {**self.model.config.quantization_config.to_dict(), "packed": None if self.convert else packed}
             config["quantization_config"] = {key: value for key, value in made.items() if value is not None}
-        if self.convert:
+        if self.convert or not (config.get("dtype") or config.get("torch_dtype")):
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.model.dtype).removeprefix("torch.")
         write_json(self.part / "config.json", config)
-
-
-def _bytes_after(site: Site, method: Method | None) -> int:
-    """What the site takes in the new checkpoint: its operator, or the dense stack beside one, and the bias."""
-    if site.kind == "block":
-        return 0
-    size, bias = site.weight.dtype.itemsize, 0 if site.bias is None else site.bias.numel()
-    if not isinstance(method, LinearMethod):
-        return size * (site.weight.numel() + bias)
-    state = method.empty(site.in_features, site.out_features).state_dict()
-    bias = max(bias, site.num_experts * state.pop("bias").numel() if "bias" in state else 0)
-    # Integers keep their size; floats come in the dtype of the weight.
-    each = sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in state.values())
-    return site.num_experts * each + size * bias
 
 
 def _inside(name: str, operators: Iterable[str]) -> bool:

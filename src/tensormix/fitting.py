@@ -159,3 +159,17 @@ def _root_ratio(squares: list[tuple[float, float]], operator: StructuredLinear) 
             f"the fitted {type(operator).__name__} holds NaN or infinite values; nothing was changed there"
         )
     return math.sqrt(error / wanted) if wanted > 0 else None
+
+
+def bytes_after(site: Site, method: Method | None) -> int:
+    """What the site takes in the new checkpoint: its operator, or the dense stack beside one, and the bias."""
+    if site.kind == "block":
+        return 0
+    size, bias = site.weight.dtype.itemsize, 0 if site.bias is None else site.bias.numel()
+    if not isinstance(method, LinearMethod):
+        return size * (site.weight.numel() + bias)
+    state = method.empty(site.in_features, site.out_features).state_dict()
+    bias = max(bias, site.num_experts * state.pop("bias").numel() if "bias" in state else 0)
+    # Integers keep their size; floats come in the dtype of the weight.
+    each = sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in state.values())
+    return site.num_experts * each + size * bias

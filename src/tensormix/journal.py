@@ -32,7 +32,7 @@ class Journal:
                 break
         if not lines or lines[0] != json.loads(json.dumps(request)):
             return {}
-        return {line["file"]: line for line in lines[1:]}
+        return {line["file"]: line for line in lines[1:] if isinstance(line, dict) and "file" in line}
 
     def start(self, request: Line, finished: Iterable[Line]) -> None:
         """Begin again with what is finished, without the torn line that a kill may have left."""

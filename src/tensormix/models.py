@@ -39,8 +39,7 @@ def load_model(id_or_path: str | Path, dtype: str | None = None) -> PreTrainedMo
         ValueError: it is no model, its weights are pickled, packed in another way, unreadable or incomplete, or it
             cannot be reached.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    _check_dtype(dtype)
     source = _source(id_or_path)
     if isinstance(source, Path):
         Checkpoint(source)  # finds what is wrong with the files before a minute has passed
@@ -62,6 +61,11 @@ def load_model(id_or_path: str | Path, dtype: str | None = None) -> PreTrainedMo
     return model
 
 
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
 def load_tokenizer(id_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in the model's folder or repository. Raises ValueError if there is none or it is out of reach."""
     source = _source(id_or_path)
@@ -81,6 +85,7 @@ def skeleton(id_or_path: str | Path, dtype: str | None = None) -> PreTrainedMode
 
     Raises ValueError if it is no model or cannot be reached.
     """
+    _check_dtype(dtype)
     source = _source(id_or_path)
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -104,8 +109,9 @@ def _dtype_of(config: Any, source: Path | str) -> torch.dtype:
     """The dtype that `from_pretrained` takes by itself: that of the config, else of the first weight."""
     if config.dtype is not None or isinstance(source, str):
         return config.dtype or torch.float32
-    dtypes = [entry.torch_dtype for entry in Checkpoint(source).entries.values() if entry.is_float]
-    return dtypes[0] if dtypes and dtypes[0] is not None else torch.float32
+    entries = sorted(Checkpoint(source).entries.values(), key=lambda entry: (entry.file.name, entry.name))
+    floats = [entry.torch_dtype for entry in entries if entry.is_float and entry.torch_dtype is not None]
+    return next((dtype for dtype in floats if dtype.itemsize > 1), torch.float32)
 
 
 def _keep_wide(model: Any, dtype: torch.dtype) -> None:
@@ -210,12 +216,19 @@ def _known_type(model_type: str) -> bool:
     return model_type in CONFIG_MAPPING
 
 
+def _strict_errors() -> tuple[type[Exception], ...]:
+    """What configs raise that check themselves."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (StrictDataclassError,)
+
+
 @contextmanager
 def _explained(source: Path | str) -> Iterator[None]:
     """What transformers raises, as a ValueError that says what was tried."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, *_strict_errors()) as error:
         reason = " ".join(str(error).split())
         if isinstance(source, Path):
             raise ValueError(f"{source} could not be loaded: {reason}") from error

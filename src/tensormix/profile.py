@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensormix.bits import stored_bits
 from tensormix.models import quiet
+from tensormix.operators.quantized import Packed
 from tensormix.sites import macs_per_token
 
 Row = dict[str, Any]
@@ -30,8 +31,9 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Every parameter once, shared ones included once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Every parameter once, shared ones included once, and the numbers that quantised operators stand for."""
+    packed = sum(part.num_codes for part in model.modules() if isinstance(part, Packed))
+    return packed + sum(parameter.numel() for parameter in model.parameters())
 
 
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -60,9 +61,8 @@ def compress_checkpoint(
         ValueError: as `compress`, and if the checkpoint is damaged or incomplete, `out` exists, or the disk is too
             small. What was finished before an error or a kill is used by the next call.
     """
-    folder = local_folder(source)
-    if folder.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"{out} holds the model that is to be compressed ({folder}); choose another folder")
+    folder, out = local_folder(source), Path(out).resolve()
+    _check_request(folder, out, workers, inputs)
     model: Any = skeleton(folder, dtype=dtype)
     home = Disk(model, Assembly(model, Checkpoint(folder)), out, convert=dtype != "auto", device=device)
     walk = Walk(model, plan, home, progress)
@@ -79,10 +79,34 @@ def compress_checkpoint(
         return home.all_rows()
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already; choose another folder, or say that it may be overwritten")
+    walk.check_inputs(batches)
     home.begin(request, walk)
-    if walk.last_observed >= 0:
-        fill_buffers(model, device)
-    activations = Activations(home.part / "activations" if spill else None)
-    walk.run(Calibration(batches, inputs, precision, activations), workers)
-    home.finish()
+    try:
+        if walk.last_observed >= 0:
+            fill_buffers(model, device)
+        activations = Activations(home.part / "activations" if spill else None)
+        walk.run(Calibration(batches, inputs, precision, activations), workers)
+        if fingerprint(folder) != request["source"]:
+            raise ValueError(f"{folder} changed while it was read: what was made of it is of no use; start again")
+        home.finish()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"the disk under {out.parent} is full; make room and give the same command again: "
+            f"it goes on after the {home.num_finished} files that are finished"
+        ) from error
+    finally:
+        home.unlock()
     return home.all_rows()
+
+
+def _check_request(folder: Path, out: Path, workers: int, inputs: str) -> None:
+    if folder.resolve().is_relative_to(out):
+        raise ValueError(f"{out} holds the model that is to be compressed ({folder}); choose another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; the compressed checkpoint is a folder")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if inputs not in get_args(Stream):
+        raise ValueError(f"inputs must be {' or '.join(map(repr, get_args(Stream)))}, got {inputs!r}")

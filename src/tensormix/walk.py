@@ -131,9 +131,17 @@ class Walk:
         needy = [i for i, here in enumerate(self.chosen) if any(method.needs for method in here.values())]
         return max(needy, default=-1)
 
+    def check_inputs(self, batches: object) -> None:
+        """Raise ValueError if a method needs calibration batches and `batches` is None."""
+        needy = next((method for here in self.chosen for method in here.values() if method.needs), None)
+        if needy is not None and batches is None:
+            names = ", ".join(kind.__name__ for kind in needy.needs)
+            raise ValueError(f"{needy.name} needs calibration batches ({names}), but none were given")
+
     @torch.no_grad()
     def run(self, calibration: Calibration, workers: int = 1) -> list[Row]:
         """All blocks; the rows in the order of the sites. `workers` blocks at a time where no inputs are needed."""
+        self.check_inputs(calibration.batches)
         with _evaluating(self.model):
             if self.last_observed >= 0:
                 return self._run_in_order(calibration)
@@ -177,7 +185,7 @@ class Walk:
             else:
                 if streams.separate:
                     self.home.enter(index)
-                    streams.observe(index, block, self.sites, {})
+                    streams.observe(index, block, self.sites, self.chosen[index])  # with the experts open, as before
                 self.home.restore(index)
                 streams.advance(index, self.layers[index], True)
                 self.home.release(index)
@@ -209,11 +217,8 @@ class _Streams:
     def __init__(self, model: nn.Module, chosen: list[dict[str, Method]], calibration: Calibration) -> None:
         self.model, self.calibration = model, calibration
         methods = [method for here in chosen for method in here.values() if method.needs]
-        if calibration.batches is None:
-            names = ", ".join(kind.__name__ for kind in methods[0].needs)
-            raise ValueError(f"{methods[0].name} needs calibration batches ({names}), but none were given")
         self.asked = {self._stream_of(kind) for method in methods for kind in method.needs}
-        self.calls: list[list[Call]] = record_calls(model, calibration.batches)
+        self.calls: list[list[Call]] = record_calls(model, calibration.batches or ())
         if not (self.calls and self.calls[0]):
             raise ValueError("there are no calibration batches: the iterable is empty")
         start = [calibration.activations.keep(call.hidden) for call in self.calls[0]]

@@ -81,6 +81,46 @@ def test_the_values_are_the_least_squares_optimum_on_the_support_that_it_finds(p
     torch.testing.assert_close(values, least_squares(weight, x, mask), rtol=1e-6, atol=1e-6)
 
 
+def admm_by_hand(weight, gram, num_values, pattern, rho, steps):
+    """The iteration as it is written: min over B, D of 1/2 tr((W - B) H (W - B)^T) with B = D and D of the pattern.
+
+    B <- (W H - V + rho D) (H + rho)^-1, D <- projection of B + V / rho, V <- V + rho (B - D), in the units in which
+    the diagonal of H is 1; rho grows every three steps by how much of the support has changed.
+    """
+    scale = gram.diagonal().sqrt()
+    weight, gram = weight * scale, gram / scale / scale[:, None]
+    identity = torch.eye(len(gram), dtype=gram.dtype)
+    b = d = weight
+    v, old = torch.zeros_like(weight), None
+    for step in range(steps + 1):
+        b = torch.linalg.solve(gram + rho * identity, weight @ gram - v + rho * d, left=False)  # W itself at first
+        mask = largest((b + v / rho).abs(), num_values=num_values, pattern=pattern)
+        d = torch.where(mask, b + v / rho, 0)
+        v = v + rho * (b - d)
+        if step % 3 == 0:
+            changed = 1.0 if old is None else float((mask != old).sum()) / num_values
+            if changed == 0:
+                break
+            if step:
+                rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
+            old = mask
+    return mask
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("max_steps", [1, 2, 5, 300])
+def test_the_support_is_that_of_the_iteration_written_out(pattern, max_steps):
+    weight, x = correlated(16, 48, 200)
+    gram, num_values = damped(x.T @ x, 0.005, 0.01), count(pattern, (16, 48))
+    _, mask = alps(
+        weight, ScaledGram.of(gram, torch.float64), num_values=num_values, pattern=pattern, max_steps=max_steps
+    )
+    expected = admm_by_hand(weight, gram, num_values, pattern, 0.1, max_steps)
+    start = admm_by_hand(weight, gram, num_values, pattern, 0.1, 0)
+    assert not torch.equal(expected, start), "otherwise nothing is shown"
+    assert torch.equal(mask, expected)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_uncorrelated_inputs_give_magnitude_pruning(pattern):
     weight, _ = correlated(7, 200, 1)

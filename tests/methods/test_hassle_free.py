@@ -81,6 +81,15 @@ def test_every_alternation_that_is_kept_lowers_the_error(sparse, budget):
     assert errors[-1] < 0.8 * errors[0]
 
 
+def test_a_rho_that_does_not_grow_lets_the_support_move_to_a_better_one():
+    weight, gram = random(48, 64), gram_of(correlated(500, 64))
+    grown, kept = (
+        HassleFree(keep=0.5, low_rank_share=0.3, rho_growth=growth, steps=30).fit(weight, {Gram: gram})
+        for growth in (5.0, 0.0)
+    )
+    assert relative_error(kept, weight, gram) < 0.8 * relative_error(grown, weight, gram)
+
+
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
 def test_two_optimal_steps_never_raise_the_error(shape):
     """With the support fixed both steps are exact, so that the error falls with every one of them."""
@@ -251,7 +260,9 @@ def test_the_patterns_are_those_of_the_operator():
 
 @pytest.mark.parametrize("sparse", SOLVERS)
 def test_factors_are_balanced(sparse):
-    op = HassleFree(keep=0.5, low_rank_share=0.3, steps=2).fit(random(48, 64), {Gram: gram_of(correlated(99, 64))})
+    op = HassleFree(keep=0.5, low_rank_share=0.3, sparse=sparse, steps=2).fit(
+        random(48, 64), {Gram: gram_of(correlated(99, 64))}
+    )
     low = op.get_submodule("terms.1")
     assert isinstance(low, LowRank)
     torch.testing.assert_close(low.left.norm(dim=0), low.right.norm(dim=1), rtol=1e-4, atol=1e-6)

@@ -57,6 +57,18 @@ def test_it_is_idempotent_and_within_half_a_scale(rows, columns, bits, granulari
         assert torch.equal(method.fit(once, {}).to_dense(), once)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_on_the_grid_is_exact(bits, symmetric, dtype):
+    steps = 2**bits - 1
+    codes = torch.randint(0, steps + 1 - symmetric, (16, 12))
+    codes[:, 0], codes[:, 1] = 0, steps - symmetric  # so that the scale is seen
+    weight = ((codes - steps // 2) * 2.0 ** torch.randint(-9, 4, (16, 1))).to(dtype)
+    op = Rtn(bits=bits, granularity="channel", symmetric=symmetric).fit(weight, {})
+    assert torch.equal(op.to_dense(), weight)
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_more_bits_are_nearer(granularity, symmetric):
@@ -201,10 +213,14 @@ def test_the_walk_names_the_site_of_a_bad_weight():
         compress(model, plan)
 
 
-def test_without_a_walk_a_bad_weight_is_refused_too():
-    weight = torch.full((O, I), float("nan"))
-    with pytest.raises(ValueError, match=r"Quantized: matrix of the Dense cannot be rounded: it holds NaN"):
-        Rtn(bits=4).fit(weight, {})
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_without_a_walk_a_bad_weight_is_refused_too(bad, symmetric):
+    weight = torch.randn(O, I, dtype=torch.float64)
+    weight[1, 2] = bad
+    sentence = r"^Quantized: matrix of the Dense cannot be rounded: it holds NaN or infinite values, or ones above 3e38"
+    with pytest.raises(ValueError, match=sentence):
+        Rtn(bits=4, symmetric=symmetric).fit(weight, {})
 
 
 def test_every_linear_method_but_this_may_stand_inside():

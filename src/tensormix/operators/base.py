@@ -71,7 +71,8 @@ class StructuredLinear(nn.Module, ABC):
     @property
     def num_params(self) -> int:
         """Stored numbers of the structure; the bias, which belongs to the site, is not counted."""
-        return sum(p.numel() for p in self.parameters() if p is not self.bias)
+        packed = sum(getattr(part, "num_codes", 0) for part in self.modules())  # numbers that are stored as integers
+        return packed + sum(p.numel() for p in self.parameters() if p is not self.bias)
 
     @property
     def num_bits(self) -> int:

@@ -31,7 +31,7 @@ class Sparse(StructuredLinear):
     Bit b of all codes is one row of `positions`, eight codes to a byte, the first in the lowest bit.
 
     The product writes W out and multiplies it like a dense matrix. On a CPU that beats a sparse product from a density
-    of about one fifth on; the writing costs as much as the product for some hundred tokens. So `macs_per_token` is
+    of about one seventh on; the writing costs as much as the product for some hundred tokens. So `macs_per_token` is
     that of the dense matrix, and `num_values` would be that of hardware which skips the zeros.
 
     Raises:
