@@ -161,7 +161,11 @@ def test_the_space_asked_for_is_what_is_written(tmp_path, folder, monkeypatch):
         compress_checkpoint(folder, tmp_path / name, plan, BATCHES)
         index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
         beside = (folder / "generation_config.json").stat().st_size
-        assert asked[-1] == index["metadata"]["total_size"] + beside
+        written = index["metadata"]["total_size"] + beside
+        assert asked[-1] == written
+        compress_checkpoint(folder, tmp_path / "again", plan, BATCHES, spill=True, overwrite=True)
+        streams = {"weights_only": 0, "calibrated": 1, "both_streams": 2}[name]
+        assert asked[-1] == written + streams * 4 * 32 * sum(batch.numel() for batch in BATCHES)
 
 
 def test_an_output_folder_that_is_there_already(tmp_path, folder):

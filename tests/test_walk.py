@@ -83,6 +83,20 @@ def test_the_walk_reproduces_the_model(model):
 
 
 @torch.no_grad()
+def test_what_is_recorded_for_many_batches_is_there_once():
+    """Positions and masks of equal windows are one tensor, of other windows their own; logits are never computed."""
+    model, asked = make("gemma2"), []
+    model.lm_head.register_forward_pre_hook(lambda *_: asked.append("logits"))
+    batches = [token_ids(seed=1), token_ids(seed=2), token_ids(seed=3, length=5), token_ids(seed=4, length=5)]
+    for of_block in record_calls(model, batches, lambda hidden: hidden.double()):
+        tensors = [[*call.kwargs["position_embeddings"], call.kwargs["attention_mask"]] for call in of_block]
+        for first, second, other, last in zip(*tensors, strict=True):
+            assert first is second and other is last and first.shape != other.shape
+        assert all(call.hidden.dtype == torch.float64 for call in of_block)
+    assert asked == []
+
+
+@torch.no_grad()
 def test_the_walk_reproduces_a_model_that_is_compressed_already():
     model = make("gptj")
     compress(model, plan({"method": DropBlocks(), "blocks": "1"}, {"method": Svd(keep=0.5), "blocks": "0"}))

@@ -6,7 +6,7 @@ Shape letters: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -51,27 +51,54 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
-def record_calls(model: nn.Module, batches: Iterable[Tensor]) -> list[list[Call]]:  # (B, T) each
+def record_calls(
+    model: nn.Module, batches: Iterable[Tensor], keep: Callable[[Tensor], Tensor] = lambda hidden: hidden
+) -> list[list[Call]]:  # (B, T) each
     """Per block, per batch: how the model itself calls it.
 
     Masks, positions and caches differ between the blocks of one model, so one block's arguments do not serve another.
-    `hidden` is what enters the first block, in all calls. Raises ValueError if a batch is not (B, T) token ids.
+    Those that are the same for several batches are there once.
+
+    Args:
+        keep: `hidden` is what it returns for what enters the first block, in all calls of a batch.
+
+    Raises ValueError if a batch is not (B, T) token ids.
     """
     layers = blocks(model)
     real = list(layers)
+    recorders = [_Recorder(block) for block in real]
     device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    without_head = getattr(model, "base_model", model)  # of transformers: logits are of no use here, and large
     try:
-        for index, block in enumerate(real):
-            layers[index] = _Recorder(block)
+        for index, recorder in enumerate(recorders):
+            layers[index] = recorder
         for batch in batches:
             if batch.dim() != 2 or batch.is_floating_point():
                 shape = tuple(batch.shape)
                 raise ValueError(f"a calibration batch must be token ids of shape (B, T), got {batch.dtype} {shape}")
-            model(batch.to(device), use_cache=False)
-        return [layer.calls for layer in layers if isinstance(layer, _Recorder)]
+            without_head(batch.to(device), use_cache=False)
+            hidden = keep(recorders[0].calls[-1].hidden)
+            for call, known in ((recorder.calls[-1], recorder.calls[-2:][0]) for recorder in recorders):
+                call.hidden = hidden
+                call.args, call.kwargs = _once(call.args, known.args), _once(call.kwargs, known.kwargs)
+        return [recorder.calls for recorder in recorders]
     finally:
         for index, block in enumerate(real):
             layers[index] = block
+
+
+def _once(new: Any, known: Any) -> Any:
+    """`new`, where every tensor that equals the one at its place in `known` is that one."""
+    if type(new) is not type(known):
+        return new
+    if isinstance(new, Tensor):
+        same = new.dtype == known.dtype and new.device == known.device and torch.equal(new, known)
+        return known if same else new
+    if type(new) is dict:
+        return {key: _once(value, known.get(key)) for key, value in new.items()}
+    if type(new) is tuple and len(new) == len(known):
+        return tuple(_once(a, b) for a, b in zip(new, known, strict=True))
+    return new
 
 
 class Activations:

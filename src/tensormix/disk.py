@@ -84,15 +84,18 @@ class Disk(Home):
         self._lines = self._intact(self.out, self.journal.read(request)) if ready else {}
         return len(self._lines) == len(self.units)
 
-    def begin(self, request: dict[str, Any], walk: Walk) -> None:
+    def begin(self, request: dict[str, Any], walk: Walk, meanwhile: int) -> None:
         """Take up what an earlier walk left, if it was asked for the same, and make sure that the rest fits the disk.
+
+        Args:
+            meanwhile: bytes that are needed beside the files while they are made.
 
         Raises ValueError if it does not fit, or another process is at it.
         """
         self._lines = self._intact(self.part, self.journal.read(request)) if self.part.exists() else {}
         missing = [number for number, unit in enumerate(self.units) if unit.file not in self._lines]
         beside = sum(file.stat().st_size for file in self._files_beside())
-        check_space(self.out.parent, beside + sum(self._bytes_of(number, walk) for number in missing))
+        check_space(self.out.parent, meanwhile + beside + sum(self._bytes_of(number, walk) for number in missing))
         self.part.mkdir(parents=True, exist_ok=True)
         self._lock()
         for file in self.part.iterdir():

@@ -18,7 +18,7 @@ from tensormix.disk import Disk
 from tensormix.fitting import Row
 from tensormix.models import fill_buffers, fingerprint, local_folder, skeleton
 from tensormix.plan import Plan
-from tensormix.walk import Calibration, Progress, Stream, Walk
+from tensormix.walk import Calibration, Progress, Stream, Walk, streams_of
 
 
 @torch.no_grad()
@@ -80,7 +80,8 @@ def compress_checkpoint(
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already; choose another folder, or say that it may be overwritten")
     walk.check_inputs(batches)
-    home.begin(request, walk)
+    batches = list(batches) if batches is not None and walk.last_observed >= 0 else None
+    home.begin(request, walk, _bytes_of_activations(model, walk, batches, inputs) if spill and batches else 0)
     try:
         if walk.last_observed >= 0:
             fill_buffers(model, device)
@@ -99,6 +100,12 @@ def compress_checkpoint(
     finally:
         home.unlock()
     return home.all_rows()
+
+
+def _bytes_of_activations(model: Any, walk: Walk, batches: list[Tensor], inputs: Stream) -> int:
+    """What is on the disk at once: one list of hidden states for each stream."""
+    num_numbers = sum(batch.numel() for batch in batches) * model.config.get_text_config().hidden_size
+    return len(streams_of(walk.chosen, inputs)) * num_numbers * model.dtype.itemsize
 
 
 def _check_request(folder: Path, out: Path, workers: int, inputs: str) -> None:

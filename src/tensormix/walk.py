@@ -49,7 +49,7 @@ class Home:
         return sum(8 * weight.numel() * weight.element_size() for weight in weights)
 
     def tidy(self) -> None:
-        """Something large was just let go of: after the statistics of a block, and after each site."""
+        """Something large was just let go of: after each batch, after the statistics of a block, after each site."""
 
     def leave(self, index: int, rows: list[Row]) -> None:
         """The walk is done with block `index`, which may be put away."""
@@ -169,7 +169,7 @@ class Walk:
 
     def _run_in_order(self, calibration: Calibration) -> list[Row]:
         with self.home.rest():
-            streams = _Streams(self.model, self.chosen, calibration)
+            streams = _Streams(self.model, self.chosen, calibration, self.home.tidy)
         rows: list[Row] = []
         for index, block in enumerate(self.layers):
             finished = self.home.finished(index)
@@ -179,7 +179,7 @@ class Walk:
                 self.home.enter(index)
                 new = self._fit(index, streams.observe(index, block, self.sites, self.chosen[index]))
                 if index < self.last_observed:
-                    streams.advance(index, self.layers[index], bool(new))
+                    streams.advance(index, self.layers[index])
                 self.home.leave(index, new)
                 rows += new
             else:
@@ -187,7 +187,7 @@ class Walk:
                     self.home.enter(index)
                     streams.observe(index, block, self.sites, self.chosen[index])  # with the experts open, as before
                 self.home.restore(index)
-                streams.advance(index, self.layers[index], True)
+                streams.advance(index, self.layers[index])
                 self.home.release(index)
                 rows += self._count(finished)
         return rows
@@ -212,23 +212,24 @@ class Walk:
 
 
 class _Streams:
-    """The hidden states that enter a block: of the compressed model, and of the dense one where that is asked for."""
+    """The hidden states that enter a block: of the compressed model, and of the dense one where that is asked for.
 
-    def __init__(self, model: nn.Module, chosen: list[dict[str, Method]], calibration: Calibration) -> None:
-        self.model, self.calibration = model, calibration
-        methods = [method for here in chosen for method in here.values() if method.needs]
-        self.asked = {self._stream_of(kind) for method in methods for kind in method.needs}
-        self.calls: list[list[Call]] = record_calls(model, calibration.batches or ())
+    What a block passes on takes the place of what entered it, batch by batch, so that there is one list of each.
+    """
+
+    def __init__(
+        self, model: nn.Module, chosen: list[dict[str, Method]], calibration: Calibration, tidy: Callable[[], None]
+    ) -> None:
+        self.model, self.calibration, self.tidy = model, calibration, tidy
+        self.asked = streams_of(chosen, calibration.inputs)
+        self.calls: list[list[Call]] = record_calls(model, calibration.batches or (), self._keep_first)
         if not (self.calls and self.calls[0]):
             raise ValueError("there are no calibration batches: the iterable is empty")
-        start = [calibration.activations.keep(call.hidden) for call in self.calls[0]]
+        start = [call.hidden for call in self.calls[0]]
         for call in (call for of_block in self.calls for call in of_block):
-            call.hidden = start[0]  # lets go of the others, which may lie in files now
-        self.hidden: dict[str, list[Tensor]] = {stream: start for stream in sorted(self.asked)}
-        self._passed: dict[str, list[Tensor]] = {}  # what the block passed on while it was dense
-
-    def _stream_of(self, kind: Any) -> str:
-        return self.calibration.inputs if kind.stream == "walk" else kind.stream
+            call.hidden = start[0]  # lets go of the others
+        self.hidden: dict[str, list[Tensor]] = {stream: list(start) for stream in sorted(self.asked)}
+        self._passed: set[str] = set()  # the streams that are behind the block already
 
     @property
     def separate(self) -> bool:
@@ -240,30 +241,51 @@ class _Streams:
     ) -> Statistics:
         """Run the dense block on every stream; returns what the statistics of its sites saw."""
         stats = new_statistics(sites, here, self.calibration.precision)
-        self._passed = {}
         for stream in self.hidden:
             watched = {
-                name: [{k: s for k, s in of_expert.items() if self._stream_of(k) == stream} for of_expert in experts]
+                name: [
+                    {k: s for k, s in of_expert.items() if _stream_of(k, self.calibration.inputs) == stream}
+                    for of_expert in experts
+                ]
                 for name, experts in stats.items()
             }
             watched = {name: experts for name, experts in watched.items() if experts[0]}
-            if stream == "dense" or not here or watched:
-                with observe(self.model, sites, watched):
-                    self._passed[stream] = self._run(index, block, self.hidden[stream])
+            with observe(self.model, sites, watched):
+                if stream == "dense" or not here:
+                    self._pass_on(stream, index, block)
+                elif watched:
+                    for _ in self._run(stream, index, block):
+                        pass
         return stats
 
-    def advance(self, index: int, block: nn.Module, changed: bool) -> None:
-        """Go on to the next block; `changed` says whether this one is no longer dense."""
-        for stream in self.hidden:
-            if stream == "propagated" and (changed or stream not in self._passed):
-                self.hidden[stream] = self._run(index, block, self.hidden[stream])
-            else:
-                self.hidden[stream] = self._passed[stream]
-        self._passed = {}
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Go on to the next block: every stream that did not pass while this one was dense."""
+        for stream in self.hidden.keys() - self._passed:
+            self._pass_on(stream, index, block)
+        self._passed = set()
 
-    def _run(self, index: int, block: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
-        keep = self.calibration.activations.keep
-        return [keep(call.run(block, h)) for call, h in zip(self.calls[index], hidden, strict=True)]
+    def _pass_on(self, stream: str, index: int, block: nn.Module) -> None:
+        for number, hidden in enumerate(self._run(stream, index, block)):
+            self.hidden[stream][number] = self.calibration.activations.keep(hidden)
+        self._passed.add(stream)
+
+    def _run(self, stream: str, index: int, block: nn.Module) -> Iterator[Tensor]:
+        for call, entering in zip(self.calls[index], self.hidden[stream], strict=True):
+            yield call.run(block, entering)
+            self.tidy()
+
+    def _keep_first(self, hidden: Tensor) -> Tensor:
+        self.tidy()
+        return self.calibration.activations.keep(hidden)
+
+
+def _stream_of(kind: Any, inputs: Stream) -> str:
+    return inputs if kind.stream == "walk" else kind.stream
+
+
+def streams_of(chosen: list[dict[str, Method]], inputs: Stream) -> set[str]:
+    """Which streams of hidden states the statistics of these methods see."""
+    return {_stream_of(kind, inputs) for here in chosen for method in here.values() for kind in method.needs}
 
 
 def _check_sizes(sites: Mapping[str, Site], chosen: Mapping[str, Method]) -> None:

@@ -127,8 +127,8 @@ def test_the_ridge_is_relative_and_the_mu_of_coala():
         torch.testing.assert_close(ridged, coala, rtol=1e-8, atol=1e-10)
 
 
-def streams():
-    weight, dense = problem()
+def streams(**options):
+    weight, dense = problem(**options)
     generator = torch.Generator().manual_seed(1)
     propagated = dense + 0.2 * torch.randn(dense.shape, dtype=torch.float64, generator=generator) * dense.std(0)
     return weight, dense, propagated
@@ -157,21 +157,23 @@ def test_the_update_changes_nothing_where_both_streams_are_equal():
 
 @pytest.mark.parametrize("num_tokens", [3, 100], ids=["few tokens", "tokens the right factor hardly sees"])
 def test_the_update_changes_as_little_as_it_can(num_tokens):
-    """The inputs reach three of the five rows of the right factor: what the other two multiply stays what it was."""
-    weight, dense = problem(smallest=1e-5)  # so steep that the Gram matrix blurs what is not reached
+    """The inputs reach three directions of the five rows of the right factor: the left factor changes by the smallest
+    least squares solution, what the other directions multiply stays what it was, and the error falls by Pythagoras."""
+    weight, dense, x = streams(smallest=1e-5)  # so steep that the Gram matrix blurs what is not reached
     before = SvdLlm(keep=0.4).fit(weight, seen(Gram, dense))
-    left, right = before.left.detach(), before.right.detach()
     assert before.rank == 5
-    inverse = torch.linalg.pinv(right)
-    unseen_rows = inverse[:, 3:] @ right[3:]
-    x = (dense - dense @ unseen_rows.T * (num_tokens > 3))[:num_tokens]
-    change = refit_left(weight, left, right, x.T) - left
+    lengths = before.left.detach().norm(dim=0)
+    left, right = before.left.detach() / lengths, before.right.detach() * lengths[:, None]  # the left one orthonormal
+    unseen_rows = torch.linalg.pinv(right)[:, 3:] @ right[3:]
+    x = (x - x @ unseen_rows.T * (num_tokens > 3))[:num_tokens]
     missing = x @ (weight - left @ right).T
     smallest = torch.linalg.lstsq(x @ right.T, missing, rcond=1e-10, driver="gelsd").solution.T
-    torch.testing.assert_close(change, smallest, rtol=1e-7, atol=1e-8)
+    assert smallest.norm() > 0.01
+    torch.testing.assert_close(refit_left(weight, left, right, x.T) - left, smallest, rtol=1e-7, atol=1e-8)
     after = SvdLlm(keep=0.4, update=True).fit(weight, {**seen(DenseGram, dense), **seen(PropagatedGram, x)})
-    assert output_error(weight, after, x) < output_error(weight, before, x)
-    assert (after.to_dense() - before.to_dense()).norm() < before.to_dense().norm()
+    torch.testing.assert_close(after.to_dense().detach(), (left + smallest) @ right, rtol=1e-6, atol=1e-7)
+    errors = [output_error(weight, op, x).square() for op in (before, after)]
+    torch.testing.assert_close(errors[0] - errors[1], (x @ (smallest @ right).T).square().sum(), rtol=1e-6, atol=1e-9)
 
 
 def test_what_it_needs_depends_on_the_update():
