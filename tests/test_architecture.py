@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"hf", "sites", "files", "checkpoint"},
     "recipe": {"plan", "methods", "settings", "explain"},
     "data": {"exam", "files", "settings"},
-    "recover": FACTS,
+    "recover": FACTS | {"calls"},
     "evaluate": FACTS,
     "diagnose": FACTS | {"evaluate"},
     "profile": FACTS | {"bits"},

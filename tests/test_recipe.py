@@ -56,6 +56,14 @@ def test_only_the_model_is_required(tmp_path):
     assert recipe.plan == Plan() and recipe.recover is None and recipe.evaluate == Evaluate()
 
 
+def test_the_teacher_and_its_cache_are_placed_beside_the_recipe(tmp_path):
+    (tmp_path / "dense").mkdir()
+    start = "model: owner/name\nrecover: {text: [{exam: true}], loss: kl, distill: "
+    distill = load(tmp_path, start + "{teacher: dense, cache: kept}}").recover.distill
+    assert (distill.teacher, distill.cache) == (str(tmp_path / "dense"), str(tmp_path / "kept"))
+    assert load(tmp_path, start + "{teacher: owner/dense}}").recover.distill.teacher == "owner/dense"
+
+
 def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path)

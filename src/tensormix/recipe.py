@@ -191,9 +191,19 @@ def _placed_recipe(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same data with relative paths taken from `folder`; a model that is no folder there is a Hub id."""
     placed = _placed_files(data, folder)
     model = placed.get("model")
-    if isinstance(model, str) and (model.startswith((".", "~")) or (folder / model).exists()):
+    if isinstance(model, str) and _is_path(model, folder):
         placed["model"] = _placed(model, folder)
+    distill = (placed.get("recover") or {}).get("distill") if isinstance(placed.get("recover"), dict) else None
+    if isinstance(distill, dict):
+        if isinstance(distill.get("teacher"), str) and _is_path(distill["teacher"], folder):
+            distill["teacher"] = _placed(distill["teacher"], folder)
+        if isinstance(distill.get("cache"), str):
+            distill["cache"] = _placed(distill["cache"], folder)
     return placed
+
+
+def _is_path(model: str, folder: Path) -> bool:
+    return model.startswith((".", "~")) or (folder / model).exists()
 
 
 def _placed_files(data: Any, folder: Path) -> Any:

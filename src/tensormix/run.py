@@ -58,6 +58,7 @@ def run_recipe(
     progress: Progress | None = None,
     keep_compressed: bool = True,
     workers: int = 1,
+    teacher_cache: Path | None = None,
 ) -> Path:
     """Compress, recover, evaluate, diagnose, profile; returns `folder`. Finished stages are not repeated.
 
@@ -66,6 +67,8 @@ def run_recipe(
         progress: told how far each stage is.
         keep_compressed: keep the model as it was before recovery, too.
         workers: blocks that are compressed at a time, where no method needs inputs.
+        teacher_cache: a folder for the dense model's logits, shared by the runs of a sweep; without it they are kept
+            no longer than the recovery.
 
     Raises:
         ValueError: whatever a stage finds wrong with the recipe, the model or the data. Finished stages stay.
@@ -74,6 +77,7 @@ def run_recipe(
     if reference is None and len(recipe.plan.root):
         reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress)
     run = _Run(recipe, folder, reference, progress or (lambda stage, done, total: None), workers)
+    run.cache = teacher_cache
     for stage in STAGES:
         run.finish(stage)
         if stage == "recover" and stage in run.keys and not keep_compressed:
@@ -88,6 +92,7 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: Path, reference: Path | None, progress: Progress, workers: int) -> None:
         self.recipe, self.folder, self.reference, self.progress = recipe, folder, reference, progress
         self.workers = workers
+        self.cache: Path | None = None
         self.keys = stage_keys(recipe, reference)
         self._model: Any = None
         self._tokenizer: Any = None
@@ -179,6 +184,8 @@ class _Run:
             folder=self.folder / "checkpoints" / self.keys["recover"],
             seed=self.recipe.seed,
             progress=lambda done, total: self.progress("recover", done, total),
+            teacher=self.recipe.model,
+            cache=self.cache,
         )
         self._save("recovered")
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
@@ -265,7 +272,8 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
     if len(recipe.plan.root):
         key("compress", start)
     if recipe.recover is not None:
-        key("recover", start, keys.get("compress"))
+        other = recipe.recover.distill.teacher if recipe.recover.loss != "lm" else None
+        key("recover", start, keys.get("compress"), *([fingerprint(other)] if other else []))
     model = keys.get("recover", keys.get("compress"))
     key("evaluate", start, model)
     if recipe.diagnose is not None and recipe.evaluate.exam is not None:

@@ -48,6 +48,18 @@ class Calibration(Settings):
     spill: bool = False  # keep the activations between blocks on the disk instead of in memory
 
 
+class Distill(Settings):
+    """What recovery learns from the dense model, where its loss says so."""
+
+    teacher: str | None = None  # a folder, relative to the recipe, or a Hub id; without it the model of the recipe
+    top_k: int = Field(default=32, ge=1)  # logits kept of each token; all others count as one event, the tail
+    cache: str | None = None  # folder of the kept logits; without it one beside the run, shared by a sweep
+    hidden: float = Field(default=0.0, ge=0)  # weight of the hidden-state term; the teacher then runs at every step
+    local_steps: int = Field(default=100, ge=1)  # of `steps`: block by block before anything else (local_then_kl)
+    local_inputs: Literal["propagated", "dense"] = "propagated"  # what enters a block while it is trained alone
+    task_steps: int = Field(default=0, ge=0)  # of `steps`: the last ones, on the text alone (the loss lm)
+
+
 class Recover(Settings):
     """Training after compression."""
 
@@ -58,9 +70,24 @@ class Recover(Settings):
     learning_rate: float = Field(default=1e-3, gt=0)
     warmup: float = Field(default=0.03, ge=0, lt=1)  # fraction of the steps
     weight_decay: float = Field(default=0.0, ge=0)
+    loss: Literal["lm", "kl", "local_then_kl"] = "lm"  # the text's tokens, the dense model's logits, its blocks first
+    distill: Distill = Distill()  # of the losses kl and local_then_kl
+    core_rate: Literal["same", "fan_in"] = "same"  # fan_in: times in_features / fan-in of each matrix of an operator
+    diverged: float | None = Field(default=3.0, gt=0)  # stop when the loss is so far (nats) above its lowest
     parameters: Literal["all", "compressed"] = "all"  # which are trained
     loss_on: Literal["all", "answers"] = "all"  # every token, or the answers of exam questions only
     save_every: int = Field(default=500, ge=1)  # steps between checkpoints
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        local = self.distill.local_steps if self.loss == "local_then_kl" else 0
+        task = self.distill.task_steps if self.loss != "lm" else 0
+        if local + task > 0 and local + task >= self.steps:
+            raise ValueError(
+                f"steps ({self.steps}) must be more than distill.local_steps and distill.task_steps together "
+                f"({local + task}), or none are left to learn from the logits"
+            )
+        return self
 
 
 class Perplexity(Settings):

@@ -2,6 +2,7 @@
 
     sweep.json        settings, the list of cells, the boundaries of what is finished
     dense/            the run of the untouched model, depth 0 of every series
+    teacher/          the dense model's logits for recovery by distillation, until the last cell is done
     last-04-mixt4/    a cell: last 4 blocks, MixT with 4 branches
 
 Every cell starts from the same dense model and gets the same recovery. A sweep that was stopped goes on where it was.
@@ -10,6 +11,7 @@ Every cell starts from the same dense model and gets the same recovery. A sweep 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -71,10 +73,18 @@ def run_sweep(sweep: Sweep, folder: Path, *, progress: Progress | None = None) -
     total, done = sum(job[3] for job in todo), 0.0
     for name, job, reference, weight in todo:
         begun = within(lambda share, n=name, d=done, w=weight: tell(n, d + w * share, total))
-        run_recipe(job, folder / name, reference=reference, progress=begun, keep_compressed=False)
+        run_recipe(
+            job,
+            folder / name,
+            reference=reference,
+            progress=begun,
+            keep_compressed=False,
+            teacher_cache=folder / "teacher",
+        )
         done += weight
         tell(name, done, total)
         write_sweep(sweep, cells, folder)
+    shutil.rmtree(folder / "teacher", ignore_errors=True)
     return folder
 
 

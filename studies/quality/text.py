@@ -1,9 +1,9 @@
 """The text of the study, cut once into what is learned from, what recovery reads and what nobody reads before the end.
 
-    pretraining   everything below that is not held out; the mid-size model is trained on it
-    recovery      the pretraining text without C4: what a compressed model is recovered on
-    in_domain     WikiText-2 test: the corpus of the recovery text, other articles
-    held_out      the last 40 documents of C4: a corpus the recovery never reads, documents nobody ever read
+pretraining   everything below that is not held out; the mid-size model is trained on it
+recovery      the pretraining text without C4: what a compressed model is recovered on
+in_domain     WikiText-2 test: the corpus of the recovery text, other articles
+held_out      the last 40 documents of C4: a corpus the recovery never reads, documents nobody ever read
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-WINDOW, BATCH, VOCABULARY = 256, 16, 2048
+WINDOW, BATCH, VOCABULARY = 256, 8, 2048
 RATES = (2e-3, 3e-3)  # peak learning rates: Muon for the matrices, AdamW for the rest
 DECAY = 0.2  # share of the steps in which the rate falls
 END = "<|endoftext|>"
@@ -144,7 +144,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with text/ and instruct/")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--log", type=Path, default=Path(__file__).with_name("midsize.jsonl"))
     arguments = parser.parse_args()

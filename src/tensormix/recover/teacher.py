@@ -1,0 +1,131 @@
+"""The dense model's logits, computed once and kept on the disk: the most probable tokens and the mass of the rest.
+
+    cache.json                   what they are of: teacher, tokenizer, vocabulary, kept tokens, window
+    logits-00000.safetensors     `ids` of 64 windows, and of every position but the last `tokens`, `values`, `tail`
+
+A file is written whole or not at all, so a cache that was stopped goes on. The windows themselves are in the files and
+are compared, so a cache serves every run that reads the same windows, also one that reads only the first of them.
+
+Shape letters: B windows, T tokens, K tokens kept of each position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tensormix.files import new_file, read_json, write_json
+from tensormix.recover.losses import top_k_of
+
+WINDOWS_PER_FILE = 64
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A short hash of what the tokens of a tokenizer mean: every entry of its vocabulary with its number."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def check_vocabulary(teacher: Any, student: Any) -> None:
+    """Raise ValueError if the two models do not score the same number of tokens."""
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"recover: the teacher has a vocabulary of {sizes[0]} tokens and the model one of {sizes[1]}; "
+            "distillation compares their logits token by token, so it needs a teacher with the same vocabulary."
+        )
+
+
+class TeacherLogits:
+    """What is kept of a teacher's logits on a row of windows, in a folder.
+
+    Args:
+        folder: of the cache; made where it is missing.
+        teacher: fingerprint of the teacher. tokenizer: digest of the tokenizer that made the windows.
+        vocabulary: number of tokens that the teacher scores. window: tokens of each window.
+
+    Raises:
+        ValueError: the folder holds the logits of another teacher, tokenizer or window, or fewer tokens each.
+    """
+
+    def __init__(self, folder: Path, *, teacher: str, tokenizer: str, vocabulary: int, top_k: int, window: int) -> None:
+        self.folder, self.window = folder, window
+        self.about = {
+            "teacher": teacher,
+            "tokenizer": tokenizer,
+            "vocabulary": vocabulary,
+            "top_k": min(top_k, vocabulary),
+            "window": window,
+        }
+        if (folder / "cache.json").exists():
+            self._compare(read_json(folder / "cache.json"))
+        else:
+            write_json(folder / "cache.json", self.about)
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        for key, wanted in self.about.items():
+            if found.get(key) != wanted:
+                raise ValueError(
+                    f"recover: the logits in {self.folder} were kept for another {key} ({found.get(key)}, this run has "
+                    f"{wanted}); name another folder as distill.cache, or delete that one."
+                )
+
+    def fill(
+        self,
+        windows: Callable[[int], Tensor],  # number -> ids (T,)
+        wanted: range,
+        num_windows: int,
+        logits_of: Callable[[Tensor], Tensor],  # (B, T) -> (B, T, V)
+        batch_size: int,
+    ) -> None:
+        """Compute what is missing of the `wanted` windows, in whole files of a row of `num_windows`.
+
+        Raises:
+            ValueError: the logits that are there are of other windows, or the teacher's are not finite.
+        """
+        size = WINDOWS_PER_FILE
+        for number in range(wanted.start // size, -(-wanted.stop // size)):
+            ids = torch.stack([windows(i) for i in range(size * number, min(size * (number + 1), num_windows))]).int()
+            if self._has(number, ids):
+                continue
+            kept = [top_k_of(self._finite(logits_of(b.long())), self.about["top_k"]) for b in ids.split(batch_size)]
+            tokens, values, tail = (torch.cat([part[i][:, :-1] for part in kept]).cpu() for i in range(3))
+            content = {"ids": ids, "tokens": tokens, "values": values, "tail": tail}
+            with new_file(self._file(number)) as handle:
+                handle.write(save({name: tensor.contiguous() for name, tensor in content.items()}))
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        if not logits.isfinite().all():
+            raise ValueError("recover: the teacher's logits hold NaN or infinite values; it cannot be learned from.")
+        return logits
+
+    def _has(self, number: int, ids: Tensor) -> bool:
+        """Whether a file holds these windows (it may hold more)."""
+        if not self._file(number).exists():
+            return False
+        with safe_open(self._file(number), "pt") as file:
+            there = file.get_tensor("ids")
+        common = min(len(there), len(ids))
+        if not torch.equal(there[:common], ids[:common]):
+            raise ValueError(
+                f"recover: the logits in {self.folder} were kept for other windows (another text, seed or mixture); "
+                "name another folder as distill.cache, or delete that one."
+            )
+        return len(there) >= len(ids)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """Of one window: teacher_tokens (T - 1, K), teacher_values (T - 1, K), teacher_tail (T - 1,)."""
+        file, place = divmod(number, WINDOWS_PER_FILE)
+        with safe_open(self._file(file), "pt") as opened:
+            return {f"teacher_{name}": opened.get_slice(name)[place] for name in ("tokens", "values", "tail")}
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"logits-{number:05d}.safetensors"
