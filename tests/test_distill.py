@@ -19,6 +19,7 @@ from tensormix.recover.local import distill_blocks
 from tensormix.recover.losses import relative_distance, top_k_divergence, top_k_of
 from tensormix.recover.rates import parameter_groups, rate_factors
 from tensormix.recover.teacher import TeacherLogits
+from tensormix.recover.trainer import TaughtWindows
 from tensormix.recover.watch import last_whole_checkpoint
 from tensormix.settings import Recover, Source
 from tensormix.walk import compress
@@ -321,6 +322,22 @@ def test_logits_are_kept_once_and_serve_every_run_that_reads_these_windows(tmp_p
     assert torch.equal(found["teacher_tokens"], tokens)
     assert torch.equal(found["teacher_values"], values)
     assert torch.equal(found["teacher_tail"], tail)
+
+
+def test_a_longer_run_adds_what_a_shorter_one_left_out_of_its_last_file(tmp_path):
+    for num_windows in (20, 40):
+        kept = cache(tmp_path)
+        kept.fill(WINDOWS.__getitem__, range(num_windows), num_windows, logits_of, 8)
+    assert torch.equal(kept[30]["teacher_tokens"], top_k_of(logits_of(WINDOWS[30])[:-1], 4)[0])
+
+
+def test_a_window_carries_what_the_teacher_said_about_that_window():
+    mixture = [{"input_ids": number} for number in range(10)]
+    logits = [{"teacher_tokens": number} for number in range(10)]
+    dataset = TaughtWindows(mixture, logits, first=3, num_taught=4)
+    items = [dataset[index] for index in range(len(dataset))]
+    assert [item["input_ids"] for item in items] == list(range(3, 10))
+    assert [item.get("teacher_tokens") for item in items] == [3, 4, 5, 6, None, None, None]
 
 
 @pytest.mark.parametrize(
