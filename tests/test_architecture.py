@@ -43,13 +43,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "while_loading": {"fitting", "hf", "methods", "plan", "sites", "walk"},
     "hf": {"fused_experts", "hf_packed", "operators", "packed", "sites"},
     "models": {"hf", "sites", "files", "checkpoint"},
-    "recipe": {"plan", "methods", "settings", "explain"},
+    "recipe": {"plan", "methods", "settings", "explain", "diagnose"},
     "data": {"exam", "files", "settings"},
     "recover": FACTS | {"calls"},
     "evaluate": FACTS,
     "diagnose": FACTS | {"evaluate"},
     "profile": FACTS | {"bits"},
 }
+MAY_IMPORT["examine"] = {"data", "diagnose", "evaluate", "exam", "plan", "recipe", "settings", "walk"}
 MAY_IMPORT["check"] = set(MAY_IMPORT)
 MAY_IMPORT["demo"] = set(MAY_IMPORT)
 MAY_IMPORT["run"] = set(MAY_IMPORT)

@@ -7,9 +7,9 @@ import pytest
 
 from tensormix.demo import model_folder, sweep_file
 from tensormix.evaluate import evaluate_choices
+from tensormix.examine import exam_prompts
 from tensormix.models import load_model, load_tokenizer
 from tensormix.recipe import Sweep
-from tensormix.run import exam_prompts
 from tensormix.settings import Exam
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

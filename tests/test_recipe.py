@@ -140,6 +140,14 @@ M = "model: m\n"
             M + "recover: {steps: 3, loss_on: answer, text: [{exam: true}]}",
             "recipe.recover.loss_on: must be 'all' or 'answers', got 'answer', did you mean 'answers'?",
         ),
+        (
+            M + "diagnose: {run: [spectra, supr_weights]}",
+            "recipe.diagnose.run[1]: unknown name 'supr_weights', did you mean 'super_weights'? Known: residual_stre",
+        ),
+        (
+            M + "diagnose: {run: [{name: spectra, stp: 0.5}]}",
+            "recipe.diagnose.run[0]: unknown key 'stp', did you mean 'stop'? Known: name, start, stop, blocks.",
+        ),
         ("seed: 1", "recipe: missing 'model'. Known: model, seed, "),
         (M + "dtype: fp32", "recipe.dtype: must be 'auto', 'float32', "),
         (

@@ -86,7 +86,7 @@ def test_a_change_repeats_what_it_touches_and_nothing_else(tiny, tmp_path):
 
 @pytest.mark.parametrize("stopped", ["recover", "evaluate", "diagnose"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tiny, tmp_path, monkeypatch, stopped):
-    names = {"recover": "recover", "evaluate": "evaluate_choices", "diagnose": "diagnose"}
+    names = {"recover": "recover", "evaluate": "evaluate_rows", "diagnose": "diagnose_rows"}
 
     def killed(*_args, **_kwargs):
         raise KeyboardInterrupt
@@ -106,8 +106,8 @@ def test_the_saved_model_is_the_one_that_was_measured(finished):
     """Measured again from the folder, the answers are the same to the bit."""
     import tensormix.hf  # noqa: F401
     from tensormix.evaluate import evaluate_choices
+    from tensormix.examine import exam_prompts
     from tensormix.models import load_tokenizer
-    from tensormix.run import exam_prompts
     from tensormix.settings import Exam
 
     model, tokenizer = (
@@ -143,3 +143,21 @@ def test_a_changed_model_folder_is_noticed(tiny, tmp_path):
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     after = run_module.stage_keys(recipe(copy), None)
     assert all(before[stage] != after[stage] for stage in before)
+
+
+def test_the_diagnostics_that_a_recipe_names(tiny, tmp_path):
+    named = ["residual_stream", "drop_sensitivity", {"name": "spectra", "stop": 1.0, "blocks": [0]},
+             "compress_sensitivity", "spectral_gap"]  # fmt: skip
+    asked = {"run": named, "text": {"facts": True}, "num_windows": 2, "window": 32}
+    made = recipe(tiny, diagnose=asked, evaluate={"exam": None}, recover=None, profile=None)
+    run_recipe(made, tmp_path)
+    own, dense = ({row["kind"] for row in stage_rows(folder, "diagnose")} for folder in (tmp_path, tmp_path / "dense"))
+    assert own == {"residual", "residual_last", "sensitivity", "spectral_gap"} and dense == {"sensitivity", "spectrum"}
+    rows = stage_rows(tmp_path, "diagnose")
+    assert [row["block"] for row in rows if row["kind"] == "residual_last"] == [3]
+    assert {row["block"] for row in rows if row["kind"] == "spectral_gap"} == {2, 3}
+    dropped = [row for row in stage_rows(tmp_path / "dense", "diagnose") if row["kind"] == "sensitivity"]
+    compressed = [row for row in rows if row["kind"] == "sensitivity"]
+    for one, other in zip(dropped, compressed, strict=True):  # every block, on the same text of the same dense model
+        assert one["block"] == other["block"] and one["whole_loss"] == pytest.approx(other["whole_loss"])
+        assert one["change"] == "drop" and other["change"] == "compress" and other["loss"] != other["whole_loss"]

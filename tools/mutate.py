@@ -201,6 +201,26 @@ FAULTS = (
     Fault("recover/watch.py", "loss > lowest + self.diverged", "False", "test_distill.py"),
     Fault("run.py", '["key"] != keys[stage]', '["key"] == ""', "test_run.py"),
     Fault("sweep.py", 'where = f"{cell.direction} {cell.depth}"', 'where = f"last {cell.depth}"', "test_sweep.py"),
+    Fault("diagnose/residual.py", "((left - right)", "((left - 0.9 * right)", "diagnose/test_residual.py"),
+    Fault("diagnose/residual.py", "(size / other)[both]", "(other / size)[both]", "diagnose/test_residual.py"),
+    Fault("diagnose/residual.py", "return max(touched", "return min(touched", "diagnose/test_residual.py"),
+    Fault("diagnose/spectra.py", "exponent=0.0 - slope", "exponent=0.0 + slope", "diagnose/test_spectra.py"),
+    Fault("diagnose/spectra.py", "values[first - 1 : last]", "values[first : last + 1]", "diagnose/test_spectra.py"),
+    Fault("diagnose/spectra.py", "(wide.T @ wide)", "(wide.T @ wide).diag().diag()", "diagnose/test_spectra.py"),
+    Fault("diagnose/super_weights.py", "and c.share >= self.share", "", "diagnose/test_super_weights.py"),
+    Fault("diagnose/super_weights.py", "                zero(found)\n", "", "diagnose/test_super_weights.py"),
+    Fault("diagnose/restoration.py", "return last_wrong + 1", "return last_wrong", "diagnose/test_restoration.py"),
+    Fault("diagnose/restoration.py", "wrong.flip(1)", "wrong", "diagnose/test_restoration.py"),
+    Fault(
+        "diagnose/restoration.py", "(total / num_tokens).sqrt()", "(total / num_tokens)", "diagnose/test_restoration.py"
+    ),
+    Fault("diagnose/sensitivity.py", "        layers[index] = own\n", "        pass\n", "diagnose/test_sensitivity.py"),
+    Fault("diagnose/base.py", "num_tokens += ids[:, 1:]", "num_tokens += ids", "diagnose/test_sensitivity.py"),
+    Fault(
+        "diagnose/spectral_gap.py", "tail = values[rank:]", "tail = values[rank - 1 :]", "diagnose/test_spectral_gap.py"
+    ),
+    Fault("diagnose/spectral_gap.py", "ord=2", 'ord="fro"', "diagnose/test_spectral_gap.py"),
+    Fault("diagnose/scaling.py", "slope * unit**exponent", "slope", "diagnose/test_scaling.py"),
 )
 
 

@@ -10,9 +10,10 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from tensormix.diagnose.table import Diagnose
 from tensormix.explain import explain
 from tensormix.plan import Plan
-from tensormix.settings import Calibration, Diagnose, Evaluate, Profile, Recover, Settings
+from tensormix.settings import Calibration, Evaluate, Profile, Recover, Settings
 
 Model = TypeVar("Model", bound=BaseModel)
 Direction = Literal["last", "first"]

@@ -27,17 +27,14 @@ import torch
 
 import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
 from tensormix import __version__
-from tensormix.data import calibration_batches, describe, packed_source, separator_of
-from tensormix.diagnose import diagnose
-from tensormix.evaluate import ChoicePrompt, evaluate_choices, perplexity
-from tensormix.exam import exam, prompt, worked_examples
+from tensormix.examine import diagnose_rows, evaluate_rows, windows
 from tensormix.files import environment, now, read_json, whole_folder, write_json
 from tensormix.models import fingerprint, load_model, load_tokenizer, quiet
 from tensormix.plan import Plan
 from tensormix.profile import profile
 from tensormix.recipe import Recipe
 from tensormix.recover import recover
-from tensormix.settings import Calibration, Exam, Source
+from tensormix.settings import Calibration, Source
 from tensormix.stream import compress_checkpoint
 
 Row = dict[str, Any]
@@ -152,13 +149,7 @@ class _Run:
         recipe, batches = self.recipe, None
         settings = recipe.calibration or Calibration(text=Source(exam=True))  # the defaults, where nothing is asked
         if recipe.calibration is not None:
-            batches = calibration_batches(
-                self.tokenizer,
-                settings.text,
-                num_windows=settings.num_windows,
-                window=settings.window,
-                seed=recipe.seed,
-            )
+            batches = windows(self.tokenizer, settings, recipe.seed)
         return compress_checkpoint(
             recipe.model,
             self.folder / "compressed",
@@ -192,40 +183,22 @@ class _Run:
         return rows
 
     def _evaluate(self) -> list[Row]:
-        settings = self.recipe.evaluate
-        rows: list[Row] = []
-        for text in settings.perplexity:
-            ids = packed_source(self.tokenizer, text.text)[: text.num_tokens]
-            rows.append(
-                perplexity(
-                    self.model,
-                    ids,
-                    window=text.window,
-                    stride=text.stride,
-                    text=describe(text.text),
-                    bos_id=separator_of(self.tokenizer) if text.bos else None,
-                    batch_size=settings.batch_size,
-                )
-            )
-        if settings.exam is not None:
-            rows += evaluate_choices(
-                self.model,
-                self.tokenizer,
-                exam_prompts(settings.exam),
-                batch_size=settings.batch_size,
-                progress=lambda done, total: self.progress("evaluate", done, total),
-            )
-        return rows
-
-    def _diagnose(self) -> list[Row]:
-        settings = self.recipe.diagnose
-        assert settings is not None and self.recipe.evaluate.exam is not None
-        return diagnose(
+        return evaluate_rows(
             self.model,
             self.tokenizer,
-            exam_prompts(self.recipe.evaluate.exam)[: settings.num_prompts],
+            self.recipe.evaluate,
+            progress=lambda done, total: self.progress("evaluate", done, total),
+        )
+
+    def _diagnose(self) -> list[Row]:
+        return diagnose_rows(
+            self.model,
+            self.tokenizer,
+            self.recipe,
             stage_rows(self.folder, "evaluate"),
             reference_rows=stage_rows(self.reference, "diagnose") if self.reference else None,
+            dense=lambda: self._load(self.recipe.model),
+            progress=lambda done, total: self.progress("diagnose", done, total),
         )
 
     def _profile(self) -> list[Row]:
@@ -238,18 +211,6 @@ class _Run:
         del dense, models
         gc.collect()
         return rows
-
-
-def exam_prompts(settings: Exam) -> list[ChoicePrompt]:
-    """The questions of the built-in exam as prompts, the subjects in turn."""
-    examples: dict[str, list] = {}
-    prompts = []
-    for question in exam(settings.num_questions, settings.seed):
-        shown = examples.setdefault(question.subject, worked_examples(question.subject, settings.shots))
-        prompts.append(
-            ChoicePrompt(id=question.id, subject=question.subject, text=prompt(question, shown), gold=question.gold)
-        )
-    return prompts
 
 
 def _settings(recipe: Recipe, stage: str) -> Any:
@@ -276,7 +237,7 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
         key("recover", start, keys.get("compress"), *([fingerprint(other)] if other else []))
     model = keys.get("recover", keys.get("compress"))
     key("evaluate", start, model)
-    if recipe.diagnose is not None and recipe.evaluate.exam is not None:
+    if recipe.diagnose is not None and (recipe.evaluate.exam is not None or recipe.diagnose.run):
         compared = read_json(reference / "diagnose.json")["key"] if reference else None
         key("diagnose", keys["evaluate"], compared)
     if recipe.profile is not None and model is not None:

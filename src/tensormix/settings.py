@@ -124,12 +124,6 @@ class Evaluate(Settings):
     batch_size: int = Field(default=32, ge=1)
 
 
-class Diagnose(Settings):
-    """How the model breaks: entropies and geometry at the answers of the exam."""
-
-    num_prompts: int = Field(default=64, ge=1)
-
-
 class Profile(Settings):
     """What the model costs."""
 

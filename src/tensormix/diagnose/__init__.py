@@ -1,6 +1,7 @@
 """The diagnose stage: what changes inside a model and in its answers as blocks are compressed, as rows.
 
-`entropy`, `geometry` look at one checkpoint; `crossing` and `boundary` at the rows of a whole sweep.
+`entropy` and `geometry` look at one checkpoint on the exam, the diagnostics of `table` at models and batches of tokens;
+`crossing`, `boundary` and `scaling` at the rows of a whole sweep.
 """
 
 from __future__ import annotations
@@ -10,22 +11,27 @@ from typing import Any
 
 from torch import nn
 
+from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row
 from tensormix.diagnose.bisect import bisect_boundary
 from tensormix.diagnose.boundary import Boundary, Measurement, find_boundary
 from tensormix.diagnose.crossing import Crossing, fit_crossing
 from tensormix.diagnose.entropy import entropy_rows, output_entropy, prediction_entropy
 from tensormix.diagnose.geometry import drift_map, geometry_rows, similarity_map
+from tensormix.diagnose.scaling import fit_trend, scaling_rows
+from tensormix.diagnose.table import SELECTABLE, Diagnose
 from tensormix.evaluate.choices import ChoicePrompt
 from tensormix.evaluate.forward import Progress
 
-DIAGNOSTICS: dict[str, Callable[..., Any]] = {
+ALWAYS: dict[str, Callable[..., Any]] = {  # in every run with an exam, and in every sweep
     "output_entropy": output_entropy,
     "prediction_entropy": prediction_entropy,
     "similarity": similarity_map,
     "drift": drift_map,
     "drift_crossing": fit_crossing,
     "boundary": find_boundary,
+    "scaling": scaling_rows,
 }
+DIAGNOSTICS: dict[str, Callable[..., Any]] = {**ALWAYS, **SELECTABLE}
 
 
 def diagnose(
@@ -49,10 +55,32 @@ def diagnose(
     )
 
 
+def run_diagnostics(
+    chosen: Sequence[Diagnostic],
+    model: nn.Module,
+    batches: Batches,
+    *,
+    reference: nn.Module | None = None,
+    compress: Compress | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """The rows of each chosen diagnostic, in order. Raises ValueError for what a diagnostic finds wrong."""
+    rows = []
+    for done, diagnostic in enumerate(chosen, 1):
+        rows += diagnostic(model, batches, reference=reference, compress=compress)
+        if progress is not None:
+            progress(done, len(chosen))
+    return rows
+
+
 __all__ = [
+    "ALWAYS",
     "DIAGNOSTICS",
+    "SELECTABLE",
     "Boundary",
     "Crossing",
+    "Diagnose",
+    "Diagnostic",
     "Measurement",
     "bisect_boundary",
     "diagnose",
@@ -60,8 +88,11 @@ __all__ = [
     "entropy_rows",
     "find_boundary",
     "fit_crossing",
+    "fit_trend",
     "geometry_rows",
     "output_entropy",
     "prediction_entropy",
+    "run_diagnostics",
+    "scaling_rows",
     "similarity_map",
 ]

@@ -1,0 +1,76 @@
+"""What every diagnostic is: frozen settings that are called with a model and batches of tokens, and give rows.
+
+A diagnostic sees models, never the code that compressed them: a checkpoint and its dense reference are enough.
+
+Legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensormix.evaluate.forward import device_of, options_of, quiet
+from tensormix.settings import Settings
+
+Row = dict[str, Any]
+Batches = Sequence[Tensor]  # token ids (B, T) each
+Compress = Callable[[nn.Module, int], None]  # compresses one block of a model in place, by its index
+
+
+class Diagnostic(Settings, ABC):
+    """One diagnostic with its settings; the docstring's first line is what `tensormix list diagnostics` shows."""
+
+    looks_at: ClassVar[Literal["dense", "pair"]]  # the untouched model alone, or a compressed one beside it
+    name: str
+
+    @abstractmethod
+    def __call__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        *,
+        reference: nn.Module | None = None,
+        compress: Compress | None = None,
+    ) -> list[Row]:
+        """The rows about `model`.
+
+        Args:
+            batches: token ids; diagnostics of weights alone do not read them.
+            reference: the dense model, for a diagnostic that looks at a pair.
+            compress: how one block is compressed, for a diagnostic that tries it.
+        """
+
+
+def needed(value: Any, name: str, diagnostic: Diagnostic) -> Any:
+    """`value`, or ValueError that says what the diagnostic was not given."""
+    if value is None or (isinstance(value, Sequence) and not value):
+        raise ValueError(f"{diagnostic.name}: it needs {name}, and none was given")
+    return value
+
+
+def mean_loss(model: nn.Module, batches: Batches) -> float:
+    """Mean negative log-likelihood (nats) of all tokens but the first of each row; losses in fp32, summed in fp64.
+
+    Raises ValueError where no token has another one before it.
+    """
+    total, num_tokens = torch.zeros((), dtype=torch.float64), 0
+    with quiet(model):
+        for ids in batches:
+            ids = ids.to(device_of(model))
+            logits = model(ids, **options_of(model, use_cache=False)).logits[:, :-1].float()
+            total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").double().cpu()
+            num_tokens += ids[:, 1:].numel()
+    if num_tokens == 0:
+        raise ValueError("diagnose: the loss needs windows of at least two tokens, and there are none")
+    return float(total) / num_tokens
+
+
+def perplexity_of(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # exp overflows fp64 at 709.8
