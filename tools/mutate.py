@@ -32,6 +32,7 @@ CONTRACT = "operators/test_operator_contract.py"
 MIXT = "operators/test_mixt.py"
 MATCHING = "operators/test_mixt_matching.py"
 METHOD = "methods/test_method_contract.py"
+SELECTION = "test_selection.py"
 
 FAULTS = (
     Fault("operators/base.py", "y + self.bias", "y", CONTRACT),
@@ -221,6 +222,17 @@ FAULTS = (
     ),
     Fault("diagnose/spectral_gap.py", "ord=2", 'ord="fro"', "diagnose/test_spectral_gap.py"),
     Fault("diagnose/scaling.py", "slope * unit**exponent", "slope", "diagnose/test_scaling.py"),
+    Fault(
+        "selection.py",
+        "before, after in zip(entered[-kind.size], hidden",
+        "before, after in zip(entered[0], hidden",
+        SELECTION,
+    ),
+    Fault("selection.py", "& there - taken", "& there", SELECTION),
+    Fault("selection.py", "best = min(candidates", "best = max(candidates", SELECTION),
+    Fault("selection.py", "found[start].angle if", "found[start].influence if", SELECTION),
+    Fault("methods/block_distances.py", "state[:, -1:]", "state[:, :1]", SELECTION),
+    Fault("methods/block_distances.py", "chord.square() / 2", "chord / 2", SELECTION),
 )
 
 

@@ -13,6 +13,7 @@ from tensormix.operators import ExpertStack
 from tensormix.plan import Plan
 from tensormix.profile import bytes_by_dtype, num_parameters
 from tensormix.recipe import Recipe
+from tensormix.selection import assume, chooses
 from tensormix.sites import Site, blocks, find_sites, install, macs_per_token, returns_tuple
 
 
@@ -20,7 +21,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """Counts of the dense model, of the compressed one, and of every site that the plan replaces.
 
     Returns:
-        {"dense": {"parameters", "macs_per_token", "bytes": {dtype: n}}, "compressed": {the same}, "sites": [rows]}.
+        {"dense": {"parameters", "macs_per_token", "bytes": {dtype: n}}, "compressed": {the same}, "sites": [rows],
+        "assumed": whether some rule leaves its blocks to measuring: the last that it could choose are counted then}.
         MACs are those of `macs_per_token`; bytes are parameters times the size of the dtype. "num_experts" in a row
         is None unless the site is a stack of experts.
 
@@ -29,7 +31,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """
     model = skeleton(recipe.model)
     dense = counts(model)
-    return {"dense": dense, "sites": replace_empty(model, recipe.plan), "compressed": counts(model)}
+    sites = replace_empty(model, recipe.plan)
+    return {"dense": dense, "sites": sites, "compressed": counts(model), "assumed": chooses(recipe.plan)}
 
 
 def counts(model: nn.Module) -> dict[str, Any]:
@@ -44,7 +47,9 @@ def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     """Install empty operators where the plan wants them; one row per site, sizes as in the rows of `compress`."""
     sites = {site.name: site for site in find_sites(model)}
     rows = []
-    for name, method in plan.resolve(list(sites.values()), len(blocks(model))).items():
+    num_blocks = len(blocks(model))
+    names = assume(plan, list(sites.values()), num_blocks)
+    for name, method in names.resolve(list(sites.values()), num_blocks).items():
         site = sites[name]
         operator, whole = empty_operator(site, method), site.kind == "block"
         rows.append(

@@ -183,6 +183,8 @@ def show_check(result: dict[str, Any]) -> None:
                 f"{first['dense_macs_per_token']:,} -> {first['macs_per_token']:,}",
             )
         console.print(table)
+        if result["assumed"]:
+            console.print("Which blocks a rule chooses is measured in a run; the last that it could are counted here.")
         console.print()
     dense, compressed = result["dense"], result["compressed"]
     table = Table("whole model", "dense", "compressed", "change", box=None)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, RootModel, W
 from pydantic import ValidatorFunctionWrapHandler as Handler
 
 from tensormix.methods import METHODS
-from tensormix.methods.base import Method
+from tensormix.methods.base import BlockMethod, Method
 from tensormix.sites import FUSED, ROLES, Site
 
 _COUNTED = re.compile(r"(last|first) +(\d+)")
@@ -150,12 +150,15 @@ class Plan(RootModel[tuple[Rule, ...]]):
         """The method of each site that gets one, in the order of `sites`.
 
         Raises:
-            ValueError: a rule matches no site, asks for blocks that the model lacks, or for a part of a fused site.
+            ValueError: a rule matches no site, asks for blocks that the model lacks, or for a part of a fused site,
+                or its blocks are still to be chosen by measuring.
         """
         chosen: dict[str, Method] = {}
         dropped: set[int | None] = set()
         touched: set[int | None] = set()
         for number, rule in enumerate(self.root):
+            if isinstance(rule.method, BlockMethod) and rule.method.num_chosen is not None:
+                raise ValueError(f"plan[{number}] ({rule}): its blocks are chosen by measuring, which was not done")
             try:
                 matched = self._matched(rule, sites, num_blocks)
             except ValueError as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
@@ -18,7 +20,8 @@ from tensormix.disk import Disk
 from tensormix.fitting import Row
 from tensormix.models import fill_buffers, fingerprint, local_folder, skeleton
 from tensormix.plan import Plan
-from tensormix.walk import Calibration, Progress, Stream, Walk, streams_of
+from tensormix.selection import Notes, chooses
+from tensormix.walk import Calibration, Progress, Stream, Walk, named, streams_of
 
 
 @torch.no_grad()
@@ -65,12 +68,16 @@ def compress_checkpoint(
     _check_request(folder, out, workers, inputs)
     model: Any = skeleton(folder, dtype=dtype)
     home = Disk(model, Assembly(model, Checkpoint(folder)), out, convert=dtype != "auto", device=device)
-    walk = Walk(model, plan, home, progress)
+    calibration = Calibration(batches, inputs, precision)
+    with _room(home):
+        names, notes = _named(model, plan, home, calibration, spill)
+    walk = Walk(model, names, home, progress, notes)
     request = {
         "version": __version__,
         "source": fingerprint(folder),
         "dtype": dtype,
         "plan": plan.model_dump(mode="json"),
+        **({"blocks": [rule.blocks for rule in names.root]} if notes else {}),
         "inputs": inputs,
         "precision": str(precision),
         "asked": asked,
@@ -79,27 +86,50 @@ def compress_checkpoint(
         return home.all_rows()
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already; choose another folder, or say that it may be overwritten")
+    batches = calibration.batches
     walk.check_inputs(batches)
     batches = list(batches) if batches is not None and walk.last_observed >= 0 else None
     home.begin(request, walk, _bytes_of_activations(model, walk, batches, inputs) if spill and batches else 0)
+    calibration.batches = batches
     try:
-        if walk.last_observed >= 0:
-            fill_buffers(model, device)
-        activations = Activations(home.part / "activations" if spill else None)
-        walk.run(Calibration(batches, inputs, precision, activations), workers)
-        if fingerprint(folder) != request["source"]:
-            raise ValueError(f"{folder} changed while it was read: what was made of it is of no use; start again")
-        home.finish()
+        with _room(home):
+            if walk.last_observed >= 0:
+                fill_buffers(model, device)
+            calibration.activations = Activations(home.part / "activations" if spill else None)
+            walk.run(calibration, workers)
+            if fingerprint(folder) != request["source"]:
+                raise ValueError(f"{folder} changed while it was read: what was made of it is of no use; start again")
+            home.finish()
+    finally:
+        home.unlock()
+    return home.all_rows()
+
+
+def _named(model: Any, plan: Plan, home: Disk, calibration: Calibration, spill: bool) -> tuple[Plan, Notes]:
+    """`named`, with the activations in files for as long as it takes, if they shall be."""
+    if not chooses(plan):
+        return plan, {}
+    fill_buffers(model, home.device)
+    if not spill:
+        return named(model, plan, home, calibration)
+    home.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{home.out.name}.", dir=home.out.parent) as folder:
+        calibration.activations = Activations(Path(folder))
+        return named(model, plan, home, calibration)
+
+
+@contextmanager
+def _room(home: Disk) -> Iterator[None]:
+    """Say in a sentence that the disk is full, if it is."""
+    try:
+        yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise ValueError(
-            f"the disk under {out.parent} is full; make room and give the same command again: "
+            f"the disk under {home.out.parent} is full; make room and give the same command again: "
             f"it goes on after the {home.num_finished} files that are finished"
         ) from error
-    finally:
-        home.unlock()
-    return home.all_rows()
 
 
 def _bytes_of_activations(model: Any, walk: Walk, batches: list[Tensor], inputs: Stream) -> int:

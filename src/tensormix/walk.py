@@ -19,6 +19,7 @@ from tensormix.calls import Activations, Call, record_calls
 from tensormix.fitting import Row, Statistics, check_finite, new_statistics, observe, replace
 from tensormix.methods.base import LinearMethod, Method
 from tensormix.plan import Plan
+from tensormix.selection import Notes, chooses, settle
 from tensormix.sites import Site, blocks, find_sites
 
 Progress = Callable[[int, int, str], None]  # sites done, sites planned, the name of the last one
@@ -88,7 +89,7 @@ def compress(
         model: any decoder that keeps its blocks in a ModuleList; a transformers model can be saved with
             `save_pretrained` afterwards.
         plan: which site gets which method.
-        batches: token ids (B, T) for calibration; needed, and read, only if a method needs statistics.
+        batches: token ids (B, T) for calibration; needed, and read, only if a method needs them.
         progress: called after each site with the number of sites done, the number planned, and the site's name.
         inputs: "propagated" measures what the compressed part feeds a block, "dense" what the dense model does.
         precision: of the statistics, float64 or float32.
@@ -101,7 +102,9 @@ def compress(
         ValueError: the plan does not fit the model, a method needs batches and there are none, or a weight or an
             activation is not finite. The block where that was found is unchanged, those before it are compressed.
     """
-    rows = Walk(model, plan, Home(), progress).run(Calibration(batches, inputs, precision))
+    calibration = Calibration(batches, inputs, precision)
+    plan, notes = named(model, plan, Home(), calibration)
+    rows = Walk(model, plan, Home(), progress, notes).run(calibration)
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
         from tensormix.hf import attach  # here, so that importing this module does not import transformers
 
@@ -109,11 +112,30 @@ def compress(
     return rows
 
 
-class Walk:
-    """One walk over `model` by `plan`. Raises ValueError, before anything is computed, if they do not fit."""
+def named(model: nn.Module, plan: Plan, home: Home, calibration: Calibration) -> tuple[Plan, Notes]:
+    """The plan with its blocks named, where it leaves them to measuring, and what the rows shall say about that.
 
-    def __init__(self, model: nn.Module, plan: Plan, home: Home, progress: Progress | None = None) -> None:
+    Raises ValueError as `settle` does.
+    """
+    if not chooses(plan):
+        return plan, {}
+    if calibration.batches is not None:
+        calibration.batches = list(calibration.batches)  # read here and by the walk
+    with _evaluating(model):
+        return settle(model, plan, home, calibration.batches, calibration.activations.keep)
+
+
+class Walk:
+    """One walk over `model` by `plan`, whose blocks are named. `notes` go into the rows of the sites that they name.
+
+    Raises ValueError, before anything is computed, if model and plan do not fit.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, home: Home, progress: Progress | None = None, notes: Notes | None = None
+    ) -> None:
         self.model, self.home, self.progress = model, home, progress or (lambda done, planned, name: None)
+        self.notes = notes or {}
         self.layers = blocks(model)
         self.sites = {site.name: site for site in find_sites(model)}
         chosen = plan.resolve(list(self.sites.values()), len(self.layers))
@@ -198,7 +220,8 @@ class Walk:
         check_finite(self.sites, here, stats)
         for name, method in here.items():
             site = self.sites[name]
-            rows.append(replace(self.model, site, method, stats.pop(name, []), self.home.dense_bits(site)))
+            row = replace(self.model, site, method, stats.pop(name, []), self.home.dense_bits(site))
+            rows.append({**row, **self.notes.get(name, {})})
             self.home.tidy()
             self._count(rows[-1:])
         return rows

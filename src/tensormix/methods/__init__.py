@@ -10,10 +10,11 @@ from pydantic import Field
 
 from tensormix.methods.base import BlockMethod, LinearMethod, Method
 from tensormix.methods.coala import Coala
+from tensormix.methods.drop_blocks import DropBlocks
 from tensormix.methods.hassle_free import HassleFree
 from tensormix.methods.laser import Laser, laser_search
 from tensormix.methods.mixt import Mixt
-from tensormix.methods.null import DropBlocks, MeanOutput, ZeroMethod
+from tensormix.methods.null import MeanOutput, ZeroMethod
 from tensormix.methods.rtn import Rtn
 from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm

@@ -56,6 +56,11 @@ class BlockMethod(Method):
 
     site = "block"
 
+    @property
+    def num_chosen(self) -> int | None:
+        """How many blocks of its rule it takes, chosen by measuring the dense model; None: every one of them."""
+        return None
+
     @abstractmethod
     def replace(self, block: nn.Module, *, returns: str = "tensor") -> Bypass:
         """What stands in for `block`; `returns` says whether the model's blocks return a "tensor" or a "tuple"."""

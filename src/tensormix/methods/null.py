@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tensormix.methods.base import BlockMethod, LinearMethod, Statistics
-from tensormix.operators import Bypass, Experts, StructuredLinear, Zero
+from tensormix.methods.base import LinearMethod, Statistics
+from tensormix.operators import Zero
 from tensormix.operators.base import computing_dtype
 from tensormix.statistics import InputMean
 
@@ -49,23 +49,3 @@ class MeanOutput(LinearMethod):
         wide = weight.detach().to(computing_dtype(weight))
         op.bias = nn.Parameter((wide @ stats[InputMean].mean.to(wide)).to(weight.dtype))  # (O,)
         return op
-
-
-class DropBlocks(BlockMethod):
-    """The block is left out: its hidden states pass unchanged.
-
-    Which blocks is the plan's choice, as in arXiv 2403.17887.
-    """
-
-    source = "arXiv 2403.17887 (the blocks are chosen by the plan)"
-    summary = "The whole block is left out."
-
-    name: Literal["drop_blocks"] = "drop_blocks"
-
-    def replace(self, block: nn.Module, *, returns: str = "tensor") -> Bypass:
-        operators = tuple(
-            f"{name}." for name, part in block.named_modules() if isinstance(part, StructuredLinear | Experts)
-        )
-        # A parameter of the dense block: loaded without this package, its missing value is an error.
-        sentinel = next((name for name, _ in block.named_parameters() if not name.startswith(operators)), "weight")
-        return Bypass(returns=returns, attention_type=getattr(block, "attention_type", None), sentinel=sentinel)
