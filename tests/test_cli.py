@@ -38,7 +38,7 @@ def recipe(tiny, tmp_path):
 
 def test_check_prints_what_programs_need(recipe):
     result = json.loads(invoke("check", recipe, "--json").stdout)
-    assert set(result) == {"dense", "compressed", "sites"}
+    assert set(result) == {"dense", "compressed", "sites", "assumed"}
     for side in ("dense", "compressed"):
         assert set(result[side]) == {"parameters", "macs_per_token", "bytes"}
         assert result[side]["bytes"]["bfloat16"] == 2 * result[side]["parameters"]
