@@ -1,5 +1,6 @@
 """Windows of tokens: nothing lost, nothing doubled, the same for the same seed."""
 
+import copy
 import json
 from itertools import islice
 
@@ -138,3 +139,58 @@ def test_calibration_batches_are_windows(tokenizer, story):
 
 def test_the_exam_never_ends(tokenizer):
     assert len(list(islice(read_documents(Source(exam=True)), 700))) == 700
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture
+def speaking(tokenizer):
+    """The tokenizer with a chat template, which begins with BOS as those of real models do."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = TEMPLATE
+    return own
+
+
+def test_a_field_for_each_role_becomes_a_conversation_and_an_empty_one_nobody_speaks(tmp_path, speaking):
+    lines = [{"s": "", "q": "how?", "more": "two", "a": " so "}, {"s": "be kind", "q": "why?", "more": "", "a": "thus"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = Source(file=str(tmp_path / "a.jsonl"), chat={"system": "s", "user": "q+more", "assistant": "a"})
+    assert list(read_documents(source, speaking)) == [
+        "<user>how?\n\ntwo\n<assistant>so\n",
+        "<system>be kind\n<user>why?\n<assistant>thus\n",
+    ]
+
+
+def test_a_conversation_is_packed_with_one_bos(tmp_path, speaking):
+    messages = [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "so"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"talk": messages}] * 2))
+    ids = packed_source(speaking, Source(file=str(tmp_path / "a.json"), chat="talk"))
+    assert (ids == speaking.bos_token_id).sum() == 2
+    assert speaking.decode(ids) == "<s><user>how?\n<assistant>so\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("item", "sentence"),
+    [
+        ({"text": "x"}, r"item 1 of .*a\.json has no list of messages 'talk'; each message is an object with role and"),
+        ({"talk": [{"role": "user"}]}, r"item 1 of .*a\.json has no list of messages 'talk'"),
+        ({"talk": [{"role": "user", "content": 3}]}, r"item 1 of .* does not fit the tokenizer's chat template: "),
+    ],
+)
+def test_what_is_no_conversation_is_named(tmp_path, speaking, item, sentence):
+    speaking.chat_template = "{% for m in messages %}{{ m['content'] + '' }}{% endfor %}"
+    (tmp_path / "a.json").write_text(json.dumps([item]))
+    with pytest.raises(ValueError, match=sentence):
+        packed_source(speaking, Source(file=str(tmp_path / "a.json"), chat="talk"))
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"a\.json asks for chat, and the model's tokenizer has no chat template"):
+        packed_source(tokenizer, Source(file=str(tmp_path / "a.json"), chat="talk"))
+
+
+def test_what_is_generated_is_no_conversation():
+    with pytest.raises(ValueError, match="chat belongs to records of a file or of the Hub"):
+        Source(exam=True, chat="messages")

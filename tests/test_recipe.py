@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tensormix.methods import Mixt
 from tensormix.plan import Plan
-from tensormix.recipe import Baselines, Cell, Recipe, Sweep
+from tensormix.recipe import Baselines, Cell, MixtureFile, Recipe, Sweep
 from tensormix.settings import Evaluate, Perplexity, Profile, Source
 
 FULL = """
@@ -54,6 +54,25 @@ def test_only_the_model_is_required(tmp_path):
     recipe = load(tmp_path, "model: owner/name")
     assert recipe == Recipe(model="owner/name")
     assert recipe.plan == Plan() and recipe.recover is None and recipe.evaluate == Evaluate()
+
+
+def test_a_mixture_file_stands_for_its_sources_placed_beside_it(tmp_path):
+    (tmp_path / "mixtures").mkdir()
+    file = tmp_path / "mixtures" / "talk.yaml"
+    file.write_text(
+        "sources:\n  - {file: a.jsonl, weight: 3, chat: {user: q, assistant: a}}\n  - {exam: true, weight: 0.2}\n"
+    )
+    recipe = load(tmp_path, "model: owner/name\nrecover: {text: mixtures/talk.yaml}")
+    first, second = recipe.recover.text
+    assert (first.file, first.weight) == (str(tmp_path / "mixtures" / "a.jsonl"), 3)
+    assert first.chat == {"user": "q", "assistant": "a"}
+    assert second == Source(exam=True, weight=0.2)
+    assert MixtureFile.load(file).sources == recipe.recover.text
+    file.write_text("sources: [{file: a.jsonl, wieght: 3}]")
+    with pytest.raises(ValueError, match=r"mixture\.sources\[0\]: unknown key 'wieght', did you mean 'weight'"):
+        load(tmp_path, "model: owner/name\nrecover: {text: mixtures/talk.yaml}")
+    with pytest.raises(ValueError, match=r"there is no file .*none\.yaml"):
+        load(tmp_path, "model: owner/name\nrecover: {text: none.yaml}")
 
 
 def test_the_teacher_and_its_cache_are_placed_beside_the_recipe(tmp_path):
@@ -130,7 +149,7 @@ M = "model: m\n"
         (
             M + "recover: {steps: 3, text: [{fil: a.txt}]}",
             "recipe.recover.text[0]: unknown key 'fil', did you mean 'file'? Known: file, hub, config, split, exam, "
-            "facts, field, weight, num_documents, seed.",
+            "facts, field, chat, weight, num_documents, seed.",
         ),
         (
             M + "recover: {steps: 3, text: [{exam: true}, {file: a.txt, exam: true}]}",

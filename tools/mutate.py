@@ -175,6 +175,7 @@ FAULTS = (
         "diagnose/test_boundary.py",
     ),
     Fault("data.py", "(IGNORED)\n            ids += new", "(0)\n            ids += new[1:]", "test_data.py"),
+    Fault("data.py", 'text.removeprefix(self.tokenizer.bos_token or "")', "text", "test_data.py"),
     Fault("data.py", "epoch, place = divmod(", "place, epoch = divmod(", "test_data.py"),
     Fault(
         "exam/families.py",

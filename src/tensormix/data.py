@@ -35,41 +35,49 @@ def describe(source: Source) -> str:
     return "exam" if source.exam else "facts"
 
 
-def read_documents(source: Source) -> Iterator[str]:
+def read_documents(source: Source, tokenizer: Any = None) -> Iterator[str]:
     """The documents of a source; those of the exam and of the facts never end.
 
+    `tokenizer` has the chat template in which conversations are written; only sources with `chat` need it.
+
     Raises:
-        ValueError: no such file, an unknown kind of file, a broken line, a missing field (all name the file).
+        ValueError: no such file, an unknown kind of file, a broken line, a missing field, a tokenizer without a chat
+            template (all name the source).
     """
     if source.exam:
-        found = documents(source.seed)
-    elif source.facts:
-        found = facts(source.seed)
-    elif source.hub is not None:
-        found = _hub_documents(source)
+        return islice(documents(source.seed), source.num_documents)
+    if source.facts:
+        return islice(facts(source.seed), source.num_documents)
+    if source.hub is not None:
+        records, where = _hub_records(source), str(source.hub)
     else:
-        found = _file_documents(Path(str(source.file)), source.field)
-    return islice(found, source.num_documents)
+        records, where = _file_records(Path(str(source.file)), source.field), str(source.file)
+    if source.chat is None:
+        texts = (_text_of(item, source.field, where, number) for number, item in records)
+    else:
+        chat = _Chat(source, tokenizer)
+        texts = (chat.write(item, where, number) for number, item in records)
+    return islice(texts, source.num_documents)
 
 
-def _file_documents(path: Path, field: str) -> Iterator[str]:
+def _file_records(path: Path, field: str) -> Iterator[tuple[int, Any]]:
+    """The records of a file with their numbers, from 1."""
     if not path.is_file():
         raise ValueError(f"data: there is no file {path}; give a .txt, .raw, .json or .jsonl file.")
     if path.suffix in (".txt", ".raw", ".tokens", ".md"):
-        yield path.read_text(encoding="utf-8")
-        return
-    if path.suffix == ".json":
+        yield 1, path.read_text(encoding="utf-8")
+    elif path.suffix == ".json":
         items = _parse(path.read_text(encoding="utf-8"), path, 1)
         if not isinstance(items, list):
             raise ValueError(f"data: {path} must hold a JSON list of texts or of objects with a field {field!r}.")
-        yield from (_text_of(item, field, path, number) for number, item in enumerate(items, 1))
-        return
-    if path.suffix != ".jsonl":
+        yield from enumerate(items, 1)
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _parse(line, path, number)
+    else:
         raise ValueError(f"data: {path} has the unknown kind {path.suffix!r}; known: .txt, .raw, .json, .jsonl.")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _text_of(_parse(line, path, number), field, path, number)
 
 
 def _parse(text: str, path: Path, line: int) -> Any:
@@ -79,7 +87,7 @@ def _parse(text: str, path: Path, line: int) -> Any:
         raise ValueError(f"data: {path}, line {line} is not valid JSON: {error}.") from error
 
 
-def _text_of(item: Any, field: str, path: Path, number: int) -> str:
+def _text_of(item: Any, field: str, where: str, number: int) -> str:
     """The text of one item, stripped. A field may be several, joined by +, put together with an empty line between."""
     if isinstance(item, str):
         return item.strip()
@@ -87,12 +95,50 @@ def _text_of(item: Any, field: str, path: Path, number: int) -> str:
     for name in field.split("+"):
         if not isinstance(item, dict) or not isinstance(item.get(name), str):
             there = ", ".join(item) if isinstance(item, dict) else type(item).__name__
-            raise ValueError(f"data: item {number} of {path} has no text field {name!r}; it has: {there}.")
+            raise ValueError(f"data: item {number} of {where} has no text field {name!r}; it has: {there}.")
         parts.append(item[name].strip())
     return "\n\n".join(part for part in parts if part)
 
 
-def _hub_documents(source: Source) -> Iterator[str]:
+class _Chat:
+    """Writes records as conversations in the tokenizer's chat template, without the BOS that packing puts there."""
+
+    def __init__(self, source: Source, tokenizer: Any) -> None:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"data: {describe(source)} asks for chat, and the model's tokenizer has no chat template; "
+                "leave out chat and name the fields as field: a+b."
+            )
+        self.source, self.tokenizer = source, tokenizer
+
+    def write(self, item: Any, where: str, number: int) -> str:
+        messages = self._messages(item, where, number)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # templates are programs, and raise what they like
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"data: item {number} of {where} does not fit the tokenizer's chat template: {reason}"
+            ) from error
+        return text.removeprefix(self.tokenizer.bos_token or "")
+
+    def _messages(self, item: Any, where: str, number: int) -> list[dict[str, str]]:
+        chat = self.source.chat
+        if isinstance(chat, dict):
+            parts = [{"role": role, "content": _text_of(item, field, where, number)} for role, field in chat.items()]
+            return [message for message in parts if message["content"]]
+        messages = item.get(chat) if isinstance(item, dict) else None
+        if not isinstance(messages, list) or not all(
+            isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages
+        ):
+            raise ValueError(
+                f"data: item {number} of {where} has no list of messages {chat!r}; "
+                "each message is an object with role and content."
+            )
+        return messages
+
+
+def _hub_records(source: Source) -> Iterator[tuple[int, Any]]:
     from datasets import load_dataset
 
     try:
@@ -102,8 +148,7 @@ def _hub_documents(source: Source) -> Iterator[str]:
         raise ValueError(
             f"data: the dataset {source.hub!r} cannot be read from the Hub or its cache: {reason}"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield _text_of(row, source.field, Path(str(source.hub)), number)
+    yield from enumerate(rows, 1)
 
 
 def separator_of(tokenizer: Any) -> int | None:
@@ -142,7 +187,7 @@ def packed_source(tokenizer: Any, source: Source) -> Tensor:  # (N,)
         ValueError: the source holds no text.
     """
     endless = (source.exam or source.facts) and source.num_documents is None
-    ids = pack(tokenizer, islice(read_documents(source), ENDLESS_DOCUMENTS if endless else None))
+    ids = pack(tokenizer, islice(read_documents(source, tokenizer), ENDLESS_DOCUMENTS if endless else None))
     if len(ids) == 0:
         raise ValueError(f"data: {describe(source)} holds no text.")
     return ids

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from tensormix.diagnose.table import Diagnose
 from tensormix.explain import explain
 from tensormix.plan import Plan
-from tensormix.settings import Calibration, Evaluate, Profile, Recover, Settings
+from tensormix.settings import Calibration, Evaluate, Profile, Recover, Settings, Source
 
 Model = TypeVar("Model", bound=BaseModel)
 Direction = Literal["last", "first"]
@@ -57,6 +57,17 @@ class Recipe(Settings):
         """A short hash of everything that the recipe says."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class MixtureFile(Settings):
+    """A file that a recipe names as recover.text: sources of text with their weights, for many recipes."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Relative paths in it are taken from its folder. Raises ValueError as `Recipe.load` does."""
+        return _validated(cls, _placed_files(_read(Path(path)), Path(path).parent), "mixture")
 
 
 class Depths(Settings):
@@ -194,11 +205,20 @@ def _placed_recipe(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = placed.get("model")
     if isinstance(model, str) and _is_path(model, folder):
         placed["model"] = _placed(model, folder)
-    distill = (placed.get("recover") or {}).get("distill") if isinstance(placed.get("recover"), dict) else None
-    if isinstance(distill, dict):
-        if isinstance(distill.get("teacher"), str) and _is_path(distill["teacher"], folder):
+    recover = placed.get("recover")
+    if isinstance(recover, dict):
+        if isinstance(recover.get("text"), str):
+            recover["text"] = MixtureFile.load(_placed(recover["text"], folder)).model_dump(exclude_defaults=True)[
+                "sources"
+            ]
+        distill = recover.get("distill")
+        if (
+            isinstance(distill, dict)
+            and isinstance(distill.get("teacher"), str)
+            and _is_path(distill["teacher"], folder)
+        ):
             distill["teacher"] = _placed(distill["teacher"], folder)
-        if isinstance(distill.get("cache"), str):
+        if isinstance(distill, dict) and isinstance(distill.get("cache"), str):
             distill["cache"] = _placed(distill["cache"], folder)
     return placed
 

@@ -23,6 +23,9 @@ class Source(Settings):
     exam: bool = False  # questions of the built-in exam with their answers
     facts: bool = False  # the facts that the built-in exam asks for, as prose
     field: str = "text"  # where the text is in a record of .json, .jsonl or the Hub
+    # Records as conversations in the words of the tokenizer's own chat template: the field that holds the messages, or
+    # a field for each role, in the order in which they speak.
+    chat: str | dict[Literal["system", "user", "assistant"], str] | None = None
     weight: float = Field(default=1.0, gt=0)  # share of the tokens, relative to the other sources of a mixture
     num_documents: int | None = Field(default=None, ge=1)  # only the first of them; all without it
     seed: int = Field(default=0, ge=0)  # of what is generated
@@ -34,6 +37,8 @@ class Source(Settings):
             raise ValueError(f"a source of text is exactly one of file, hub, exam and facts, got {_listed(given)}")
         if self.hub is None and (self.config is not None or self.split != "train"):
             raise ValueError("config and split belong to a hub source")
+        if self.chat is not None and (self.exam or self.facts):
+            raise ValueError("chat belongs to records of a file or of the Hub, not to what is generated")
         return self
 
 
