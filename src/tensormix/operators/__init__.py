@@ -7,11 +7,14 @@ from typing import Any
 
 from tensormix.operators.base import StructuredLinear, did_you_mean
 from tensormix.operators.bypass import Bypass
+from tensormix.operators.concat import Concat
 from tensormix.operators.dense import Dense
 from tensormix.operators.experts import DenseStack, Experts, ExpertStack, StackedLinear
 from tensormix.operators.low_rank import LowRank
 from tensormix.operators.mixt import MixT
 from tensormix.operators.padded import Padded
+from tensormix.operators.per_head import PerHead
+from tensormix.operators.placed import Placed
 from tensormix.operators.quantized import Quantized
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
@@ -20,6 +23,7 @@ from tensormix.operators.zero import Zero
 __all__ = [
     "OPERATORS",
     "Bypass",
+    "Concat",
     "Dense",
     "DenseStack",
     "ExpertStack",
@@ -27,6 +31,8 @@ __all__ = [
     "LowRank",
     "MixT",
     "Padded",
+    "PerHead",
+    "Placed",
     "Quantized",
     "Sparse",
     "StackedLinear",
@@ -42,6 +48,9 @@ OPERATORS: dict[str, type[StructuredLinear] | type[StackedLinear] | type[Bypass]
     "Zero": Zero,
     "Padded": Padded,
     "Sum": Sum,
+    "Placed": Placed,
+    "Concat": Concat,
+    "PerHead": PerHead,
     "Bypass": Bypass,
     "Dense": Dense,
     "Quantized": Quantized,
