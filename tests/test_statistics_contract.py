@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tensormix.statistics
-from tensormix.statistics import STATISTICS, Gram, InputMean, InputNorms, QRFactor, TokenSum
+from tensormix.statistics import STATISTICS, Gram, InputMagnitudes, InputMean, InputNorms, QRFactor, TokenSum
 
 KINDS = list(STATISTICS.values())
 
@@ -105,7 +105,7 @@ def test_the_precision_is_stated(kind):
         statistic = kind(1, dtype=dtype)
         statistic.update(torch.full((1, 1), 1 + 2**-7, dtype=torch.bfloat16))
         assert value(statistic).dtype == dtype
-        exact = 1 + 2**-7 if kind in (InputMean, QRFactor) else (1 + 2**-7) ** 2
+        exact = 1 + 2**-7 if kind in (InputMean, InputMagnitudes, QRFactor) else (1 + 2**-7) ** 2
         assert value(statistic).item() == exact
     for narrow in (torch.bfloat16, torch.float16, torch.int64):
         with pytest.raises(

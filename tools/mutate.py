@@ -33,6 +33,8 @@ MIXT = "operators/test_mixt.py"
 MATCHING = "operators/test_mixt_matching.py"
 METHOD = "methods/test_method_contract.py"
 SELECTION = "test_selection.py"
+FLAT = "methods/test_flat_llm.py"
+SOLA = "methods/test_sola.py"
 
 FAULTS = (
     Fault("operators/base.py", "y + self.bias", "y", CONTRACT),
@@ -80,6 +82,35 @@ FAULTS = (
     Fault(
         "operators/bypass.py", '(hidden_states, None) if self.returns == "tuple" else', "", "operators/test_bypass.py"
     ),
+    Fault("operators/placed.py", "return F.pad(y, (0, ", "return F.pad(y, (1, ", CONTRACT),
+    Fault("operators/placed.py", "[..., :kept].flatten(-2)", "[..., -kept:].flatten(-2)", CONTRACT),
+    Fault("operators/concat.py", "y = y + part.multiply(piece)", "y = part.multiply(piece)", CONTRACT),
+    Fault("operators/concat.py", "matrix.chunk(self.groups)", "matrix.chunk(1)", CONTRACT),
+    Fault("operators/per_head.py", '"...hr,hcr->...hc"', '"...hr,gcr->...hc"', CONTRACT),
+    Fault("methods/flat_llm.py", ".eigenvectors[..., -rank:]", ".eigenvectors[..., :rank]", FLAT),
+    Fault("methods/flat_llm.py", "(G, H // G)).sum(1)", "(G, H // G))[:, 0]", FLAT),
+    Fault("methods/flat_llm.py", "values / (values + damping)", "values", FLAT),
+    Fault("methods/flat_llm.py", "refit_left(wide, wide[:, chosen], pick, root)", "wide[:, chosen]", FLAT),
+    Fault(
+        "methods/flat_llm.py",
+        "wide.mT @ v.bias.to(wide).view(G, C, 1)",
+        "v.bias.to(wide).view(G, C, 1)[:, :kept]",
+        FLAT,
+    ),
+    Fault("methods/flat_llm.py", "bias[chosen], bias.new_zeros", "bias[: len(chosen)], bias.new_zeros", FLAT),
+    Fault("methods/sola.py", "None if layer.bias is None else layer.bias[order]", "layer.bias", SOLA),
+    Fault("methods/sola.py", "if error < least:", "if best is not None:", SOLA),
+    Fault("methods/sola.py", "product((True, False), repeat", "product((False,), repeat", SOLA),
+    Fault("methods/sola.py", "magnitudes.topk(num_prime)", "(-magnitudes).topk(num_prime)", SOLA),
+    Fault("joint.py", "if turns else 1", "if False else 1", "test_joint.py"),
+    Fault("joint.py", "joined.bias = nn", "joined.left_out = nn", "test_joint.py"),
+    Fault(
+        "fitting.py",
+        "install(model, site.name, operator, move_bias=False)",
+        "install(model, site.name, operator)",
+        "test_joint.py",
+    ),
+    Fault("fitting.py", "if not all(is_finite(tensor) for", "if False and all(is_finite(tensor) for", "test_joint.py"),
     Fault("statistics.py", "self._held += tokens.sum(0)", "self._held = tokens.sum(0)", "test_statistics_contract.py"),
     Fault("statistics.py", "self.num_tokens += tokens.shape[0]", "self.num_tokens += 1", "test_statistics_contract.py"),
     Fault("methods/mixt.py", "str((seed, tuple(weight.shape)))", "str(seed)", "methods/test_mixt_method.py"),

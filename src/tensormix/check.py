@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tensormix.joint import groups_of
 from tensormix.methods import METHODS, Method
 from tensormix.methods.base import BlockMethod, LinearMethod
 from tensormix.models import skeleton
@@ -46,12 +47,13 @@ def counts(model: nn.Module) -> dict[str, Any]:
 def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     """Install empty operators where the plan wants them; one row per site, sizes as in the rows of `compress`."""
     sites = {site.name: site for site in find_sites(model)}
-    rows = []
     num_blocks = len(blocks(model))
-    names = assume(plan, list(sites.values()), num_blocks)
-    for name, method in names.resolve(list(sites.values()), num_blocks).items():
+    chosen, rows = assume(plan, list(sites.values()), num_blocks).resolve(list(sites.values()), num_blocks), []
+    joint = {name: op for group in groups_of(model, sites, chosen).values() for name, op in group.empty().items()}
+    for name, method in chosen.items():
         site = sites[name]
-        operator, whole = empty_operator(site, method), site.kind == "block"
+        operator = joint[name] if name in joint else empty_operator(site, method)
+        whole = site.kind == "block"
         rows.append(
             {
                 "site": name,

@@ -26,6 +26,7 @@ from tensormix.checkpoint import INDEX, PICKLED, Entry, Piece, check_space, file
 from tensormix.files import read_json, write_json
 from tensormix.fitting import Row, bytes_after
 from tensormix.hf import attach, install_empty, operators_of
+from tensormix.joint import groups_of
 from tensormix.journal import Journal, Line
 from tensormix.memory import empty_weights, give_back, set_weight
 from tensormix.operators import DenseStack
@@ -134,13 +135,14 @@ class Disk(Home):
         here = walk.chosen[number] if number < len(walk.chosen) else {}
         opened = {name.rpartition(".")[0] for name in here if walk.sites[name].kind == "experts"}
         gone = {*here, *opened}
+        joint = {n: op for group in groups_of(self.model, walk.sites, here).values() for n, op in group.empty().items()}
         total = sum(self.entries[name].num_bytes for name in self.units[number].unknown)
         for making in self.units[number].makings:
             if not any(_inside(target, gone) for target in making.targets):
                 total += sum(piece.num_bytes for piece in self._copies(making).values())
         for site in walk.sites.values():
             if site.name in here or site.name.rpartition(".")[0] in opened:
-                total += bytes_after(site, here.get(site.name))
+                total += bytes_after(site, here.get(site.name), joint)
         return total
 
     @property

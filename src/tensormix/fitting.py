@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensormix.joint import Group
 from tensormix.methods.base import BlockMethod, LinearMethod, Method
 from tensormix.operators import ExpertStack, StructuredLinear
 from tensormix.sites import Site, install, macs_per_token, opened, returns_tuple
@@ -24,17 +25,21 @@ _ROWS = 256  # of a weight that are in fp64 at the same time
 Statistics = dict[str, list[dict[type, Any]]]  # site name -> of each expert: statistic class -> what it saw
 
 
-def new_statistics(sites: Mapping[str, Site], chosen: Mapping[str, Method], dtype: torch.dtype) -> Statistics:
-    """Empty ones for every site whose method needs some: one for a linear layer, one for each expert of a stack."""
+def new_statistics(
+    sites: Mapping[str, Site], chosen: Mapping[str, Method], dtype: torch.dtype, groups: Iterable[Group] = ()
+) -> Statistics:
+    """Empty ones for every site whose method needs some: one for a linear layer, one for each expert of a stack.
 
-    def empty(site: Site, method: Method) -> dict[type, Any]:
-        return {kind: kind(site.in_features, site.weight.device, dtype) for kind in method.needs}
+    `groups` are those of the sites that are fitted together, which need some at a part of their sites only.
+    """
 
-    return {
-        name: [empty(sites[name], method) for _ in range(sites[name].num_experts)]
-        for name, method in chosen.items()
-        if method.needs
-    }
+    def empty(site: Site, kinds: tuple[type, ...]) -> dict[type, Any]:
+        return {kind: kind(site.in_features, site.weight.device, dtype) for kind in kinds}
+
+    needs = {name: method.needs for name, method in chosen.items() if method.site != "joint" and method.needs}
+    for group in groups:
+        needs |= group.needs()
+    return {name: [empty(sites[name], needs[name]) for _ in range(sites[name].num_experts)] for name in needs}
 
 
 @contextmanager
@@ -60,9 +65,9 @@ def observe(model: nn.Module, sites: Mapping[str, Site], stats: Statistics) -> I
 def check_finite(sites: Mapping[str, Site], chosen: Mapping[str, Method], stats: Statistics) -> None:
     """Raise ValueError, naming the site, if a weight or an input is not finite or a statistic saw no token."""
     for name, method in chosen.items():
-        if isinstance(method, LinearMethod) and not is_finite(sites[name].weight):
+        if method.site != "block" and not is_finite(sites[name].weight):
             raise ValueError(f"{name}: the weight holds NaN or infinite values; nothing was changed there")
-        for kind in method.needs:
+        for kind in stats[name][0] if name in stats else ():
             seen = [of_expert[kind] for of_expert in stats[name]]
             if not any(statistic.num_tokens for statistic in seen):
                 raise ValueError(f"{name}: no calibration token reached this site, so {method.name} cannot be fitted")
@@ -93,21 +98,50 @@ def replace(model: nn.Module, site: Site, method: Method, stats: list[dict[type,
     else:
         raise TypeError(f"{type(method).__name__} is neither a LinearMethod nor a BlockMethod")
     install(model, site.name, operator)
+    facts |= {"relative_error": error, "seconds": time.perf_counter() - start}
+    return _row(site, method, operator, (dense, dense_bits, macs), facts)
+
+
+def replace_together(
+    model: nn.Module, group: Group, stats: Statistics, dense_bits: Callable[[Site], int], tidy: Callable[[], None]
+) -> list[Row]:
+    """Fit a joint method to its sites and put all operators there: all of them, or none if one cannot be fitted.
+
+    The first of the rows has the seconds of all. Relative errors are None, because the operators may hold the same
+    neurons and channels in another order. `tidy` is called when the statistics are no longer needed.
+    """
+    start = time.perf_counter()
+    needed = {name: stats.pop(name) for name in group.needs()}
+    operators = group.fit(needed)
+    needed.clear()
+    tidy()
+    for name, operator in operators.items():
+        if not all(is_finite(tensor) for tensor in operator.state_dict().values()):
+            raise ValueError(f"{name}: {_not_finite(operator)}")
+    rows = []
+    for site in group.sites:
+        operator, costs = operators[site.name], (site.weight.numel(), dense_bits(site), site.macs_per_token)
+        install(model, site.name, operator, move_bias=False)
+        facts = {"relative_error": None, "seconds": 0.0 if rows else time.perf_counter() - start}
+        rows.append(_row(site, group.method, operator, costs, facts))
+    return rows
+
+
+def _row(site: Site, method: Method, operator: Any, dense: tuple[int, int, int], facts: Row) -> Row:
+    """What there is to say about a site; `dense` are the parameters, bits and MACs that it had."""
     return {
         "site": site.name,
         "block": site.block,
         "role": site.role,
         "method": method.name,
         "operator": type(operator).__name__,
-        "dense_parameters": dense,
+        "dense_parameters": dense[0],
         "parameters": operator.num_params,
-        "dense_bits": dense_bits,
+        "dense_bits": dense[1],
         "bits": operator.num_bits,
-        "dense_macs_per_token": macs,
+        "dense_macs_per_token": dense[2],
         "macs_per_token": operator.macs_per_token * site.experts_per_token,
-        "relative_error": error,
         **facts,
-        "seconds": time.perf_counter() - start,
     }
 
 
@@ -155,20 +189,28 @@ def _squares(operator: StructuredLinear, weight: Tensor) -> tuple[float, float]:
 def _root_ratio(squares: list[tuple[float, float]], operator: StructuredLinear) -> float | None:
     error, wanted = (sum(parts) for parts in zip(*squares, strict=True))
     if not math.isfinite(error):
-        raise ValueError(
-            f"the fitted {type(operator).__name__} holds NaN or infinite values; nothing was changed there"
-        )
+        raise ValueError(_not_finite(operator))
     return math.sqrt(error / wanted) if wanted > 0 else None
 
 
-def bytes_after(site: Site, method: Method | None) -> int:
-    """What the site takes in the new checkpoint: its operator, or the dense stack beside one, and the bias."""
+def _not_finite(operator: nn.Module) -> str:
+    return f"the fitted {type(operator).__name__} holds NaN or infinite values; nothing was changed there"
+
+
+def bytes_after(site: Site, method: Method | None, operators: Mapping[str, StructuredLinear]) -> int:
+    """What the site takes in the new checkpoint: its operator, or the dense stack beside one, and the bias.
+
+    `operators` has the empty ones of the sites that are fitted together.
+    """
     if site.kind == "block":
         return 0
     size, bias = site.weight.dtype.itemsize, 0 if site.bias is None else site.bias.numel()
-    if not isinstance(method, LinearMethod):
+    if method is None:
         return size * (site.weight.numel() + bias)
-    state = method.empty(site.in_features, site.out_features).state_dict()
+    if isinstance(method, LinearMethod):
+        state = method.empty(site.in_features, site.out_features).state_dict()
+    else:
+        state = operators[site.name].state_dict()
     bias = max(bias, site.num_experts * state.pop("bias").numel() if "bias" in state else 0)
     # Integers keep their size; floats come in the dtype of the weight.
     each = sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in state.values())

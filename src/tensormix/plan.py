@@ -13,12 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, RootModel, W
 from pydantic import ValidatorFunctionWrapHandler as Handler
 
 from tensormix.methods import METHODS
-from tensormix.methods.base import BlockMethod, Method
+from tensormix.methods.base import BlockMethod, JointMethod, Method
 from tensormix.sites import FUSED, ROLES, Site
 
 _COUNTED = re.compile(r"(last|first) +(\d+)")
 _RANGE = re.compile(r"(\d+)(?: *- *(\d+))?")
-_KINDS = {"linear": ("linear", "experts"), "block": ("block",)}  # the sites that a method for one of them works on
+_KINDS = {
+    "linear": ("linear", "experts"),
+    "joint": ("linear",),
+    "block": ("block",),
+}  # the sites that a method for one of them works on
 
 
 def _method(value: Any, validate: Handler) -> Method:
@@ -42,8 +46,9 @@ class Rule(BaseModel):
     Args:
         blocks: "last 17", "first 5", "3-7", "2", "1,4,6", "all", or an integer or a list of integers, from 0.
         sites: a list of roles (q, k, v, o, gate, up, down, or the fused qkv, gate_up), or one regular expression
-            for the whole name of a site; without it every linear layer and every stack of experts of the blocks. Not
-            for a method that works on whole blocks.
+            for the whole name of a site; without it every linear layer and every stack of experts of the blocks (of
+            a method that changes layers together, those whose role it knows). Not for a method that works on whole
+            blocks.
         method: a mapping with the `name` of a method and its settings, or a method.
     """
 
@@ -120,6 +125,8 @@ class Rule(BaseModel):
         """
         if site.kind not in _KINDS[self.method.site]:
             return False
+        if self.sites is None and isinstance(self.method, JointMethod):
+            return not {site.role, *FUSED.get(site.role or "", ())}.isdisjoint(self.method.roles)
         if self.sites is None:
             return True
         if isinstance(self.sites, str):

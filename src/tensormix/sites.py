@@ -193,11 +193,12 @@ def returns_tuple(block: nn.Module) -> bool:
     return block.returns == "tuple" if isinstance(block, Bypass) else type(block).__name__ in _TUPLE_BLOCKS
 
 
-def install(model: nn.Module, name: str, operator: nn.Module) -> None:
+def install(model: nn.Module, name: str, operator: nn.Module, *, move_bias: bool = True) -> None:
     """Put `operator` where the module `name` was.
 
-    A bias moves over: it becomes the operator's, or is added to the one that the method fitted. A `Bypass` goes on
-    telling the key-value cache how many tokens passed, because models ask the cache of one block for all of them.
+    A bias moves over, unless `move_bias` is false: it becomes the operator's, or is added to the one that the method
+    fitted. A `Bypass` goes on telling the key-value cache how many tokens passed, because models ask the cache of one
+    block for all of them.
 
     Fused experts are opened first when `name` is one of their stacks.
 
@@ -210,7 +211,8 @@ def install(model: nn.Module, name: str, operator: nn.Module) -> None:
         check_shape(old, name, operator)
         if is_fused(model.get_submodule(parent)):
             open_experts(model, parent)
-        _move_bias(old, operator)
+        if move_bias:
+            _move_bias(old, operator)
     elif isinstance(operator, Bypass):
         operator.register_forward_pre_hook(partial(_count_tokens, int(child)), with_kwargs=True)
     operator.train(old.training)
@@ -266,6 +268,31 @@ def _move_bias(old: nn.Module, operator: StructuredLinear | StackedLinear) -> No
     else:
         with torch.no_grad():
             operator.bias.add_(bias.to(operator.bias))
+
+
+def head_counts(model: nn.Module) -> tuple[int, int, int] | None:
+    """How many heads the attention has for queries, how many for keys and values, and their size; None if unknown."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
+    if heads is None or width is None:
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or width // heads
+
+
+def takes_turns(model: nn.Module, site: Site) -> bool:
+    """Whether the rows of a fused qkv take turns, head by head, instead of being all of q, then of k, then of v.
+
+    Raises ValueError if the layout is not known.
+    """
+    leaf, block = site.name.rpartition(".")[2], type(blocks(model)[site.block or 0]).__name__
+    if leaf == "query_key_value":
+        return True
+    if leaf not in ("qkv_proj", "c_attn", "Wqkv") or block == "CodeGenBlock":
+        raise ValueError(f"{site.name}: how q, k and v lie in it is not known; leave it out")
+    return False
 
 
 def macs_per_token(model: nn.Module) -> int:

@@ -154,6 +154,17 @@ class InputNorms(TokenSum):
         self._held += tokens.square().sum(0)
 
 
+class InputMagnitudes(TokenSum):
+    """sum over tokens of |x|, feature by feature; (I,)."""
+
+    @classmethod
+    def shape_held(cls, in_features: int) -> tuple[int, ...]:
+        return (in_features,)
+
+    def _add(self, tokens: Tensor) -> None:  # (N, I)
+        self._held += tokens.abs().sum(0)
+
+
 class Gram(TokenSum):
     """sum over tokens of x x^T; (I, I)."""
 
@@ -226,5 +237,5 @@ class QRFactor(Statistic):
 
 
 STATISTICS: dict[str, type[Statistic]] = {
-    kind.__name__: kind for kind in (InputMean, InputNorms, Gram, DenseGram, PropagatedGram, QRFactor)
+    kind.__name__: kind for kind in (InputMean, InputNorms, InputMagnitudes, Gram, DenseGram, PropagatedGram, QRFactor)
 }

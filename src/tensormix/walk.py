@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.calls import Activations, Call, record_calls
-from tensormix.fitting import Row, Statistics, check_finite, new_statistics, observe, replace
-from tensormix.methods.base import LinearMethod, Method
+from tensormix.fitting import Row, Statistics, check_finite, new_statistics, observe, replace, replace_together
+from tensormix.joint import groups_of
+from tensormix.methods.base import JointMethod, LinearMethod, Method
 from tensormix.plan import Plan
 from tensormix.selection import Notes, chooses, settle
 from tensormix.sites import Site, blocks, find_sites
@@ -96,7 +97,8 @@ def compress(
 
     Returns:
         One row per replaced site. Parameters and MACs are those of the weight (of all parameters for a block), without
-        the bias; `relative_error` is ||W' - W|| / ||W|| in the Frobenius norm, None for blocks and for W = 0.
+        the bias; `relative_error` is ||W' - W|| / ||W|| in the Frobenius norm, None for blocks, for W = 0, and
+        for layers that are fitted together.
 
     Raises:
         ValueError: the plan does not fit the model, a method needs batches and there are none, or a weight or an
@@ -139,7 +141,7 @@ class Walk:
         self.layers = blocks(model)
         self.sites = {site.name: site for site in find_sites(model)}
         chosen = plan.resolve(list(self.sites.values()), len(self.layers))
-        _check_sizes(self.sites, chosen)
+        _check_sizes(model, self.sites, chosen)
         self.num_planned, self.num_done, self._lock = len(chosen), 0, Lock()
         self.chosen: list[dict[str, Method]] = [{} for _ in self.layers]
         for name, method in chosen.items():
@@ -218,13 +220,18 @@ class Walk:
         here, rows = self.chosen[index], []
         self.home.tidy()
         check_finite(self.sites, here, stats)
+        groups = groups_of(self.model, self.sites, here)
         for name, method in here.items():
-            site = self.sites[name]
-            row = replace(self.model, site, method, stats.pop(name, []), self.home.dense_bits(site))
-            rows.append({**row, **self.notes.get(name, {})})
-            self.home.tidy()
-            self._count(rows[-1:])
-        return rows
+            site, home = self.sites[name], self.home
+            if name in groups:
+                new = replace_together(self.model, groups[name], stats, home.dense_bits, home.tidy)
+            elif isinstance(method, JointMethod):
+                continue  # done with the first site of its group
+            else:
+                new = [replace(self.model, site, method, stats.pop(name, []), home.dense_bits(site))]
+            home.tidy()
+            rows += self._count([{**row, **self.notes.get(row["site"], {})} for row in new])
+        return sorted(rows, key=lambda row: list(here).index(row["site"]))
 
     def _count(self, rows: list[Row]) -> list[Row]:
         for row in rows:
@@ -263,7 +270,8 @@ class _Streams:
         self, index: int, block: nn.Module, sites: Mapping[str, Site], here: Mapping[str, Method]
     ) -> Statistics:
         """Run the dense block on every stream; returns what the statistics of its sites saw."""
-        stats = new_statistics(sites, here, self.calibration.precision)
+        groups = groups_of(self.model, sites, here).values()
+        stats = new_statistics(sites, here, self.calibration.precision, groups)
         for stream in self.hidden:
             watched = {
                 name: [
@@ -311,7 +319,7 @@ def streams_of(chosen: list[dict[str, Method]], inputs: Stream) -> set[str]:
     return {_stream_of(kind, inputs) for here in chosen for method in here.values() for kind in method.needs}
 
 
-def _check_sizes(sites: Mapping[str, Site], chosen: Mapping[str, Method]) -> None:
+def _check_sizes(model: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, Method]) -> None:
     """Raise ValueError, naming the site, if a method cannot work on it: before anything is computed or changed."""
     for name, method in chosen.items():
         if isinstance(method, LinearMethod):
@@ -319,6 +327,8 @@ def _check_sizes(sites: Mapping[str, Site], chosen: Mapping[str, Method]) -> Non
                 method.empty(sites[name].in_features, sites[name].out_features)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+    for group in groups_of(model, sites, chosen).values():
+        group.empty()
 
 
 @contextmanager

@@ -15,17 +15,22 @@ from tensormix.methods import (
     BlockMethod,
     Coala,
     DropBlocks,
+    FlatLlm,
     HassleFree,
+    JointMethod,
     Laser,
     LinearMethod,
     MeanOutput,
     Method,
     Mixt,
     Rtn,
+    Sola,
     Svd,
     SvdLlm,
     ZeroMethod,
 )
+from tensormix.methods.base import Heads, Layer
+from tensormix.methods.sola import Ranks
 from tensormix.operators import build
 
 I, O = 48, 80
@@ -68,7 +73,7 @@ def test_every_linear_method_has_a_case():
 
 
 def test_the_table_holds_every_method_that_is_written():
-    bases = {"Method", "LinearMethod", "BlockMethod"}
+    bases = {"Method", "LinearMethod", "JointMethod", "BlockMethod"}
     written = set()
     for path in Path(tensormix.methods.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -82,7 +87,8 @@ def test_the_table_key_is_the_name_and_the_words_are_there(name):
     cls = METHODS[name]
     assert cls.model_fields["name"].default == name
     assert cls.source and cls.summary.endswith(".")
-    assert cls.site == ("block" if issubclass(cls, BlockMethod) else "linear")
+    kinds = {"block": BlockMethod, "joint": JointMethod, "linear": LinearMethod}
+    assert issubclass(cls, kinds[cls.site])
     assert isinstance(cls.needs, tuple)
 
 
@@ -117,6 +123,64 @@ def test_methods_are_frozen_and_survive_json(method):
         method.name = "other"
     again: Method = type(method).model_validate_json(method.model_dump_json())
     assert again == method and hash(again) == hash(method)
+
+
+# Methods that change the layers of a block together: 4 heads of 8 channels, 2 of keys and values, 40 neurons.
+HEADS = Heads(4, 2, 8)
+SHAPES = {
+    "q": (32, 24), "k": (16, 24), "v": (16, 24), "o": (24, 32), "gate": (40, 24), "up": (40, 24), "down": (24, 40)
+}  # fmt: skip
+JOINT = [
+    FlatLlm(keep=0.7),
+    FlatLlm(keep=1.0),
+    Sola(ranks=Ranks(q=3, k=4, o=5, gate=6, up=7, down=8)),
+    Sola(ranks=Ranks(q=3, up=7), prime=0.0),
+    Sola(keep=1.0, prime=0.5),
+]
+BIASED = ("q", "v", "up", "down")
+
+
+def joint_inputs(method, dtype=torch.float32):
+    layers = {
+        role: Layer(torch.randn(shape, dtype=dtype), torch.randn(shape[0], dtype=dtype) if role in BIASED else None)
+        for role, shape in SHAPES.items()
+    }
+    stats = {}
+    for role, shape in SHAPES.items():
+        stats[role] = {kind: kind(shape[1]) for kind in method.needs_at(role)}
+        for statistic in stats[role].values():
+            statistic.update(torch.randn(20, shape[1]))  # fewer tokens than the down projection has inputs
+    return layers, stats
+
+
+def test_every_joint_method_has_a_case():
+    assert {cls for cls in METHODS.values() if issubclass(cls, JointMethod)} == {type(method) for method in JOINT}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("joint", JOINT, ids=str)
+def test_joint_fits_keep_shapes_dtypes_and_biases_and_are_foreseen(joint, dtype):
+    torch.manual_seed(0)
+    layers, stats = joint_inputs(joint, dtype)
+    before = {role: layer.weight.clone() for role, layer in layers.items()}
+    fitted, empty = joint.fit(layers, stats, HEADS), joint.empty(SHAPES, HEADS)
+    again = joint.fit(layers, stats, HEADS)
+    assert fitted.keys() == empty.keys() == SHAPES.keys()
+    for role, op in fitted.items():
+        assert op.spec == empty[role].spec and (op.out_features, op.in_features) == SHAPES[role]
+        assert {tensor.device.type for tensor in empty[role].state_dict().values()} == {"meta"}
+        assert (op.bias is not None) == (role in BIASED)
+        assert all(p.dtype == dtype and p.isfinite().all() and p.is_leaf for p in op.parameters())
+        assert torch.equal(layers[role].weight, before[role])
+        assert all(torch.equal(again[role].state_dict()[name], tensor) for name, tensor in op.state_dict().items())
+
+
+@pytest.mark.parametrize("joint", JOINT, ids=str)
+def test_joint_methods_are_frozen_and_survive_json(joint):
+    with pytest.raises(ValidationError, match="frozen"):
+        joint.name = "other"
+    again = type(joint).model_validate_json(joint.model_dump_json())
+    assert again == joint and hash(again) == hash(joint)
 
 
 @pytest.mark.parametrize(

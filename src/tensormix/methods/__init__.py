@@ -8,20 +8,23 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tensormix.methods.base import BlockMethod, LinearMethod, Method
+from tensormix.methods.base import BlockMethod, JointMethod, LinearMethod, Method
 from tensormix.methods.coala import Coala
 from tensormix.methods.drop_blocks import DropBlocks
+from tensormix.methods.flat_llm import FlatLlm
 from tensormix.methods.hassle_free import HassleFree
 from tensormix.methods.laser import Laser, laser_search
 from tensormix.methods.mixt import Mixt
 from tensormix.methods.null import MeanOutput, ZeroMethod
 from tensormix.methods.rtn import Rtn
+from tensormix.methods.sola import Sola
 from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
 
 __all__ = [
-    "METHODS", "BlockMethod", "Coala", "DropBlocks", "HassleFree", "Laser", "LinearMethod", "MeanOutput", "Method",
-    "Mixt", "Rtn", "Svd", "SvdLlm", "ZeroMethod", "laser_search",
+    "METHODS", "BlockMethod", "Coala", "DropBlocks", "FlatLlm", "HassleFree", "JointMethod",
+    "Laser", "LinearMethod", "MeanOutput",
+    "Method", "Mixt", "Rtn", "Sola", "Svd", "SvdLlm", "ZeroMethod", "laser_search",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
@@ -35,6 +38,8 @@ METHODS: dict[str, type[Method]] = {
     "laser": Laser,
     "hassle_free": HassleFree,
     "rtn": Rtn,
+    "sola": Sola,
+    "flat_llm": FlatLlm,
 }
 
 # Only here are all methods known among which `Rtn.of` chooses.

@@ -6,8 +6,10 @@ Shape letters: I in_features, O out_features.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ class Method(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    site: ClassVar[Literal["linear", "block"]]
+    site: ClassVar[Literal["linear", "joint", "block"]]
     source: ClassVar[str]  # paper, or "ours"
     summary: ClassVar[str]  # one sentence
     needs: ClassVar[tuple[type, ...]] = ()  # statistics classes
@@ -64,3 +66,69 @@ class BlockMethod(Method):
     @abstractmethod
     def replace(self, block: nn.Module, *, returns: str = "tensor") -> Bypass:
         """What stands in for `block`; `returns` says whether the model's blocks return a "tensor" or a "tuple"."""
+
+
+class Heads(NamedTuple):
+    """How the outputs of q (num_heads of them), k and v (num_kv_heads) and the inputs of o are divided."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One linear layer of several that are changed together."""
+
+    weight: Tensor  # (O, I)
+    bias: Tensor | None = None  # (O,)
+
+
+class RoleError(ValueError):
+    """Something is wrong with one of the layers: its role, and why."""
+
+    def __init__(self, role: str, reason: str) -> None:
+        super().__init__(f"{role}: {reason}")
+        self.role, self.reason = role, reason
+
+
+@contextmanager
+def about(role: str) -> Iterator[None]:
+    """A ValueError raised inside becomes a `RoleError` about this role."""
+    try:
+        yield
+    except ValueError as reason:
+        raise RoleError(role, str(reason)) from None
+
+
+class JointMethod(Method):
+    """Replaces linear layers of one block together, so that what one puts out may change if another takes it in so.
+
+    The layers come by role; a fused one (qkv, gate_up) comes as its parts. The block's function must stay what it is:
+    neurons may be put in another order or removed, channels of heads turned, as long as the readers are too. Every
+    layer keeps its shape.
+    """
+
+    site = "joint"
+    roles: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")  # those that it can change
+
+    def needs_at(self, role: str) -> tuple[type, ...]:
+        """The statistics that it needs of the inputs of this role; those of q, k, v are the same, and of gate, up."""
+        return self.needs
+
+    @abstractmethod
+    def empty(self, shapes: Mapping[str, tuple[int, int]], heads: Heads | None) -> dict[str, StructuredLinear]:
+        """The operators that `fit` would give for layers of these shapes (O, I), on meta.
+
+        Raises:
+            ValueError: roles are missing that belong together, or a layer does not allow what is asked for.
+        """
+
+    @abstractmethod
+    def fit(
+        self, layers: Mapping[str, Layer], stats: Mapping[str, Statistics], heads: Heads | None
+    ) -> dict[str, StructuredLinear]:
+        """The fitted operators, in the dtypes and on the devices of the weights.
+
+        The bias of an operator is the final one of the layer. Raises `RoleError` if a layer cannot be fitted.
+        """

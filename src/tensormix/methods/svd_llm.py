@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensormix.methods.base import LinearMethod, Statistics
 from tensormix.methods.ranks import rank_for
-from tensormix.methods.whitening import gram_root, low_rank, output_basis, refit_left, widened
+from tensormix.methods.whitening import balanced, gram_root, output_basis, refit_left, widened
 from tensormix.operators import LowRank
 from tensormix.statistics import DenseGram, Gram, PropagatedGram
 
@@ -59,6 +59,4 @@ class SvdLlm(LinearMethod):
         if self.update:
             _, root = widened(weight, gram_root(stats[PropagatedGram].mean, self.ridge))
             left = refit_left(wide, left, right, root)
-        scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
-        scale = torch.where(scale.isfinite() & (scale > 0), scale, 1)
-        return low_rank(weight, left * scale, right / scale[:, None])  # each column as long as its row
+        return balanced(weight, left, right)

@@ -22,7 +22,7 @@ def gram_root(gram: Tensor, ridge: float = 0.0) -> Tensor:  # (I, I) -> (I, K)
     Raises:
         ValueError: `gram` is zero or not finite.
     """
-    _check_inputs(gram)
+    check_inputs(gram)
     values, vectors = torch.linalg.eigh(gram)
     values = values + ridge * gram.diagonal().mean()
     kept = values > _rounding(gram) * values[-1]
@@ -35,7 +35,7 @@ def factor_root(factor: Tensor, ridge: float = 0.0) -> Tensor:  # (K, I) -> (I, 
     Raises:
         ValueError: `factor` is zero or not finite.
     """
-    _check_inputs(factor)
+    check_inputs(factor)
     if ridge == 0:
         return factor.T
     rows = torch.eye(factor.shape[1]).to(factor) * (ridge * factor.square().sum() / factor.shape[1]).sqrt()
@@ -93,12 +93,38 @@ def low_rank(weight: Tensor, left: Tensor, right: Tensor) -> LowRank:  # (O, I),
     return op
 
 
+def best_on_inputs(weight: Tensor, root: Tensor, rank: int) -> LowRank:  # (O, I), (I, K)
+    """The operator of this rank with the smallest ||(W - W') root||_F; each column is as long as its row."""
+    wide, root = widened(weight, root)
+    left = output_basis(wide, root, rank)
+    return balanced(weight, left, left.T @ wide)
+
+
+def balanced(weight: Tensor, left: Tensor, right: Tensor) -> LowRank:  # (O, I), (O, R), (R, I)
+    """The operator with these factors, each column of the left one made as long as its row of the right one."""
+    scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1)
+    return low_rank(weight, left * scale, right / scale[:, None])
+
+
+def whitened_spectrum(weight: Tensor, root: Tensor) -> Tensor:  # (O, I), (I, K) -> (min(O, K),)
+    """The singular values of weight root, from the largest on: the squares beyond rank R sum to the error of rank R.
+
+    From the smaller product with its transpose in fp64: that is exact to the rounding of the largest square.
+    """
+    wide, root = widened(weight, root)
+    core = (wide @ root).double()
+    product = core @ core.T if core.shape[0] <= core.shape[1] else core.T @ core
+    return torch.linalg.eigvalsh(product).clamp(min=0).sqrt().flip(0)
+
+
 def _rounding(matrix: Tensor) -> float:
     """What rounding does to the spectrum of such a matrix, as a fraction of its largest value: eps sqrt(size)."""
     return torch.finfo(matrix.dtype).eps * max(matrix.shape) ** 0.5
 
 
-def _check_inputs(measured: Tensor) -> None:
+def check_inputs(measured: Tensor) -> None:
+    """Raise ValueError if a statistic is zero or not finite."""
     if not measured.isfinite().all():
         raise ValueError("the calibration inputs hold NaN or infinite values")
     if not measured.any():
