@@ -15,7 +15,8 @@ ROOT = Path(tensormix.__file__).parent
 # Imports inside functions and under TYPE_CHECKING count too.
 FACTS = {"operators", "sites", "models", "data", "exam", "hf", "files", "settings"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "operators": set(),
+    "kernels": set(),
+    "operators": {"kernels"},
     "statistics": set(),
     "files": set(),
     "exam": set(),

@@ -30,6 +30,7 @@ class Fault(NamedTuple):
 
 CONTRACT = "operators/test_operator_contract.py"
 MIXT = "operators/test_mixt.py"
+KERNEL = "kernels/test_mixt_kernel.py"
 MATCHING = "operators/test_mixt_matching.py"
 METHOD = "methods/test_method_contract.py"
 SELECTION = "test_selection.py"
@@ -45,8 +46,14 @@ FAULTS = (
         CONTRACT,
     ),
     Fault("operators/base.py", " if p is not self.bias)", ")", CONTRACT),
-    Fault("operators/mixt.py", ".add_(F.linear(parts, core)", ".copy_(F.linear(parts, core)", CONTRACT),
-    Fault("operators/mixt.py", "[:, : self.out_features] / self.num_branches", "[:, : self.out_features]", CONTRACT),
+    Fault("kernels/mixt/cpu.py", "beta=int(k > 0)", "beta=0", KERNEL),
+    Fault("kernels/mixt/cpu.py", "out.add_(part, alpha=1 / K)", "out.copy_(part)", KERNEL),
+    Fault("kernels/mixt/cpu.py", "blocks[:, features:].zero_()", "pass", KERNEL),
+    Fault("kernels/mixt/cpu.py", "x.new_zeros(num_branches, Q, P)", "x.new_ones(num_branches, Q, P)", KERNEL),
+    Fault("kernels/mixt/cpu.py", "min(len(rows), B * M)", "len(rows)", KERNEL),
+    Fault("kernels/mixt/op.py", "[core.t() for core in cores]", "list(cores)", CONTRACT),
+    Fault("kernels/mixt/op.py", "ctx.save_for_backward(x, *cores)", "ctx.save_for_backward(x + 0, *cores)", KERNEL),
+    Fault("operators/mixt.py", "[core.to(dtype) for core in cores]", "cores", KERNEL),
     Fault("operators/mixt.py", "(core / self.num_branches)", "(core.detach() / self.num_branches)", CONTRACT),
     Fault("operators/mixt.py", "* self.bond ** (self.num_branches - 1)\n\n\n", "\n\n\n", CONTRACT),
     Fault(

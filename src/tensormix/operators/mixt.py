@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tensormix.kernels.mixt import mixt
 from tensormix.operators.base import StructuredLinear, did_you_mean
 from tensormix.operators.mixt_matching import Windows, match, window
 
@@ -74,18 +74,14 @@ class MixT(StructuredLinear):
         return [(self.bond**k, self.bond ** (self.num_branches - 1 - k)) for k in range(self.num_branches)]
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        in_padded, out_padded = self._padded
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"MixT: the layer takes {self.in_features} features, got {x.shape[-1]}")
+        cores = self.cores
+        if torch.is_autocast_enabled(x.device.type):  # as for a dense product
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, cores = x.to(dtype), [core.to(dtype) for core in cores]
         rows = x.reshape(-1, self.in_features)
-        if in_padded > self.in_features:
-            rows = F.pad(rows, (0, in_padded - self.in_features))
-        # The last branch passes nothing through on its right, so its output lies in order: the others add to it.
-        *others, (core, (left, _)) = zip(self.cores, self.windows, strict=True)
-        y = F.linear(rows.view(-1, left, self.core_in), core).view(-1, out_padded)  # (N, O')
-        for core, (left, right) in others:
-            parts = rows.view(-1, left, self.core_in, right).transpose(-1, -2)  # (N, L, R, P)
-            y.view(-1, left, self.core_out, right).add_(F.linear(parts, core).transpose(-1, -2))
-        y = y[:, : self.out_features] / self.num_branches
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return mixt(rows, cores, self.bond, self.out_features).view(*x.shape[:-1], self.out_features)
 
     def to_dense(self) -> Tensor:  # (O, I)
         in_padded, out_padded = self._padded

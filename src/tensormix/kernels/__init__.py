@@ -1,0 +1,1 @@
+"""Fast products behind the operators: tensors in, tensors out. PyTorch's dispatcher chooses by device."""

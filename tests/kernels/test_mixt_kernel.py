@@ -1,0 +1,163 @@
+"""The operators tensormix::mixt and mixt_cores against their meaning, their gradients, their memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tensormix.kernels.mixt import cpu, mixt, mixt_cores, reference
+from tensormix.operators import MixT
+from tensormix.profile import LiveBytes
+
+NUM_TOKENS = (0, 1, cpu.FEW, cpu.FEW + 1, cpu.M, cpu.M + 1, cpu.B * cpu.M + 3, 2 * cpu.B * cpu.M + cpu.M + 1)
+
+
+def problem(num_tokens, I=40, O=56, *, K=3, d=2, Q=16, P=12, dtype=torch.float64):
+    """Tokens, cores and gradients of outputs; the padded sizes are P d^(K-1) and Q d^(K-1)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, I, generator=generator, dtype=torch.float64)
+    cores = [torch.randn(Q, P, generator=generator, dtype=torch.float64) for _ in range(K)]
+    dy = torch.randn(num_tokens, O, generator=generator, dtype=torch.float64)
+    return x.to(dtype), [core.to(dtype) for core in cores], dy.to(dtype), d
+
+
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+def test_every_number_of_tokens_gives_the_reference(num_tokens):
+    x, cores, dy, d = problem(num_tokens)
+    torch.testing.assert_close(mixt(x, cores, d, 56), reference.mixt(x, cores, d, 56), rtol=1e-12, atol=1e-12)
+    grads = mixt_cores(dy, x, (16, 12), 3, d)
+    torch.testing.assert_close(grads, reference.mixt_cores(dy, x, (16, 12), 3, d), rtol=1e-12, atol=1e-11)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(2, 3), st.integers(1, 9), st.integers(1, 9), st.integers(0, 150), st.data())
+def test_any_size_gives_the_reference(K, d, Q, P, num_tokens, data):
+    I = data.draw(st.integers(1, P * d ** (K - 1)))
+    O = data.draw(st.integers(1, Q * d ** (K - 1)))
+    x, cores, dy, d = problem(num_tokens, I, O, K=K, d=d, Q=Q, P=P)
+    torch.testing.assert_close(mixt(x, cores, d, O), reference.mixt(x, cores, d, O), rtol=1e-12, atol=1e-11)
+    grads = mixt_cores(dy, x, (Q, P), K, d)
+    torch.testing.assert_close(grads, reference.mixt_cores(dy, x, (Q, P), K, d), rtol=1e-12, atol=1e-10)
+
+
+def test_the_reference_is_the_dense_product():
+    op = MixT.from_dense(torch.randn(50, 33, dtype=torch.float64), num_branches=3)
+    x = torch.randn(5, 33, dtype=torch.float64)
+    torch.testing.assert_close(reference.mixt(x, op.cores, 2, 50), x @ op.to_dense().T)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 30])
+def test_opcheck(num_tokens):
+    x, cores, dy, d = problem(num_tokens, dtype=torch.float32)
+    torch.library.opcheck(mixt, (x.requires_grad_(), [c.requires_grad_() for c in cores], d, 56))
+    torch.library.opcheck(mixt_cores, (dy.requires_grad_(), x, [16, 12], 3, d))
+
+
+@pytest.mark.parametrize("num_tokens", [2, 14])
+def test_gradients_and_their_gradients_are_right(num_tokens):
+    x, cores, _, d = problem(num_tokens, 7, 10, Q=3, P=2)
+    inputs = [x.requires_grad_(), *(core.requires_grad_() for core in cores)]
+    assert torch.autograd.gradcheck(lambda x, *cores: mixt(x, cores, d, 10), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x, *cores: mixt(x, cores, d, 10), inputs, fast_mode=True)
+
+
+def test_only_wanted_gradients_are_computed():
+    x, cores, _, d = problem(20)
+    mixt(x.requires_grad_(), cores, d, 56).sum().backward()
+    assert x.grad is not None
+    x.grad = None
+    mixt(x.detach(), [core.requires_grad_() for core in cores], d, 56).sum().backward()
+    assert x.grad is None and all(core.grad is not None for core in cores)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_error_is_at_most_twice_that_of_plain_pytorch(dtype, num_tokens):
+    x, cores, dy, d = problem(num_tokens, dtype=dtype)
+    wide = x.double(), [core.double() for core in cores]
+    truth, plain = reference.mixt(*wide, d, 56), reference.mixt(x, cores, d, 56)
+    assert (mixt(x, cores, d, 56) - truth).norm() <= 2 * (plain - truth).norm()
+    sizes = ((16, 12), 3, d)
+    truth, plain = reference.mixt_cores(dy.double(), x.double(), *sizes), reference.mixt_cores(dy, x, *sizes)
+    assert (mixt_cores(dy, x, *sizes) - truth).norm() <= 2 * (plain - truth).norm()
+
+
+def test_it_compiles_in_one_graph_with_gradients():
+    op = MixT.from_dense(torch.randn(64, 48), num_branches=3)
+    x = torch.randn(2, 5, 48, requires_grad=True)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    wanted = torch.autograd.grad(op(x).square().sum(), [x, *op.parameters()])
+    given_ = torch.autograd.grad(compiled(x).square().sum(), [x, *op.parameters()])
+    torch.testing.assert_close(given_, wanted)
+
+
+def test_autocast_is_that_of_a_dense_layer():
+    op = MixT.from_dense(torch.randn(64, 48), num_branches=3)
+    x = torch.randn(5, 48, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = op(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert op.core_0.grad is not None and op.core_0.grad.dtype == x.grad.dtype == torch.float32  # pyright: ignore
+    truth = x.double() @ op.to_dense().double().T
+    assert (y - truth).norm() < 0.02 * truth.norm()
+
+
+def test_a_wrong_number_of_features_is_refused():
+    op = MixT.from_dense(torch.randn(64, 48), num_branches=3)
+    with pytest.raises(ValueError, match=r"^MixT: the layer takes 48 features, got 96$"):
+        op(torch.randn(2, 96))
+
+
+def peak(call, *alive):
+    """Bytes alive at the worst moment beside those of `alive`; what the kernel allocates inside itself is seen."""
+    with torch.no_grad(), LiveBytes() as mode:
+        mode.known |= {tensor.untyped_storage()._cdata for tensor in alive}
+        out = call()
+    del out
+    return mode.peak
+
+
+def test_scratch_memory_does_not_grow_with_the_tokens():
+    """Beside its output, which a dense layer makes too: one buffer for the inputs of B blocks and one for outputs."""
+    I, O = 128, 64
+    op = MixT.from_dense(torch.randn(O, I), num_branches=4)
+    for num_tokens in (512, 2048):
+        x = torch.randn(num_tokens, I)
+        beside_output = peak(lambda x=x: cpu.mixt(x, op.cores, 2, O), x, *op.cores) - 4 * num_tokens * O
+        assert beside_output == 4 * cpu.B * cpu.M * (I + O)
+
+
+def test_training_keeps_the_input_and_nothing_else():
+    op = MixT.from_dense(torch.randn(64, 128), num_branches=4)
+    x = torch.randn(200, 128)
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = op(x)
+    assert sum(kept.values()) == 4 * (x.numel() + op.num_params)
+    del y
+
+
+def test_training_takes_less_memory_than_the_dense_layer():
+    """Saved input, gradients and scratch, at 512 tokens of a layer that is larger than its inputs' block."""
+    I = O = 1024
+    op = MixT.from_dense(torch.randn(O, I), num_branches=4)
+    x, dy = torch.randn(512, I), torch.randn(512, O)
+    dense = torch.nn.Linear(I, O, bias=False)
+
+    def ours():
+        y = cpu.mixt(x, op.cores, 2, O)
+        return y, cpu.mixt(dy, [core.t() for core in op.cores], 2, I), cpu.mixt_cores(dy, x, (128, 128), 4, 2)
+
+    def theirs():
+        return x @ dense.weight.T, dy @ dense.weight, dy.T @ x
+
+    known = (x, dy, dense.weight, *op.cores)
+    assert peak(ours, *known) < 0.75 * peak(theirs, *known)
