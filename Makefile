@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORES := $(shell nproc 2>/dev/null || echo 2)
+EXTRAS ?= dev
 export OMP_NUM_THREADS ?= $(CORES)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
@@ -13,6 +14,7 @@ help:
 	@echo "make demo    set up and run the sweep on the embedded model; ends with the path of the report"
 	@echo "make test    set up and run the whole test suite (offline)"
 	@echo "make check   ruff, the type checker and the import directions"
+	@echo "make test EXTRAS=dev,eval   in a fresh checkout: with lm-eval, whose tests are left out without it"
 	@echo "make mutate  break the code line by line and demand that the tests notice"
 
 setup: $(VENV)/.ready
@@ -22,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "tensormix needs Python 3.11 or newer"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: setup

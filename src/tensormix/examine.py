@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tensormix.data import calibration_batches, describe, packed_source, separator_of
 from tensormix.diagnose import Diagnose, diagnose, run_diagnostics
-from tensormix.evaluate import ChoicePrompt, evaluate_choices, perplexity
+from tensormix.evaluate import (
+    LETTERED,
+    ChoicePrompt,
+    ask,
+    choice_prompts,
+    evaluate_choices,
+    halving,
+    macro_drop_row,
+    macro_row,
+    perplexity,
+)
 from tensormix.exam import exam, prompt, worked_examples
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
@@ -20,27 +31,27 @@ Row = dict[str, Any]
 Progress = Callable[[int, int], None]
 
 
-def evaluate_rows(model: Any, tokenizer: Any, settings: Evaluate, *, progress: Progress) -> list[Row]:
-    """Perplexity of every text, then the exam."""
+def evaluate_rows(
+    model: Any, tokenizer: Any, settings: Evaluate, *, journals: Path | None = None, progress: Progress
+) -> list[Row]:
+    """Perplexity of every text, then the exam, then the benchmarks, whose answers are kept in `journals` meanwhile."""
     rows: list[Row] = []
     for text in settings.perplexity:
         ids = packed_source(tokenizer, text.text)[: text.num_tokens]
-        rows.append(
-            perplexity(
-                model,
-                ids,
-                window=text.window,
-                stride=text.stride,
-                text=describe(text.text),
-                bos_id=separator_of(tokenizer) if text.bos else None,
-                batch_size=settings.batch_size,
-            )
-        )
+        bos = separator_of(tokenizer) if text.bos else None
+        asked: dict[str, Any] = {"token_ids": ids, "window": text.window, "stride": text.stride, "bos_id": bos}
+        asked["text"] = describe(text.text)
+        rows.append(halving(settings.batch_size, lambda n, a=asked: perplexity(model, batch_size=n, **a))[1])
     if settings.exam is not None:
-        rows += evaluate_choices(
-            model, tokenizer, exam_prompts(settings.exam), batch_size=settings.batch_size, progress=progress
-        )
-    return rows
+        prompts = exam_prompts(settings.exam)
+        rows += halving(
+            settings.batch_size,
+            lambda n: evaluate_choices(model, tokenizer, prompts, batch_size=n, progress=progress),
+        )[1]
+    for benchmark in settings.benchmarks:
+        journal = journals / f"{benchmark.name}.jsonl" if journals else None
+        rows += ask(model, tokenizer, benchmark, batch_size=settings.batch_size, journal=journal, progress=progress)
+    return rows + macro_row(rows)
 
 
 def diagnose_rows(
@@ -50,21 +61,25 @@ def diagnose_rows(
     answers: Sequence[Row],
     *,
     reference_rows: Sequence[Row] | None,
+    reference_answers: Sequence[Row] | None,
     dense: Callable[[], Any],
     progress: Progress,
 ) -> list[Row]:
-    """Entropies and geometry on the exam, then the diagnostics that the recipe names.
+    """Entropies and geometry at the answers, the macro drop, then the diagnostics that the recipe names.
 
     Args:
         answers: the rows of the evaluate stage.
         reference_rows: the diagnose rows of the dense model, None where this is the dense model.
+        reference_answers: its evaluate rows.
         dense: loads the dense model; called only if a diagnostic compares with it.
     """
-    settings, asked = recipe.diagnose or Diagnose(), recipe.evaluate.exam
+    settings = recipe.diagnose or Diagnose()
     rows: list[Row] = []
-    if asked is not None:
-        prompts = exam_prompts(asked)[: settings.num_prompts]
-        rows += diagnose(model, tokenizer, prompts, answers, reference_rows=reference_rows)
+    if prompts := answer_prompts(recipe.evaluate, answers)[: settings.num_prompts]:
+        rows += diagnose(
+            model, tokenizer, prompts, answers, reference_rows=reference_rows, entropies_of=settings.entropies_of
+        )
+    rows += macro_drop_row(answers, reference_answers or ())
     is_dense = not len(recipe.plan.root)
     chosen = settings.chosen(is_dense)
     if chosen:
@@ -77,6 +92,25 @@ def diagnose_rows(
             progress=progress,
         )
     return rows
+
+
+def has_answers(settings: Evaluate) -> bool:
+    """Whether four-letter answers are asked for, at which entropies and geometry can be taken."""
+    return settings.exam is not None or any(benchmark.name in LETTERED for benchmark in settings.benchmarks)
+
+
+def answer_prompts(settings: Evaluate, answers: Sequence[Row]) -> list[ChoicePrompt]:
+    """The prompts of the exam, without one those questions of MMLU that were answered; none without either."""
+    if settings.exam is not None:
+        return exam_prompts(settings.exam)
+    answered = {(row["task"], row["subject"], row["id"]) for row in answers if row["kind"] == "answer"}
+    lettered = (benchmark for benchmark in settings.benchmarks if benchmark.name in LETTERED)
+    return [
+        asked
+        for benchmark in lettered
+        for asked in choice_prompts(benchmark)
+        if (benchmark.name, asked.subject, asked.id) in answered
+    ]
 
 
 def compress_block(model: Any, tokenizer: Any, recipe: Recipe, index: int) -> None:

@@ -18,6 +18,7 @@ from tensormix.settings import Calibration, Evaluate, Profile, Recover, Settings
 Model = TypeVar("Model", bound=BaseModel)
 Direction = Literal["last", "first"]
 Baseline = Literal["zero", "drop_blocks"]
+FILES = ("file", "examples")  # keys of paths that are taken from the recipe's folder
 
 
 class Recipe(Settings):
@@ -230,7 +231,7 @@ def _is_path(model: str, folder: Path) -> bool:
 def _placed_files(data: Any, folder: Path) -> Any:
     if isinstance(data, dict):
         return {
-            key: _placed(value, folder) if key == "file" and isinstance(value, str) else _placed_files(value, folder)
+            key: _placed(value, folder) if key in FILES and isinstance(value, str) else _placed_files(value, folder)
             for key, value in data.items()
         }
     return [_placed_files(item, folder) for item in data] if isinstance(data, list) else data

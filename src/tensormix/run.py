@@ -3,6 +3,7 @@
     recipe.json       what was asked
     compress.json     one file per finished stage: its rows, its settings, its key, where and when it was made
     recover.json  evaluate.json  diagnose.json  profile.json
+    answers/          what benchmarks have answered while evaluate is not finished
     compressed/       the model after compress        recovered/   the model after recover
     compressed.journal.jsonl   what each file of compressed/ holds, and its SHA-256
     dense/            the run of the untouched model that the others are compared with
@@ -27,7 +28,8 @@ import torch
 
 import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
 from tensormix import __version__
-from tensormix.examine import diagnose_rows, evaluate_rows, windows
+from tensormix.evaluate import check_installed
+from tensormix.examine import diagnose_rows, evaluate_rows, has_answers, windows
 from tensormix.files import environment, now, read_json, whole_folder, write_json
 from tensormix.models import fingerprint, load_model, load_tokenizer, quiet
 from tensormix.plan import Plan
@@ -73,6 +75,8 @@ def run_recipe(
     write_json(folder / "recipe.json", json.loads(recipe.model_dump_json()))
     if reference is None and len(recipe.plan.root):
         reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress)
+    if recipe.evaluate.benchmarks:
+        check_installed()  # before hours of work, not after them
     run = _Run(recipe, folder, reference, progress or (lambda stage, done, total: None), workers)
     run.cache = teacher_cache
     for stage in STAGES:
@@ -183,12 +187,15 @@ class _Run:
         return rows
 
     def _evaluate(self) -> list[Row]:
-        return evaluate_rows(
+        rows = evaluate_rows(
             self.model,
             self.tokenizer,
             self.recipe.evaluate,
+            journals=self.folder / "answers" / self.keys["evaluate"],
             progress=lambda done, total: self.progress("evaluate", done, total),
         )
+        shutil.rmtree(self.folder / "answers", ignore_errors=True)
+        return rows
 
     def _diagnose(self) -> list[Row]:
         return diagnose_rows(
@@ -197,6 +204,7 @@ class _Run:
             self.recipe,
             stage_rows(self.folder, "evaluate"),
             reference_rows=stage_rows(self.reference, "diagnose") if self.reference else None,
+            reference_answers=stage_rows(self.reference, "evaluate") if self.reference else None,
             dense=lambda: self._load(self.recipe.model),
             progress=lambda done, total: self.progress("diagnose", done, total),
         )
@@ -237,7 +245,7 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
         key("recover", start, keys.get("compress"), *([fingerprint(other)] if other else []))
     model = keys.get("recover", keys.get("compress"))
     key("evaluate", start, model)
-    if recipe.diagnose is not None and (recipe.evaluate.exam is not None or recipe.diagnose.run):
+    if recipe.diagnose is not None and (has_answers(recipe.evaluate) or recipe.diagnose.run):
         compared = read_json(reference / "diagnose.json")["key"] if reference else None
         key("diagnose", keys["evaluate"], compared)
     if recipe.profile is not None and model is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -121,12 +121,41 @@ class Exam(Settings):
     shots: int = Field(default=5, ge=0)  # worked examples before each question
 
 
+class Benchmark(Settings):
+    """A published benchmark, asked by lm-eval."""
+
+    name: Literal["mmlu", "arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande"]
+    file: str | None = None  # .jsonl with query, choices, gold (and subject) on each line; without it the Hub
+    examples: str | None = None  # .jsonl of the same kind, from which worked examples are taken
+    shots: int = Field(default=0, ge=0)  # worked examples before each question; 5 for mmlu if nothing is said
+    num_questions: int | None = Field(default=None, ge=1)  # a random sample of them; all without it
+    seed: int = Field(default=0, ge=0)  # of the sample, and of worked examples that are drawn
+    too_long: Literal["refuse", "leave_out"] = "refuse"  # questions longer than the context; never cut
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        return {"shots": 5, **value} if isinstance(value, dict) and value.get("name") == "mmlu" else value
+
+
 class Evaluate(Settings):
     """What is measured of the model."""
 
     perplexity: tuple[Perplexity, ...] = ()
     exam: Exam | None = Exam()  # null: none
-    batch_size: int = Field(default=32, ge=1)
+    benchmarks: tuple[Benchmark, ...] = ()  # names, or mappings with a name and settings
+    batch_size: int = Field(
+        default=32, ge=1
+    )  # questions or windows at a time; halved where the memory does not suffice
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        names = [benchmark.name for benchmark in self.benchmarks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the benchmark {twice!r} is there twice; its rows could not be told apart")
+        return self
 
 
 class Profile(Settings):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tensormix.diagnose import SELECTABLE
 from tensormix.diagnose.residual import ResidualStream, last_compressed
 from tensormix.operators import Bypass, Dense
-from tensormix.sites import install
+from tensormix.sites import find_sites, install
 from zoo import make, token_ids
 
 
@@ -49,6 +49,8 @@ def test_the_last_compressed_block_of_real_models() -> None:
     rows = ResidualStream()(model, [token_ids()], reference=dense)
     assert rows[-1]["block"] == 2 and rows[-1]["angle"] > 1
     assert [row["angle"] for row in rows[:3]] == [0, 0, 0]  # nothing before the dropped block has changed
+    install(model, "transformer.h.1.mlp.c_fc", Dense.from_dense(find_sites(model)[8].weight))
+    assert last_compressed(model) == 2
 
 
 def test_tokens_of_length_zero_have_no_angle() -> None:

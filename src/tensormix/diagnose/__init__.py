@@ -15,7 +15,7 @@ from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row
 from tensormix.diagnose.bisect import bisect_boundary
 from tensormix.diagnose.boundary import Boundary, Measurement, find_boundary
 from tensormix.diagnose.crossing import Crossing, fit_crossing
-from tensormix.diagnose.entropy import entropy_rows, output_entropy, prediction_entropy
+from tensormix.diagnose.entropy import answers_by_task, entropy_rows, output_entropy, prediction_entropy
 from tensormix.diagnose.geometry import drift_map, geometry_rows, similarity_map
 from tensormix.diagnose.scaling import fit_trend, scaling_rows
 from tensormix.diagnose.table import SELECTABLE, Diagnose
@@ -41,16 +41,20 @@ def diagnose(
     answer_rows: Sequence[dict[str, Any]],
     *,
     reference_rows: Sequence[dict[str, Any]] | None = None,
+    entropies_of: Sequence[str] | None = None,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Entropies of the answers (evaluate rows; rows of other kinds are passed over), then the geometry on the prompts.
+    """Entropies of the answers (evaluate rows), task by task, then the geometry on the prompts.
 
+    `entropies_of` names the tasks; without it every one whose answers are four letters.
     With `reference_rows`, the dense model's own diagnose rows on the same prompts, the drift is there too.
     Raises ValueError for an empty set, prompts longer than the context, and states or logits that are not finite.
     """
-    answers = [row for row in answer_rows if row["kind"] == "answer"]
-    return entropy_rows(answers) + geometry_rows(
+    rows = []
+    for task, answers in answers_by_task(answer_rows, entropies_of).items():
+        rows += [{**row, "task": task} for row in entropy_rows(answers)]
+    return rows + geometry_rows(
         model, tokenizer, prompts, reference_rows=reference_rows, batch_size=batch_size, progress=progress
     )
 

@@ -14,6 +14,27 @@ from typing import Any
 NUM_CHOICES = 4
 
 
+def answers_by_task(rows: Sequence[dict[str, Any]], tasks: Sequence[str] | None = None) -> dict[str, list[Any]]:
+    """The answer rows with four logits of each task; of `tasks` alone, if given.
+
+    Raises ValueError for a task of `tasks` that was not asked or whose answers are not four letters.
+    """
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        if row["kind"] == "answer":
+            found.setdefault(row.get("task", "exam"), []).append(row)
+    lettered = {task: answers for task, answers in found.items() if "logits" in answers[0]}
+    for task in tasks or ():
+        if task not in lettered:
+            reason = next((row["reason"] for row in rows if row["kind"] == "no_entropy" and row["task"] == task), "")
+            why = reason or ("its answers are no letters" if task in found else "it was not asked")
+            raise ValueError(
+                f"OE and PE of {task}: they need the logits of four answer letters for every question, and there are "
+                f"none: {why}; those of {', '.join(lettered) or 'no task'} can be taken"
+            )
+    return lettered if tasks is None else {task: lettered[task] for task in tasks}
+
+
 def output_entropy(answers: Sequence[dict[str, Any]]) -> float:
     """OE = mean over questions of H4(p) / log 4, p the softmax over the four answer logits (Eq. 3).
 

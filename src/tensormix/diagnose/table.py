@@ -40,7 +40,8 @@ else:
 class Diagnose(Settings):
     """How the model breaks: entropies and geometry at the answers of the exam, and what else is asked for."""
 
-    num_prompts: int = Field(default=64, ge=1)  # of the exam, for the geometry
+    num_prompts: int = Field(default=64, ge=1)  # of the exam, without one of MMLU, for the geometry
+    entropies_of: tuple[str, ...] | None = None  # "exam", "mmlu"; without it every task answered by four letters
     run: tuple[AnyDiagnostic, ...] = ()  # names, or mappings with a name and settings
     text: Source = Source(exam=True)  # what the diagnostics of `run` read
     num_windows: int = Field(default=8, ge=1)

@@ -1,8 +1,22 @@
-"""The evaluate stage: perplexity of texts and accuracy on four-choice questions, as rows."""
+"""The evaluate stage: perplexity of texts, accuracy on four-choice questions and on published benchmarks, as rows."""
 
 from __future__ import annotations
 
+from tensormix.evaluate.benchmarks import LETTERED, check_installed, choice_prompts
 from tensormix.evaluate.choices import ChoicePrompt, accuracy_rows, evaluate_choices
+from tensormix.evaluate.harness import ask, halving, macro_drop_row, macro_row
 from tensormix.evaluate.perplexity import perplexity
 
-__all__ = ["ChoicePrompt", "accuracy_rows", "evaluate_choices", "perplexity"]
+__all__ = [
+    "LETTERED",
+    "ChoicePrompt",
+    "accuracy_rows",
+    "ask",
+    "check_installed",
+    "choice_prompts",
+    "evaluate_choices",
+    "halving",
+    "macro_drop_row",
+    "macro_row",
+    "perplexity",
+]
