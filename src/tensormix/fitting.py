@@ -150,8 +150,8 @@ def _fit(
 ) -> tuple[StructuredLinear | ExpertStack, float | None, Row]:
     """The operator, its relative error, and what else there is to say."""
     if site.kind != "experts":
-        operator = method.fit(site.weight, stats[0] if stats else {})
-        return operator, _root_ratio([_squares(operator, site.weight)], operator), {}
+        operator, facts = method.fit_with_facts(site.weight, stats[0] if stats else {})
+        return operator, _root_ratio([_squares(operator, site.weight)], operator), facts
     facts: Row = {}
     if stats:
         facts["tokens_per_expert"] = [next(iter(of_expert.values())).num_tokens for of_expert in stats]
@@ -159,7 +159,10 @@ def _fit(
     experts, squares = [], []
     for expert in range(site.num_experts):  # one dense expert at a time is all that is ever in a wider dtype
         weight = site.expert_weight(expert)
-        experts.append(method.fit(weight, stats[expert] if stats else {}))
+        operator, of_expert = method.fit_with_facts(weight, stats[expert] if stats else {})
+        experts.append(operator)
+        for key, value in of_expert.items():
+            facts.setdefault(key, []).append(value)
         squares.append(_squares(experts[-1], weight))
     return ExpertStack.from_experts(experts), _root_ratio(squares, experts[0]), facts
 

@@ -52,6 +52,10 @@ class LinearMethod(Method):
         A bias set on it is meant to be added to the bias of the site.
         """
 
+    def fit_with_facts(self, weight: Tensor, stats: Statistics) -> tuple[StructuredLinear, dict[str, Any]]:  # (O, I)
+        """`fit`, and what a row should say about how it went: JSON-able, nothing by default."""
+        return self.fit(weight, stats), {}
+
 
 class BlockMethod(Method):
     """Replaces a whole block."""

@@ -1,20 +1,35 @@
-"""Tensor mixtures fitted by the weight alone."""
+"""Tensor mixtures fitted to the weight, or to what it does with the calibration inputs."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from tensormix.methods.base import LinearMethod, Statistics
+from tensormix.methods.mixt_aware import fit_aware
+from tensormix.methods.whitening import check_inputs
 from tensormix.operators import MixT
+from tensormix.operators.base import computing_dtype
+from tensormix.statistics import Gram
+
+
+class _Needs:
+    """What a method needs depends on its settings; asked of the class it is what the defaults need."""
+
+    def __get__(self, method: Mixt | None, owner: type) -> tuple[type, ...]:
+        return (Gram,) if method is not None and method.init == "aware" else ()
 
 
 class Mixt(LinearMethod):
-    """MixT, matched to the weight in closed form, or started from zero or at random for comparison.
+    """MixT, matched to the weight in closed form or to its outputs, or started from zero or at random for comparison.
+
+    "aware" minimises tr((W - W') G (W - W')^T), the squared error of the outputs on inputs with Gram matrix G, by
+    preconditioned conjugate gradients from the matched cores: see `mixt_normal` for what a step costs, and
+    `conjugate_gradients` for when they end. With a white G it is "matched". G need not have full rank.
 
     "random" draws the numbers of all cores from one normal distribution whose width gives W the Frobenius norm of the
     dense weight in expectation. The generator is seeded by `seed` and the bytes of the weight, so that sites of equal
@@ -23,19 +38,43 @@ class Mixt(LinearMethod):
 
     source = "arXiv 2605.25344, Eq. 1; the closed-form matching is ours"
     summary = "Mean of num_branches small cores, each acting on a window of neighbouring bonds."
+    needs: ClassVar[Any] = _Needs()
 
     name: Literal["mixt"] = "mixt"
     num_branches: int = Field(ge=1)  # N_T of the paper
     bond: int = Field(default=2, ge=2)  # d of the paper
     padding: Literal["multiple", "power"] = "multiple"
-    init: Literal["matched", "zero", "random"] = "matched"
+    init: Literal["matched", "aware", "zero", "random"] = "matched"
     seed: int = 0  # of the random init
+    tolerance: float = Field(default=1e-3, ge=0, allow_inf_nan=False)  # aware ends when 5 steps gain less of the error
+    max_steps: int = Field(default=200, ge=1)  # of aware
+    precision: Literal["float32", "float64"] = "float32"  # of aware; float64 weights are always fitted in it
+    ridge: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of aware: added to G, times its mean eigenvalue
 
     def empty(self, in_features: int, out_features: int) -> MixT:
         with torch.device("meta"):
             return self._build(in_features, out_features)
 
     def fit(self, weight: Tensor, stats: Statistics) -> MixT:  # (O, I)
+        """Raises ValueError if init is "aware" and the inputs were all zero or not finite."""
+        return self.fit_with_facts(weight, stats)[0]
+
+    def fit_with_facts(self, weight: Tensor, stats: Statistics) -> tuple[MixT, dict[str, Any]]:  # (O, I)
+        if self.init == "aware":
+            return self._fit_aware(weight, stats[Gram].mean)
+        return self._fit_alone(weight), {}
+
+    def _fit_aware(self, weight: Tensor, gram: Tensor) -> tuple[MixT, dict[str, Any]]:  # (O, I), (I, I)
+        check_inputs(gram)
+        wide = weight.detach().to(torch.promote_types(computing_dtype(weight), getattr(torch, self.precision)))
+        gram = gram.to(wide, copy=self.ridge > 0)
+        if self.ridge > 0:
+            gram.diagonal().add_(self.ridge * gram.diagonal().mean())
+        op = self._build(weight.shape[1], weight.shape[0]).to(wide)
+        facts = fit_aware(op, wide, gram, tolerance=self.tolerance, max_steps=self.max_steps)
+        return op.to(weight), facts
+
+    def _fit_alone(self, weight: Tensor) -> MixT:  # (O, I)
         if self.init == "matched":
             return MixT.from_dense(weight, num_branches=self.num_branches, bond=self.bond, padding=self.padding)
         O, I = weight.shape

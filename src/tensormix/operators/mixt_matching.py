@@ -71,15 +71,15 @@ def _fit_cropped(buffer: Tensor, windows: Windows, shape: tuple[int, int]) -> Te
     passed = windows[0][0] * windows[0][1]
     gradient = buffer.new_empty(len(windows), buffer.shape[0] // passed, buffer.shape[1] // passed)
     image = torch.empty_like(gradient)
-    start = _norm(_gather(gradient, buffer, windows))
+    start = _norm(gather(gradient, buffer, windows))
     parts = _sweep(buffer, windows)
-    size = _norm(_gather(gradient, _crop(buffer, shape), windows))
+    size = _norm(gather(gradient, _crop(buffer, shape), windows))
     direction = gradient.clone()
     for _ in range(MAX_STEPS):
         if size <= 16 * torch.finfo(buffer.dtype).eps * start:
             break
-        _scatter(buffer, direction, windows)
-        _gather(image, _crop(buffer, shape), windows)
+        scatter(buffer, direction, windows)
+        gather(image, _crop(buffer, shape), windows)
         step = size**2 / float(torch.dot(direction.flatten(), image.flatten()))
         parts.add_(direction, alpha=step)
         gradient.sub_(image, alpha=step)
@@ -88,7 +88,7 @@ def _fit_cropped(buffer: Tensor, windows: Windows, shape: tuple[int, int]) -> Te
     return parts
 
 
-def _scatter(buffer: Tensor, parts: Tensor, windows: Windows) -> None:  # (O', I'), (num_branches, Q, P)
+def scatter(buffer: Tensor, parts: Tensor, windows: Windows) -> None:  # (O', I'), (num_branches, Q, P)
     """buffer <- sum_k E_k(parts_k). Entries outside all windows are neither read nor written."""
     for left, right in windows:
         window(buffer, left, right).zero_()
@@ -97,8 +97,8 @@ def _scatter(buffer: Tensor, parts: Tensor, windows: Windows) -> None:  # (O', I
         view += part[..., None, None]
 
 
-def _gather(parts: Tensor, buffer: Tensor, windows: Windows) -> Tensor:  # (num_branches, Q, P), (O', I')
-    """parts_k <- E_k^T(buffer): the adjoint of `_scatter`."""
+def gather(parts: Tensor, buffer: Tensor, windows: Windows) -> Tensor:  # (num_branches, Q, P), (O', I')
+    """parts_k <- E_k^T(buffer): the adjoint of `scatter`."""
     for part, (left, right) in zip(parts, windows, strict=True):
         torch.sum(window(buffer, left, right), (-2, -1), out=part)
     return parts
