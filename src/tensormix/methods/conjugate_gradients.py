@@ -32,9 +32,10 @@ def conjugate_gradients(
     """Lower the sum over problems of x^T A x - 2 b^T x, each with step lengths of its own, from `start`.
 
     A may be singular if b is in its range: what of `start` A does not see stays as it is. It ends when the last
-    `LOOK_BACK` steps lowered the squared error by no more than `tolerance` times what is left of it, when the norm of
-    the preconditioned gradient has fallen to 16 machine epsilons of the first one, or after `max_steps` steps. Every
-    step lowers the error, so any end is no worse than the start.
+    `LOOK_BACK` steps lowered the squared error by no more than `tolerance` times what is left of it, when nothing is
+    left of it but rounding, or after `max_steps` steps. A problem whose preconditioned gradient has fallen to 16 machine
+    epsilons of its first one stays where it is, else rounding would drive it through directions that A does not see.
+    Every step lowers the error, so any end is no worse than the start.
 
     Args:
         apply: A, symmetric and not negative.
@@ -45,14 +46,16 @@ def conjugate_gradients(
     values, gradient = start.clone(), gradient.clone()
     direction = precondition(gradient)
     size = _dot(gradient, direction)  # (B, 1)
-    first = float(size.sum())
+    first, enough = float(size.sum()), (16 * torch.finfo(start.dtype).eps) ** 2 * size
     gains: list[float] = []
     for _ in range(max_steps):
-        small = float(size.sum()) <= (16 * torch.finfo(start.dtype).eps) ** 2 * first
-        if small or (len(gains) >= LOOK_BACK and sum(gains[-LOOK_BACK:]) <= tolerance * (error - sum(gains))):
+        left_over = error - sum(gains)
+        slow = len(gains) >= LOOK_BACK and sum(gains[-LOOK_BACK:]) <= tolerance * left_over
+        moving = size > enough
+        if slow or left_over <= torch.finfo(start.dtype).eps * error or not bool(moving.any()):
             break
         image = apply(direction)
-        length = _ratio(size, _dot(direction, image))
+        length = torch.where(moving, _ratio(size, _dot(direction, image)), 0)
         values += length.to(values) * direction
         gradient -= length.to(values) * image
         gains.append(float((length * size).sum()))

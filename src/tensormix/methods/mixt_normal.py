@@ -140,7 +140,11 @@ def _untrailing(rows: Tensor, s: int, shape: Sequence[int]) -> Tensor:  # (Q/s, 
 
 
 def _factor(trace: Tensor) -> Tensor:  # (P, P)
-    """The Cholesky factor of a partial trace. The small multiple of the identity only shapes the preconditioner."""
+    """The Cholesky factor of a partial trace, a thousandth of its mean eigenvalue added.
+
+    This shapes the preconditioner alone. It costs no steps, and where the inputs leave a choice it keeps the cores
+    near their start, because the directions that are hardly seen are then not taken for cheap.
+    """
     wide = trace.double()
-    ridge = max(1e-12, torch.finfo(trace.dtype).eps) * wide.diagonal().sum()
+    ridge = 1e-3 * wide.diagonal().mean()
     return torch.linalg.cholesky(wide + ridge * torch.eye(len(wide)).to(wide)).to(trace)
