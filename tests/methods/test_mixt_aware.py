@@ -82,7 +82,7 @@ def test_it_reaches_the_dense_optimum(out_features, in_features, num_tokens, bon
     ],
 )
 def test_the_products_are_those_of_the_dense_form(O, I, sizes):
-    weight, x = problem(O, I)
+    x = problem(O, I)[1]
     op = MixT(I, O, **sizes).double()
     normal = MixtNormal(op, x.T @ x)
     cores = torch.randn(op.num_branches, op.core_out, op.core_in, dtype=torch.float64)
