@@ -44,7 +44,6 @@ FAULTS = (
     Fault("methods/mixt_normal.py", "right @ matrix.T", "right @ matrix", AWARE),
     Fault("methods/mixt_normal.py", "        dense[self.op.out_features :] = 0\n", "", AWARE),
     Fault("methods/mixt_normal.py", "self.out_padded == op.out_features and", "True and", AWARE),
-    Fault("methods/conjugate_gradients.py", "torch.where(moving, ", "torch.where(size > 0, ", AWARE),
     Fault("methods/conjugate_gradients.py", "left_over <= torch.finfo(start.dtype).eps * error", "False", AWARE),
     Fault("methods/mixt_aware.py", "normal.image(start).neg_()", "normal.image(0 * start).neg_()", AWARE),
     Fault("methods/mixt.py", "self.ridge * gram.diagonal().mean()", "self.ridge", AWARE),

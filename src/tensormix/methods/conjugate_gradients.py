@@ -34,8 +34,8 @@ def conjugate_gradients(
     A may be singular if b is in its range: what of `start` A does not see stays as it is. It ends when the last
     `LOOK_BACK` steps lowered the squared error by no more than `tolerance` times what is left of it, when nothing is
     left of it but rounding, or after `max_steps` steps. A problem whose preconditioned gradient has fallen to 16
-    machine epsilons of its first one stays where it is, else rounding would drive it through directions that A does not see.
-    Every step lowers the error, so any end is no worse than the start.
+    machine epsilons of its first one stays where it is, else rounding would drive it through directions that A does
+    not see. Every step lowers the error, so any end is no worse than the start.
 
     Args:
         apply: A, symmetric and not negative.
