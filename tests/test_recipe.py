@@ -112,7 +112,8 @@ M = "model: m\n"
         (
             M + "plan: [{method: {name: mixt, num_branch: 2}}]",
             "recipe.plan[0].method: unknown key 'num_branch', did you mean 'num_branches'? "
-            "Known: name, num_branches, bond, padding, init, seed, tolerance, max_steps, precision, ridge. (1 more error.)",
+            "Known: name, num_branches, bond, padding, init, seed, tolerance, max_steps, precision, ridge. "
+            "(1 more error.)",
         ),
         (M + "recovr: {}", "recipe: unknown key 'recovr', did you mean 'recover'? Known: model, seed, dtype, plan, "),
         (M + "zzz: {}", "recipe: unknown key 'zzz'. Known: model, "),
