@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stream": {"assembly", "calls", "checkpoint", "disk", "fitting", "models", "plan", "selection", "walk"},
     "hf_packed": {"packed"},
     "allocate": set(),
+    "learned": {"methods", "sites"},
     "bits": {"checkpoint", "operators"},
     "while_loading": {"fitting", "hf", "methods", "plan", "sites", "walk"},
     "hf": {"fused_experts", "hf_packed", "operators", "packed", "sites"},

@@ -36,6 +36,7 @@ METHOD = "methods/test_method_contract.py"
 SELECTION = "test_selection.py"
 FLAT = "methods/test_flat_llm.py"
 SOLA = "methods/test_sola.py"
+DOBI = "methods/test_dobi_svd.py"
 
 AWARE = "methods/test_mixt_aware.py"
 
@@ -69,6 +70,20 @@ FAULTS = (
         "operators/mixt.py", "unit = bond ** (2 * (num_branches - 1))", "unit = bond ** (num_branches - 1)", MATCHING
     ),
     Fault("operators/mixt.py", "return shorter // 2 + 1", "return shorter // 2 + 2", MIXT),
+    Fault("methods/soft_truncation.py", "* (mask[:, None] - mask[None, :]) * inverse", "* inverse", DOBI),
+    Fault("methods/soft_truncation.py", "places = torch.arange", "places = 1 + torch.arange", DOBI),
+    Fault("methods/soft_truncation.py", "(across * mask) @ vh + ", "", DOBI),
+    Fault("methods/soft_truncation.py", "(1 - q) * TERMS > 1, ", "(1 - q) > 0, ", DOBI),
+    Fault("methods/dobi_svd.py", "_BITS * longest + 32", "_BITS * longest", DOBI),
+    Fault("operators/remapped.py", "(q @ u * s.sqrt()).T", "(q @ u * s).T", "operators/test_remapped.py"),
+    Fault(
+        "operators/remapped.py",
+        'bits=8, group="channel", symmetric=True)\n        self.s',
+        'bits=8, group="tensor", symmetric=True)\n        self.s',
+        "operators/test_remapped.py",
+    ),
+    Fault("learned.py", " - kept.grad.sum()", "", "test_learned.py"),
+    Fault("learned.py", "kept.copy_(bounds.within(kept))", "pass", "test_learned.py"),
     Fault("operators/mixt.py", "return max(1, exponent)", "return max(1, exponent // 2 + 1)", MIXT),
     Fault("operators/mixt_matching.py", "dim1=1, dim2=3)", "dim1=1, dim2=3).flip(-1)", MATCHING),
     Fault("operators/mixt_matching.py", "        view -= part[..., None, None]\n", "", MATCHING),

@@ -14,6 +14,7 @@ from tensormix.methods import (
     METHODS,
     BlockMethod,
     Coala,
+    DobiSvd,
     DropBlocks,
     FlatLlm,
     HassleFree,
@@ -50,6 +51,8 @@ CASES = [
     Laser(keep_rank=0.2),
     HassleFree(keep=0.5, low_rank_share=0.3, steps=2),
     HassleFree(pattern="2:4", rank=0, steps=2),
+    DobiSvd(rank=7),
+    DobiSvd(keep=0.5, storage="remapped", pca="incremental"),
     Rtn(bits=8),
     Rtn(bits=4, granularity="channel", of=SvdLlm(keep=0.5)),
 ]

@@ -20,6 +20,7 @@ from tensormix.operators import (
     PerHead,
     Placed,
     Quantized,
+    Remapped,
     Sparse,
     StructuredLinear,
     Sum,
@@ -77,8 +78,8 @@ def assert_relative(actual, expected, tolerance, what):
 def test_every_operator_has_a_case():
     covered = {type(make(torch.randn(O, I))) for make in CASES.values()}
     linear = {cls for cls in OPERATORS.values() if issubclass(cls, StructuredLinear)}
-    # It holds integers, which have no gradients and a dtype of their own: test_quantized.py.
-    assert linear - {Quantized} <= covered, f"add a case for {linear - covered}"
+    # They hold integers, which have no gradients and a dtype of their own: test_quantized.py, test_remapped.py.
+    assert linear - {Quantized, Remapped} <= covered, f"add a case for {linear - covered}"
 
 
 def test_the_table_names_every_operator_class():

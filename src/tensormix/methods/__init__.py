@@ -10,6 +10,7 @@ from pydantic import Field
 
 from tensormix.methods.base import BlockMethod, JointMethod, LinearMethod, Method
 from tensormix.methods.coala import Coala
+from tensormix.methods.dobi_svd import DobiSvd
 from tensormix.methods.drop_blocks import DropBlocks
 from tensormix.methods.flat_llm import FlatLlm
 from tensormix.methods.hassle_free import HassleFree
@@ -22,7 +23,7 @@ from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
 
 __all__ = [
-    "METHODS", "BlockMethod", "Coala", "DropBlocks", "FlatLlm", "HassleFree", "JointMethod",
+    "METHODS", "BlockMethod", "Coala", "DobiSvd", "DropBlocks", "FlatLlm", "HassleFree", "JointMethod",
     "Laser", "LinearMethod", "MeanOutput",
     "Method", "Mixt", "Rtn", "Sola", "Svd", "SvdLlm", "ZeroMethod", "laser_search",
 ]  # fmt: skip
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "coala": Coala,
     "laser": Laser,
     "hassle_free": HassleFree,
+    "dobi_svd": DobiSvd,
     "rtn": Rtn,
     "sola": Sola,
     "flat_llm": FlatLlm,

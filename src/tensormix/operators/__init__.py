@@ -16,6 +16,7 @@ from tensormix.operators.padded import Padded
 from tensormix.operators.per_head import PerHead
 from tensormix.operators.placed import Placed
 from tensormix.operators.quantized import Quantized
+from tensormix.operators.remapped import Remapped
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
 from tensormix.operators.zero import Zero
@@ -34,6 +35,7 @@ __all__ = [
     "PerHead",
     "Placed",
     "Quantized",
+    "Remapped",
     "Sparse",
     "StackedLinear",
     "StructuredLinear",
@@ -54,6 +56,7 @@ OPERATORS: dict[str, type[StructuredLinear] | type[StackedLinear] | type[Bypass]
     "Bypass": Bypass,
     "Dense": Dense,
     "Quantized": Quantized,
+    "Remapped": Remapped,
     "Sparse": Sparse,
     "DenseStack": DenseStack,
     "ExpertStack": ExpertStack,

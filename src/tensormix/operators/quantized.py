@@ -261,5 +261,5 @@ def _check(inner: StructuredLinear, bits: int, group: int | str) -> None:
     if not (group in GROUPS if isinstance(group, str) else type(group) is int and group >= 1):
         known = "'channel', 'tensor' or a whole number of at least 1"
         raise ValueError(f"Quantized: group must be {known}, got {group!r}{did_you_mean(group, GROUPS)}")
-    if any(isinstance(part, Quantized) for part in inner.modules()):
+    if any(isinstance(part, Packed) for part in inner.modules()):
         raise ValueError(f"Quantized: the {type(inner).__name__} is quantized already; take the one it was made of")
