@@ -144,7 +144,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with text/ and instruct/")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
-    parser.add_argument("--steps", type=int, default=1150)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--log", type=Path, default=Path(__file__).with_name("midsize.jsonl"))
     arguments = parser.parse_args()
