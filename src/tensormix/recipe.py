@@ -28,6 +28,7 @@ class Recipe(Settings):
     """
 
     model: str  # a folder, relative to the recipe, or a Hub id
+    start: str | None = None  # a compressed and recovered form of it to go on from; what is compressed there stays
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"  # loaded and trained in
     plan: Plan = Plan(())  # empty: the model stays dense
@@ -117,6 +118,8 @@ class Sweep(Settings):
     depths: Literal["all"] | tuple[int, ...] = "all"  # numbers of compressed blocks, for all directions
     directions: dict[Direction, Depths | None] = Field(default={"last": None}, min_length=1)  # with depths of their own
     baselines: Baselines | None = None
+    search: Literal["scan", "bisect"] = "scan"  # every depth, or only as many as finding the boundary takes
+    warm_start: bool = False  # of a scan: every depth goes on from the recovered model of the depth before
 
     @field_validator("depths", mode="before")
     @classmethod
@@ -135,6 +138,20 @@ class Sweep(Settings):
         rules = self.recipe.plan.root if self.recipe is not None else ()
         if len(rules) > 1 or any(rule.method.name != "mixt" for rule in rules):
             raise ValueError("the recipe's plan is a template: it must be empty or one rule with the method mixt")
+        return self
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> Self:
+        if self.search == "scan":
+            return self
+        listed = [self.depths, *(own.depths for own in self.directions.values() if own)]
+        listed += [self.baselines.depths] if self.baselines and self.baselines.depths else []
+        if any(depths != "all" for depths in listed):
+            raise ValueError("search: bisect chooses the depths by itself: leave out depths, or give scan")
+        if self.warm_start:
+            raise ValueError("search: bisect jumps between depths, so none can go on from the one before (warm_start)")
+        if self.recipe is not None and self.recipe.evaluate.exam is None:
+            raise ValueError("search: bisect compares accuracies, so it needs evaluate.exam")
         return self
 
     @classmethod
@@ -203,9 +220,9 @@ def _placed(path: str, folder: Path) -> str:
 def _placed_recipe(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same data with relative paths taken from `folder`; a model that is no folder there is a Hub id."""
     placed = _placed_files(data, folder)
-    model = placed.get("model")
-    if isinstance(model, str) and _is_path(model, folder):
-        placed["model"] = _placed(model, folder)
+    for key in ("model", "start"):
+        if isinstance(placed.get(key), str) and _is_path(placed[key], folder):
+            placed[key] = _placed(placed[key], folder)
     recover = placed.get("recover")
     if isinstance(recover, dict):
         if isinstance(recover.get("text"), str):

@@ -28,15 +28,16 @@ import torch
 
 import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
 from tensormix import __version__
+from tensormix.diagnose.verdict import Verdict, exam_accuracy
 from tensormix.evaluate import check_installed
-from tensormix.examine import diagnose_rows, evaluate_rows, has_answers, windows
+from tensormix.examine import diagnose_rows, evaluate_rows, exam_prompts, has_answers, windows
 from tensormix.files import environment, now, read_json, whole_folder, write_json
 from tensormix.models import fingerprint, load_model, load_tokenizer, quiet
 from tensormix.plan import Plan
 from tensormix.profile import profile
 from tensormix.recipe import Recipe
 from tensormix.recover import recover
-from tensormix.settings import Calibration, Source
+from tensormix.settings import Calibration, Exam, Recover, Source
 from tensormix.stream import compress_checkpoint
 
 Row = dict[str, Any]
@@ -46,7 +47,8 @@ STAGES = ("compress", "recover", "evaluate", "diagnose", "profile")
 
 def dense_recipe(recipe: Recipe) -> Recipe:
     """The same examination of the untouched model."""
-    return recipe.model_copy(update={"plan": Plan(()), "recover": None, "calibration": None, "profile": None})
+    nothing = {"start": None, "recover": None, "calibration": None, "profile": None}
+    return recipe.model_copy(update={"plan": Plan(()), **nothing})
 
 
 def run_recipe(
@@ -155,7 +157,7 @@ class _Run:
         if recipe.calibration is not None:
             batches = windows(self.tokenizer, settings, recipe.seed)
         return compress_checkpoint(
-            recipe.model,
+            recipe.start or recipe.model,
             self.folder / "compressed",
             recipe.plan,
             batches,
@@ -172,6 +174,7 @@ class _Run:
 
     def _recover(self) -> list[Row]:
         assert self.recipe.recover is not None
+        verdict = self._verdict(self.recipe.recover)
         rows = recover(
             self.model,
             self.tokenizer,
@@ -181,10 +184,23 @@ class _Run:
             progress=lambda done, total: self.progress("recover", done, total),
             teacher=self.recipe.model,
             cache=self.cache,
+            judge=verdict,
         )
         self._save("recovered")
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        return rows
+        return rows + (verdict.rows if verdict else [])
+
+    def _verdict(self, settings: Recover) -> Verdict | None:
+        stop = settings.early_stop
+        if stop is None:
+            return None
+        if stop.threshold is None:
+            raise ValueError(
+                "recover: early_stop needs a threshold of accuracy, which only a sweep that bisects knows."
+            )
+        asked = (self.recipe.evaluate.exam or Exam()).model_copy(update={"num_questions": stop.num_questions})
+        ask = exam_accuracy(self.tokenizer, exam_prompts(asked), self.recipe.evaluate.batch_size)
+        return Verdict(ask, threshold=stop.threshold, num_steps=settings.steps)
 
     def _evaluate(self) -> list[Row]:
         rows = evaluate_rows(
@@ -239,7 +255,7 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
         keys[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     if len(recipe.plan.root):
-        key("compress", start)
+        key("compress", start, *([fingerprint(recipe.start)] if recipe.start else []))
     if recipe.recover is not None:
         other = recipe.recover.distill.teacher if recipe.recover.loss != "lm" else None
         key("recover", start, keys.get("compress"), *([fingerprint(other)] if other else []))

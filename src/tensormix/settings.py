@@ -65,6 +65,13 @@ class Distill(Settings):
     task_steps: int = Field(default=0, ge=0)  # of `steps`: the last ones, on the text alone (the loss lm)
 
 
+class EarlyStop(Settings):
+    """Ends a recovery whose outcome is clear: the exam is asked at every checkpoint (`save_every`)."""
+
+    threshold: float | None = Field(default=None, gt=0, lt=1)  # accuracy; a sweep that bisects knows it by itself
+    num_questions: int = Field(default=200, ge=1)
+
+
 class Recover(Settings):
     """Training after compression."""
 
@@ -82,6 +89,7 @@ class Recover(Settings):
     parameters: Literal["all", "compressed"] = "all"  # which are trained
     loss_on: Literal["all", "answers"] = "all"  # every token, or the answers of exam questions only
     save_every: int = Field(default=500, ge=1)  # steps between checkpoints
+    early_stop: EarlyStop | None = None  # without it every recovery takes all its steps
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:

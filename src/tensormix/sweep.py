@@ -11,12 +11,13 @@ Every cell starts from the same dense model and gets the same recovery. A sweep 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tensormix.diagnose import Measurement, find_boundary, fit_crossing
+from tensormix.diagnose import Measurement, bisect_boundary, find_boundary, fit_crossing
 from tensormix.files import environment, now, write_json
 from tensormix.methods import DropBlocks, Mixt, ZeroMethod
 from tensormix.models import skeleton
@@ -57,35 +58,109 @@ def run_sweep(sweep: Sweep, folder: Path, *, progress: Progress | None = None) -
     Raises:
         ValueError: a depth beyond the model, or whatever a stage of a cell finds wrong. Finished cells stay.
     """
-    recipe = sweep.recipe
-    assert recipe is not None  # Sweep.load and its validator see to it
     tell = progress or (lambda what, done, total: None)
-    num_blocks = len(blocks(skeleton(recipe.model)))
-    cells = sweep.cells(num_blocks)
-    dense = folder / "dense"
-    write_sweep(sweep, cells, folder)
-    jobs: list[tuple[str, Recipe, Path | None, float]] = [("dense", dense_recipe(recipe), None, 0.3)]
-    jobs += [(cell_name(cell), cell_recipe(recipe, cell), dense, cost(cell, num_blocks)) for cell in cells]
-    # Whether a cell is finished can be asked once the dense run is: its key is part of theirs.
-    todo = [
-        job for job in jobs if not (dense / "evaluate.json").exists() or not finished(job[1], folder / job[0], job[2])
-    ]
-    total, done = sum(job[3] for job in todo), 0.0
-    for name, job, reference, weight in todo:
-        begun = within(lambda share, n=name, d=done, w=weight: tell(n, d + w * share, total))
-        run_recipe(
-            job,
-            folder / name,
-            reference=reference,
-            progress=begun,
-            keep_compressed=False,
-            teacher_cache=folder / "teacher",
-        )
-        done += weight
-        tell(name, done, total)
-        write_sweep(sweep, cells, folder)
+    job = _Sweep(sweep, folder)
+    (job.bisect if sweep.search == "bisect" else job.scan)(tell)
     shutil.rmtree(folder / "teacher", ignore_errors=True)
     return folder
+
+
+class _Sweep:
+    """The cells of one sweep: which there are, and how one of them is made."""
+
+    def __init__(self, sweep: Sweep, folder: Path) -> None:
+        assert sweep.recipe is not None  # Sweep.load and its validator see to it
+        self.sweep, self.recipe, self.folder, self.dense = sweep, sweep.recipe, folder, folder / "dense"
+        self.num_blocks = len(blocks(skeleton(self.recipe.model)))
+        self.cells = sweep.cells(self.num_blocks)
+
+    def make(self, name: str, recipe: Recipe, progress: Callable[[str, int, int], None] | None = None) -> None:
+        run_recipe(
+            recipe,
+            self.folder / name,
+            reference=None if name == "dense" else self.dense,
+            progress=progress,
+            keep_compressed=False,
+            teacher_cache=self.folder / "teacher",
+        )
+
+    def recipe_of(self, cell: Cell) -> Recipe:
+        recipe = cell_recipe(self.recipe, cell)
+        start = self._start(cell)
+        return recipe if start is None else recipe.model_copy(update={"start": str(start)})
+
+    def _start(self, cell: Cell) -> Path | None:
+        """With warm starts: the recovered model of the deepest cell of the same series before this one."""
+        if not self.sweep.warm_start or self.recipe.recover is None:
+            return None
+        before = [c for c in self.cells if _series(c) == _series(cell) and c.depth < cell.depth]
+        deepest = max(before, key=lambda c: c.depth, default=None)
+        return self.folder / cell_name(deepest) / "recovered" if deepest else None
+
+    def scan(self, tell: Progress) -> None:
+        """Every cell that is missing."""
+        write_sweep(self.sweep, self.cells, self.folder)
+        cells = sorted(self.cells, key=lambda c: c.depth) if self.sweep.warm_start else self.cells
+        costs = {cell_name(cell): cost(cell, self.num_blocks) for cell in cells}
+        todo: dict[str, Cell | None] = {}
+        # Whether a cell is finished can be asked once the dense run is: its key is part of theirs.
+        if not (self.dense / "evaluate.json").exists() or not finished(dense_recipe(self.recipe), self.dense, None):
+            todo["dense"] = None
+        for cell in cells:
+            start = self._start(cell)
+            known = (self.dense / "evaluate.json").exists() and (start is None or start.exists())
+            if not known or not finished(self.recipe_of(cell), self.folder / cell_name(cell), self.dense):
+                todo[cell_name(cell)] = cell
+        total, done = sum(costs.get(name, 0.3) for name in todo), 0.0
+        for name, cell in todo.items():
+            weight = costs.get(name, 0.3)
+            begun = within(lambda share, n=name, d=done, w=weight: tell(n, d + w * share, total))
+            self.make(name, self.recipe_of(cell) if cell else dense_recipe(self.recipe), begun)
+            done += weight
+            tell(name, done, total)
+            write_sweep(self.sweep, self.cells, self.folder)
+
+    def bisect(self, tell: Progress) -> None:
+        """Of each series only the cells that finding its boundary takes; those not made are not in sweep.json."""
+        series = list(dict.fromkeys(_series(cell) for cell in self.cells))
+        total = len(series) * (math.ceil(math.log2(self.num_blocks)) + 3.0)  # more for a gradual fall
+        made: list[Cell] = []
+        self.make("dense", dense_recipe(self.recipe))
+        for number, labels in enumerate(series):
+            members = {cell.depth: cell for cell in self.cells if _series(cell) == labels}
+            seen: dict[int, Measurement] = {}
+
+            def measure(depth: int, members=members, seen=seen) -> Measurement:
+                name = cell_name(members[depth]) if depth else "dense"
+                if depth:
+                    self.make(name, self._judged(cell_recipe(self.recipe, members[depth]), seen))
+                    made.append(members[depth])
+                    write_sweep(self.sweep, made, self.folder)
+                found = measurement(self.folder / name, depth)
+                assert found is not None  # the sweep was checked to have an exam
+                seen[depth] = found
+                tell(name, min(len(made), total), total)
+                return found
+
+            bisect_boundary(measure, self.num_blocks)
+            tell(f"series {number + 1}", min(len(made), total), total)
+        made.sort(key=lambda cell: self.cells.index(cell))
+        write_sweep(self.sweep, made, self.folder)
+        tell("boundary", total, total)
+
+    def _judged(self, recipe: Recipe, seen: dict[int, Measurement]) -> Recipe:
+        """The recipe with the threshold of early stopping, once both ends of the series are known."""
+        stop = recipe.recover.early_stop if recipe.recover else None
+        if recipe.recover is None or stop is None:
+            return recipe
+        ends = [seen.get(0), seen.get(self.num_blocks)]
+        known = [end.accuracy for end in ends if end is not None]
+        stop = None if len(known) < 2 else stop.model_copy(update={"threshold": sum(known) / 2})
+        return recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"early_stop": stop})})
+
+
+def _series(cell: Cell) -> tuple[str, str, int | None]:
+    return cell.method, cell.direction, cell.num_branches
 
 
 def cost(cell: Cell, num_blocks: int) -> float:
