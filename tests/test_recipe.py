@@ -115,7 +115,7 @@ M = "model: m\n"
             "Known: name, num_branches, bond, padding, init, seed, tolerance, max_steps, precision, ridge. "
             "(1 more error.)",
         ),
-        (M + "recovr: {}", "recipe: unknown key 'recovr', did you mean 'recover'? Known: model, seed, dtype, plan, "),
+        (M + "recovr: {}", "recipe: unknown key 'recovr', did you mean 'recover'? Known: model, start, seed, "),
         (M + "zzz: {}", "recipe: unknown key 'zzz'. Known: model, "),
         (M + "plan: [{metod: {name: zero}}]", "recipe.plan[0]: unknown key 'metod', did you mean 'method'?"),
         (
@@ -168,7 +168,7 @@ M = "model: m\n"
             M + "diagnose: {run: [{name: spectra, stp: 0.5}]}",
             "recipe.diagnose.run[0]: unknown key 'stp', did you mean 'stop'? Known: name, start, stop, blocks.",
         ),
-        ("seed: 1", "recipe: missing 'model'. Known: model, seed, "),
+        ("seed: 1", "recipe: missing 'model'. Known: model, start, seed, "),
         (M + "dtype: fp32", "recipe.dtype: must be 'auto', 'float32', "),
         (
             M + "evaluate: {perplexity: [{text: {exam: true}, window: 4, stride: 8}]}",
