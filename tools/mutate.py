@@ -186,6 +186,9 @@ FAULTS = (
     Fault("calls.py", 'getattr(model, "base_model", model)', "model", "test_walk.py"),
     Fault("calls.py", "if self.folder is None:", "if True:", "test_stream_memory.py"),
     Fault("stream.py", "return len(streams_of(walk.chosen, inputs)) *", "return", "test_stream_resume.py"),
+    Fault("methods/whitening.py", "max(2 * noise, ", "max(0, ", "methods/test_svd_llm.py"),
+    Fault("methods/whitening.py", "if failed else (factor", "if False else (factor", "methods/test_svd_llm.py"),
+    Fault("methods/whitening.py", ".mean() + rounding)", ".mean())", "methods/test_svd_llm.py"),
     Fault(
         "methods/whitening.py",
         "torch.linalg.pinv(seen, atol=unsure)",

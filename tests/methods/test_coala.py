@@ -99,11 +99,13 @@ def test_mu_is_relative_to_the_inputs():
 
 
 def ill_conditioned():
-    """Four output directions that matter and are driven by inputs 30,000 times smaller than the largest."""
+    """Four output directions that matter and are driven by inputs 30,000 times smaller than the largest.
+
+    The four largest singular values of the weight belong to others, so that not to see the inputs is to be wrong."""
     outputs, inputs = torch.linalg.qr(draw(16, 16)).Q, torch.linalg.qr(draw(16, 16, seed=1)).Q
     tokens = torch.linalg.qr(draw(300, 16, seed=2)).Q
     of_input = torch.tensor([1.0] * 8 + [3e-5] * 4 + [1e-5] * 4, dtype=torch.float64)
-    of_output = torch.tensor([0.1] * 8 + [1.0] * 4 + [0.3] * 4, dtype=torch.float64)
+    of_output = torch.tensor([0.1] * 8 + [1.0] * 4 + [0.5] * 4, dtype=torch.float64)
     return (outputs * (of_output / of_input) @ inputs.T).float(), (tokens * of_input @ inputs.T).float()
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensormix.methods import Coala, Svd, SvdLlm
-from tensormix.methods.whitening import refit_left
+from tensormix.methods.whitening import gram_factor, gram_root, output_basis, refit_left
 from tensormix.statistics import DenseGram, Gram, PropagatedGram, QRFactor
 
 
@@ -82,6 +82,32 @@ def test_fewer_tokens_than_features(num_tokens):
     u, s, vt = torch.linalg.svd(weight @ root)
     limit = (u[:, :9] * s[:9]) @ vt[:9] @ torch.linalg.inv(root)
     torch.testing.assert_close(op.to_dense(), limit, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [100, 5])
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_the_factor_is_a_root_of_what_was_measured(monkeypatch, num_tokens, ridge):
+    """Without one eigenvector, and the same fit as from eigenvectors."""
+    weight, x = problem(num_tokens=num_tokens, smallest=0.3)
+    gram = x.T @ x
+    root, eye = gram_root(gram, ridge), torch.eye(32, dtype=gram.dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", None)
+        factor, noise = gram_factor(gram, ridge)
+    wanted = gram + ridge * gram.diagonal().mean() * eye
+    torch.testing.assert_close(factor @ factor.T, wanted, rtol=1e-10, atol=1e-10 * float(gram.norm()))
+    assert 0 < noise < 1e-7 * gram.norm().sqrt()
+    slow, fast = output_basis(weight, root, 9), output_basis(weight, factor, 9, noise)
+    torch.testing.assert_close(fast @ fast.T, slow @ slow.T, rtol=1e-8, atol=1e-9)
+
+
+def test_a_gram_matrix_that_rounding_made_indefinite():
+    """A single precision sum in a double: its eigenvalues below zero are left out, as without Cholesky."""
+    x = problem(num_tokens=5, smallest=0.3)[1]
+    gram = (x.T @ x).float().double()
+    assert torch.linalg.eigvalsh(gram)[0] < -1e-8
+    factor, noise = gram_factor(gram)
+    assert noise == 0 and torch.equal(factor, gram_root(gram))
 
 
 def test_inputs_that_the_weight_ignores_leave_the_ranks_to_the_rest():

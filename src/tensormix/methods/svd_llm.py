@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensormix.methods.base import LinearMethod, Statistics
 from tensormix.methods.ranks import rank_for
-from tensormix.methods.whitening import balanced, gram_root, output_basis, refit_left, widened
+from tensormix.methods.whitening import balanced, gram_factor, gram_root, output_basis, refit_left, widened
 from tensormix.operators import LowRank
 from tensormix.statistics import DenseGram, Gram, PropagatedGram
 
@@ -29,14 +29,15 @@ class SvdLlm(LinearMethod):
     """The weight of low rank with the smallest squared error of the outputs over the calibration inputs.
 
     With G = X X^T = S S^T and U S' V^T = svd(W S) the published factors are U_r sqrt(S'_r) and sqrt(S'_r) V_r^T S^-1.
-    Their product is U_r U_r^T W, which is how it is computed: S comes from the eigendecomposition of G and need not be
-    invertible. The squared error is the sum of the squared singular values of W S that are cut off.
+    Their product is U_r U_r^T W, which is how it is computed: S, from Cholesky or where that fails from eigenvectors,
+    is never inverted, and G may be singular. The squared error is the sum of the squared singular values of W S that
+    are cut off.
 
     With `update`, that fit sees the inputs of the dense model; then, with the right factor fixed, the left one is
     fitted by least squares to W x~ for the inputs x~ that passed through the compressed blocks.
     """
 
-    source = "arXiv 2403.07378; the root by eigendecomposition as in arXiv 2503.12340"
+    source = "arXiv 2403.07378; a root by eigendecomposition as in arXiv 2503.12340"
     summary = "Two thin factors with the smallest output error over the calibration inputs, from their Gram matrix."
     needs: ClassVar[Any] = _Needs()
 
@@ -53,8 +54,9 @@ class SvdLlm(LinearMethod):
         """Raises ValueError if the rank is 0, or a statistic saw no token, only zeros, or NaN."""
         rank = rank_for("SvdLlm", self.keep, weight.shape[1], weight.shape[0])
         seen = stats[DenseGram if self.update else Gram]
-        wide, root = widened(weight, gram_root(seen.mean, self.ridge))
-        left = output_basis(wide, root, rank)
+        factor, noise = gram_factor(seen.mean, self.ridge)
+        wide, root = widened(weight, factor)
+        left = output_basis(wide, root, rank, noise)
         right = left.T @ wide
         if self.update:
             _, root = widened(weight, gram_root(stats[PropagatedGram].mean, self.ridge))
