@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from tensormix.models import skeleton
 
@@ -31,6 +32,19 @@ def config(width: int, inner: int, blocks: int) -> LlamaConfig:
 
 WIDE = config(1024, 2816, 10)  # much larger than what it may take
 NARROW = config(128, 128, 2)  # small beside its activations
+EXPERTS = Qwen3MoeConfig(
+    vocab_size=64,
+    hidden_size=512,
+    moe_intermediate_size=512,
+    num_experts=64,
+    num_hidden_layers=1,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=64,
+    dtype="bfloat16",
+    architectures=["Qwen3MoeForCausalLM"],
+)
+MODELS: dict[str, PreTrainedConfig] = {"wide": WIDE, "narrow": NARROW, "experts": EXPERTS}
 SLACK = 24_000_000  # bytes: what the allocator keeps, thread stacks, one chunk of a file
 
 # Each case is a line on stdin and is measured in a fork, so that libraries are imported once and no case sees what
@@ -45,7 +59,7 @@ from tensormix.operators import LowRank
 from tensormix.plan import Plan, Rule
 from tensormix.statistics import Gram
 from tensormix.stream import compress_checkpoint
-import transformers.models.llama.modeling_llama, tensormix.hf
+import transformers.models.llama.modeling_llama, transformers.models.qwen3_moe.modeling_qwen3_moe, tensormix.hf
 
 class Cheap(LinearMethod):
     "Needs the largest statistic and little else."
@@ -59,7 +73,7 @@ class Cheap(LinearMethod):
             torch.nn.init.ones_(parameter)
         return op
 
-METHODS = {"mixt": Mixt(num_branches=2), "cheap": Cheap(), "mean_output": MeanOutput()}
+METHODS = {"mixt": Mixt(num_branches=2), "small": Mixt(num_branches=3), "cheap": Cheap(), "mean_output": MeanOutput()}
 
 def anon():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -100,16 +114,28 @@ Peak = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
     generator = torch.Generator().manual_seed(0)
-    for name, shape in {"wide": WIDE, "narrow": NARROW}.items():
+    root = tmp_path_factory.mktemp("models")
+    for name, shape in MODELS.items():
         shape.save_pretrained(root / name)
-        weights = {
-            name: torch.rand(tensor.shape, generator=generator).sub_(0.5).mul_(0.1).bfloat16()
-            for name, tensor in skeleton(root / name).state_dict().items()
-        }
+        weights: dict[str, Tensor] = {}
+        for tensor, like in skeleton(root / name).state_dict().items():
+            weights |= as_stored(tensor, torch.rand(like.shape, generator=generator).sub_(0.5).mul_(0.1).bfloat16())
         save_file(weights, root / name / "model.safetensors", {"format": "pt"})
-    return {name: root / name for name in ("wide", "narrow")}
+    return {name: root / name for name in MODELS}
+
+
+def as_stored(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A stack of experts is in the file expert by expert."""
+    path, _, stack = name.rpartition(".")
+    if not path.endswith("experts"):
+        return {name: tensor}
+    parts = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
+    return {
+        f"{path}.{expert}.{part}.weight": weight.clone()
+        for expert, weights in enumerate(tensor)
+        for part, weight in zip(parts, weights.chunk(len(parts)), strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +209,11 @@ def test_activations_are_there_once_or_not_at_all(peak):
     assert one_list > 1.5 * rest
     assert one_list < peak("narrow", "mean_output", windows, window) < one_list + rest
     assert peak("narrow", "mean_output", windows, window, spill=True) < rest
+
+
+def test_experts_are_never_there_twice(peak):
+    """The files hold them one by one, the model has stacks: one of each, what it becomes, and less than another."""
+    stacks = 2 * EXPERTS.num_experts * 3 * EXPERTS.hidden_size * EXPERTS.moe_intermediate_size
+    becomes = stacks * 3 / 16
+    assert 3 * SLACK < stacks
+    assert peak("experts", "small") < stacks + becomes + SLACK

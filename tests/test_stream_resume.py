@@ -15,6 +15,7 @@ import torch
 from tensormix import disk
 from tensormix.checkpoint import file_hash
 from tensormix.fitting import replace
+from tensormix.journal import Journal
 from tensormix.methods import DropBlocks, MeanOutput, Mixt, SvdLlm
 from tensormix.plan import Plan, Rule
 from tensormix.stream import compress_checkpoint
@@ -128,23 +129,38 @@ def test_the_journal_holds_the_hash_of_every_file(tmp_path, folder):
     assert {line["file"]: line["sha256"] for line in lines} == written
 
 
-def test_a_full_disk(tmp_path, folder, monkeypatch):
-    plan, written = PLANS["weights_only"], disk.write_shard
-    compress_checkpoint(folder, tmp_path / "straight", plan)
+@pytest.mark.parametrize(
+    ("owner", "writer", "good"),
+    [
+        (disk, "write_shard", 2),
+        (Journal, "append", 1),
+        (os, "posix_fallocate", 3),
+        (disk, "write_json", 0),
+        (disk.shutil, "copyfileobj", 0),
+    ],
+    ids=["a block", "the journal", "activations", "the index", "a file beside"],
+)
+def test_a_full_disk(tmp_path, folder, monkeypatch, owner, writer, good):
+    """Whatever is being written then; what stands there already is kept."""
+    plan, real, calls = PLANS["calibrated"], getattr(owner, writer), []
+    compress_checkpoint(folder, tmp_path / "straight", plan, BATCHES)
 
-    def full(path, pieces):
-        if path.name.startswith("model-00003"):
+    def full(*args):
+        calls.append(args)
+        if len(calls) > good:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return written(path, pieces)
+        return real(*args)
 
-    monkeypatch.setattr(disk, "write_shard", full)
+    monkeypatch.setattr(owner, writer, full)
     with pytest.raises(
-        ValueError, match=r"the disk under .* is full; make room and .* after the 2 files that are fini"
+        ValueError, match=r"the disk under .* is full; make room and .* after the \d files that are fini"
     ):
-        compress_checkpoint(folder, tmp_path / "out", plan)
+        compress_checkpoint(folder, tmp_path / "out", plan, BATCHES, spill=True)
+    assert len(calls) == good + 1 and not (tmp_path / "out").exists()
     monkeypatch.undo()
-    compress_checkpoint(folder, tmp_path / "out", plan)
+    compress_checkpoint(folder, tmp_path / "out", plan, BATCHES, spill=True)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
+    assert leftovers(tmp_path) == ["dense", "out", "out.journal.jsonl", "straight", "straight.journal.jsonl"]
 
 
 def test_too_little_disk_is_said_before_anything_is_written(tmp_path, folder, monkeypatch):

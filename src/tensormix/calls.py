@@ -109,12 +109,11 @@ class Activations:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder, self._numbers = folder, count()
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, hidden: Tensor) -> Tensor:
         if self.folder is None:
             return hidden
+        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{next(self._numbers)}.bin"
         with file.open("wb") as handle:  # a hole in the file would be found out by a signal, when the disk is full
             os.posix_fallocate(handle.fileno(), 0, max(1, hidden.numel() * hidden.element_size()))

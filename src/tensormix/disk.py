@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tensormix.assembly import Assembly, Making, packed_config
 from tensormix.checkpoint import INDEX, PICKLED, Entry, Piece, check_space, file_hash, read_header, write_shard
-from tensormix.files import read_json, write_json
+from tensormix.files import new_file, read_json, write_json
 from tensormix.fitting import Row, bytes_after
 from tensormix.hf import attach, install_empty, operators_of
 from tensormix.joint import groups_of
@@ -213,14 +213,9 @@ class Disk(Home):
             install_empty(self.model, {k: spec for k, spec in line["operators"].items() if known.get(k) != spec})
         self._write_index()
         self._write_config()
-        weights = {
-            file.name
-            for pattern in ("*.safetensors", *PICKLED)
-            for file in self.assembly.checkpoint.folder.glob(pattern)
-        }
-        for file in sorted(self.assembly.checkpoint.folder.iterdir()):
-            if file.is_file() and file.name not in {*weights, INDEX, "config.json"}:
-                shutil.copyfile(file, self.part / file.name)
+        for file in self._files_beside():
+            with file.open("rb") as source, new_file(self.part / file.name) as copy:
+                shutil.copyfileobj(source, copy)
         shutil.rmtree(self.part / "activations", ignore_errors=True)
         shutil.rmtree(self.out, ignore_errors=True)
         self.part.replace(self.out)

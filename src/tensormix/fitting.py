@@ -75,12 +75,20 @@ def check_finite(sites: Mapping[str, Site], chosen: Mapping[str, Method], stats:
                 raise ValueError(f"{name}: its inputs hold NaN or infinite values; nothing was changed there")
 
 
-def replace(model: nn.Module, site: Site, method: Method, stats: list[dict[type, Any]], dense_bits: int) -> Row:
+def replace(
+    model: nn.Module,
+    site: Site,
+    method: Method,
+    stats: list[dict[type, Any]],
+    dense_bits: int,
+    tidy: Callable[[], None] = lambda: None,
+) -> Row:
     """Fit `method` to the site, put the operator there, and return the row about it.
 
     Args:
         stats: of the site, or of each expert. An expert that no token reached gets those of all others together.
         dense_bits: what the dense weight takes where it is stored.
+        tidy: called after each expert, when what its fit computed with was let go of.
 
     Raises ValueError, naming the site, if the method cannot be fitted there or the fit is not finite.
     """
@@ -92,7 +100,7 @@ def replace(model: nn.Module, site: Site, method: Method, stats: list[dict[type,
     elif isinstance(method, LinearMethod):
         dense, macs = site.weight.numel(), site.macs_per_token
         try:
-            operator, error, facts = _fit(site, method, stats)
+            operator, error, facts = _fit(site, method, stats, tidy)
         except ValueError as reason:
             raise ValueError(f"{site.name}: {reason}") from None
     else:
@@ -146,7 +154,7 @@ def _row(site: Site, method: Method, operator: Any, dense: tuple[int, int, int],
 
 
 def _fit(
-    site: Site, method: LinearMethod, stats: list[dict[type, Any]]
+    site: Site, method: LinearMethod, stats: list[dict[type, Any]], tidy: Callable[[], None]
 ) -> tuple[StructuredLinear | ExpertStack, float | None, Row]:
     """The operator, its relative error, and what else there is to say."""
     if site.kind != "experts":
@@ -164,6 +172,7 @@ def _fit(
         for key, value in of_expert.items():
             facts.setdefault(key, []).append(value)
         squares.append(_squares(experts[-1], weight))
+        tidy()
     return ExpertStack.from_experts(experts), _root_ratio(squares, experts[0]), facts
 
 

@@ -86,16 +86,9 @@ def compress_checkpoint(
         return home.all_rows()
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already; choose another folder, or say that it may be overwritten")
-    batches = calibration.batches
-    walk.check_inputs(batches)
-    batches = list(batches) if batches is not None and walk.last_observed >= 0 else None
-    home.begin(request, walk, _bytes_of_activations(model, walk, batches, inputs) if spill and batches else 0)
-    calibration.batches = batches
+    _prepare(walk, home, calibration, request, spill)
     try:
         with _room(home):
-            if walk.last_observed >= 0:
-                fill_buffers(model, device)
-            calibration.activations = Activations(home.part / "activations" if spill else None)
             walk.run(calibration, workers)
             if fingerprint(folder) != request["source"]:
                 raise ValueError(f"{folder} changed while it was read: what was made of it is of no use; start again")
@@ -103,6 +96,18 @@ def compress_checkpoint(
     finally:
         home.unlock()
     return home.all_rows()
+
+
+def _prepare(walk: Walk, home: Disk, calibration: Calibration, request: dict[str, Any], spill: bool) -> None:
+    """Everything that is to be there before the first block: batches, buffers, room on the disk, a locked output."""
+    walk.check_inputs(calibration.batches)
+    meanwhile = 0
+    if walk.last_observed >= 0:
+        batches = calibration.batches = list(calibration.batches or ())
+        fill_buffers(walk.model, home.device)
+        calibration.activations = Activations(home.part / "activations" if spill else None)
+        meanwhile = _bytes_of_activations(walk, batches, calibration.inputs) if spill else 0
+    home.begin(request, walk, meanwhile)
 
 
 def _named(model: Any, plan: Plan, home: Disk, calibration: Calibration, spill: bool) -> tuple[Plan, Notes]:
@@ -132,8 +137,9 @@ def _room(home: Disk) -> Iterator[None]:
         ) from error
 
 
-def _bytes_of_activations(model: Any, walk: Walk, batches: list[Tensor], inputs: Stream) -> int:
+def _bytes_of_activations(walk: Walk, batches: list[Tensor], inputs: Stream) -> int:
     """What is on the disk at once: one list of hidden states for each stream."""
+    model: Any = walk.model
     num_numbers = sum(batch.numel() for batch in batches) * model.config.get_text_config().hidden_size
     return len(streams_of(walk.chosen, inputs)) * num_numbers * model.dtype.itemsize
 

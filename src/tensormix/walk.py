@@ -51,7 +51,7 @@ class Home:
         return sum(8 * weight.numel() * weight.element_size() for weight in weights)
 
     def tidy(self) -> None:
-        """Something large was just let go of: after each batch, after the statistics of a block, after each site."""
+        """Something large was just let go of: after a batch, the statistics of a block, an expert, a site."""
 
     def leave(self, index: int, rows: list[Row]) -> None:
         """The walk is done with block `index`, which may be put away."""
@@ -228,7 +228,8 @@ class Walk:
             elif isinstance(method, JointMethod):
                 continue  # done with the first site of its group
             else:
-                new = [replace(self.model, site, method, stats.pop(name, []), home.dense_bits(site))]
+                bits = home.dense_bits(site)
+                new = [replace(self.model, site, method, stats.pop(name, []), bits, home.tidy)]
             home.tidy()
             rows += self._count([{**row, **self.notes.get(row["site"], {})} for row in new])
         return sorted(rows, key=lambda row: list(here).index(row["site"]))

@@ -183,17 +183,18 @@ def test_the_update_changes_nothing_where_both_streams_are_equal():
 
 @pytest.mark.parametrize("num_tokens", [3, 100], ids=["few tokens", "tokens the right factor hardly sees"])
 def test_the_update_changes_as_little_as_it_can(num_tokens):
-    """The inputs reach three directions of the five rows of the right factor: the left factor changes by the smallest
-    least squares solution, what the other directions multiply stays what it was, and the error falls by Pythagoras."""
+    """The inputs reach three directions of the five rows of the right factor, the others by less than a Gram matrix can
+    tell: the left factor changes by the smallest least squares solution, what the others multiply stays what it was,
+    and the error falls by Pythagoras."""
     weight, dense, x = streams(smallest=1e-5)  # so steep that the Gram matrix blurs what is not reached
     before = SvdLlm(keep=0.4).fit(weight, seen(Gram, dense))
     assert before.rank == 5
     lengths = before.left.detach().norm(dim=0)
     left, right = before.left.detach() / lengths, before.right.detach() * lengths[:, None]  # the left one orthonormal
     unseen_rows = torch.linalg.pinv(right)[:, 3:] @ right[3:]
-    x = (x - x @ unseen_rows.T * (num_tokens > 3))[:num_tokens]
+    x = (x - x @ unseen_rows.T * (1 - 1e-9) * (num_tokens > 3))[:num_tokens]
     missing = x @ (weight - left @ right).T
-    smallest = torch.linalg.lstsq(x @ right.T, missing, rcond=1e-10, driver="gelsd").solution.T
+    smallest = torch.linalg.lstsq(x @ right.T, missing, rcond=1e-8, driver="gelsd").solution.T
     assert smallest.norm() > 0.01
     torch.testing.assert_close(refit_left(weight, left, right, x.T) - left, smallest, rtol=1e-7, atol=1e-8)
     after = SvdLlm(keep=0.4, update=True).fit(weight, {**seen(DenseGram, dense), **seen(PropagatedGram, x)})

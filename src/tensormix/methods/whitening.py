@@ -38,7 +38,7 @@ def gram_factor(gram: Tensor, ridge: float = 0.0) -> tuple[Tensor, float]:  # (I
     Raises:
         ValueError: `gram` is zero or not finite.
     """
-    _check_inputs(gram)
+    check_inputs(gram)
     rounding = _rounding(gram) * torch.linalg.matrix_norm(gram)
     shifted = gram.clone()
     shifted.diagonal().add_(ridge * gram.diagonal().mean() + rounding)
