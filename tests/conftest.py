@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 from tensormix.exam import documents, facts
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, when it is first imported
+
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "hf",
     },  # hf, so that what it made can be saved
     "memory": set(),
+    "faster": {"operators"},
     "journal": {"files"},
     "packed": set(),
     "checkpoint": {"files"},

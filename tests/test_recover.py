@@ -6,6 +6,7 @@ import torch
 from tensormix.models import load_model, load_tokenizer
 from tensormix.operators import MixT
 from tensormix.plan import Plan
+from tensormix.profile import LiveBytes
 from tensormix.recover import recover
 from tensormix.recover.rates import compressed_parameters
 from tensormix.recover.watch import MARK, last_whole_checkpoint
@@ -163,3 +164,23 @@ def test_a_bfloat16_model_stays_one(tiny, tmp_path):
     rows = recover(model, load_tokenizer(str(tiny)), settings(), folder=tmp_path / "c", seed=0)
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
     assert all(row["loss"] > 0 for row in rows)
+
+
+def test_recomputing_saves_memory_and_changes_nothing_else(tiny, tmp_path):
+    peaks, after = [], []
+    for recompute in (False, True):
+        model = load_model(str(tiny), dtype="float32")
+        compress(model, PLAN)
+        with LiveBytes() as memory:
+            recover(
+                model,
+                load_tokenizer(str(tiny)),
+                settings(steps=1, batch_size=8, recompute=recompute),
+                folder=tmp_path / str(recompute),
+                seed=0,
+            )
+        peaks.append(memory.peak)
+        after.append(parameters(model))
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert peaks[1] < 0.9 * peaks[0]
+    torch.testing.assert_close(after[1], after[0], rtol=1e-4, atol=1e-6)

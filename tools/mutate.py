@@ -64,6 +64,11 @@ FAULTS = (
     Fault("kernels/mixt/op.py", "[core.t() for core in cores]", "list(cores)", CONTRACT),
     Fault("kernels/mixt/op.py", "ctx.save_for_backward(x, *cores)", "ctx.save_for_backward(x + 0, *cores)", KERNEL),
     Fault("operators/mixt.py", "[core.to(dtype) for core in cores]", "cores", KERNEL),
+    Fault("faster.py", "setattr(parent, child, operator)", "pass", "test_faster.py"),
+    Fault("faster.py", "dense.bias = operator.bias", "dense.bias = None", "test_faster.py"),
+    Fault(
+        "recover/finetune.py", '_checkpointing(model, "enable")({"use_reentrant": False})', "pass", "test_recover.py"
+    ),
     Fault("operators/mixt.py", "(core / self.num_branches)", "(core.detach() / self.num_branches)", CONTRACT),
     Fault("operators/mixt.py", "* self.bond ** (self.num_branches - 1)\n\n\n", "\n\n\n", CONTRACT),
     Fault(

@@ -23,6 +23,7 @@ _HOMES = {
     "build_report": "tensormix.report",
     "compress": "tensormix.walk",
     "compress_checkpoint": "tensormix.stream",
+    "dense_where_faster": "tensormix.faster",
     "load_model": "tensormix.models",
     "load_tokenizer": "tensormix.models",
     "run_recipe": "tensormix.run",
@@ -30,6 +31,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from tensormix.faster import dense_where_faster
     from tensormix.models import load_model, load_tokenizer
     from tensormix.plan import Plan
     from tensormix.recipe import Recipe
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
     from tensormix.while_loading import CompressConfig
 
 __all__ = [
-    "CompressConfig", "Plan", "Recipe", "build_report", "compress", "compress_checkpoint", "load_model",
+    "CompressConfig", "Plan", "Recipe", "build_report", "compress", "compress_checkpoint",
+    "dense_where_faster", "load_model",
     "load_tokenizer", "run_recipe", "run_sweep",
 ]  # fmt: skip
 

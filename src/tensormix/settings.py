@@ -90,6 +90,7 @@ class Recover(Settings):
     loss_on: Literal["all", "answers"] = "all"  # every token, or the answers of exam questions only
     save_every: int = Field(default=500, ge=1)  # steps between checkpoints
     early_stop: EarlyStop | None = None  # without it every recovery takes all its steps
+    recompute: bool = False  # keep only what enters each block and compute the rest again: less memory, more time
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:

@@ -105,14 +105,24 @@ def recover(
         model.float()
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trained)
+        if settings.recompute:
+            _checkpointing(model, "enable")({"use_reentrant": False})
         rows = job.run(teacher, cache, progress, judge)
     finally:
         for parameter, wanted in needed.items():
             parameter.requires_grad_(wanted)
         model.config.use_cache = use_cache
+        if settings.recompute:
+            _checkpointing(model, "disable")()
         model.to(dtype).eval()
     shutil.rmtree(folder, ignore_errors=True)
     return rows
+
+
+def _checkpointing(model: Any, action: str) -> Callable[..., None]:
+    """The model's method, which transformers renamed on the way to version 6."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    return getattr(model, f"{kind}_checkpointing_{action}")
 
 
 class _Recovery:

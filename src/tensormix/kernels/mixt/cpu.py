@@ -58,7 +58,7 @@ class _Blocks:
 
     def __init__(self, rows: Tensor, padded: int) -> None:
         self.rows, self.padded = rows, padded
-        self.buffer = rows.new_zeros(padded * min(len(rows), B * M))
+        self.buffer = rows.new_empty(padded * min(len(rows), B * M))
 
     def at(self, tokens: slice) -> Tensor:  # (B, I', M), or (1, I', rest)
         num_tokens = tokens.stop - tokens.start

@@ -7,6 +7,7 @@ again one of the two, and no dense matrix is ever formed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ def mixt_cores(dy: Tensor, x: Tensor, core_sizes: Sequence[int], num_branches: i
 
 mixt.register_kernel("cpu")(cpu.mixt)
 mixt_cores.register_kernel("cpu")(cpu.mixt_cores)
+
+if find_spec("triton") is not None:  # not part of every PyTorch; without it a GPU takes the reference
+
+    @mixt.register_kernel("cuda")
+    def _(x: Tensor, cores: Sequence[Tensor], bond: int, out_features: int) -> Tensor:
+        from tensormix.kernels.mixt import gpu  # imports Triton, which takes a while
+
+        return gpu.mixt(x, cores, bond, out_features)
 
 
 @mixt.register_fake
