@@ -57,7 +57,7 @@ FAULTS = (
     ),
     Fault("operators/base.py", " if p is not self.bias)", ")", CONTRACT),
     Fault("kernels/mixt/cpu.py", "beta=int(k > 0)", "beta=0", KERNEL),
-    Fault("kernels/mixt/cpu.py", "out.add_(part, alpha=1 / K)", "out.copy_(part)", KERNEL),
+    Fault("kernels/mixt/cpu.py", ".add_(part, alpha=1 / K)", ".copy_(part)", KERNEL),
     Fault("kernels/mixt/cpu.py", "blocks[:, features:].zero_()", "pass", KERNEL),
     Fault("kernels/mixt/cpu.py", "x.new_zeros(num_branches, Q, P)", "x.new_ones(num_branches, Q, P)", KERNEL),
     Fault("kernels/mixt/cpu.py", "min(len(rows), B * M)", "len(rows)", KERNEL),

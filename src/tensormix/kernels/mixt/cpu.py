@@ -18,6 +18,7 @@ from tensormix.kernels.mixt.reference import windows
 FEW = 12  # tokens up to which rows win
 M = 64  # tokens of a block: its features fit the second cache of a core
 B = 2  # blocks taken at a time, so that two cores copy side by side
+COLUMNS = 1024  # of y that are written at a time: their part of a block stays in the second cache
 
 
 def mixt(x: Tensor, cores: Sequence[Tensor], bond: int, out_features: int) -> Tensor:  # (N, I), K x (Q, P) -> (N, O)
@@ -28,13 +29,19 @@ def mixt(x: Tensor, cores: Sequence[Tensor], bond: int, out_features: int) -> Te
     Q, P = cores[0].shape
     passed, K = bond ** (len(cores) - 1), len(cores)
     source, target = _Blocks(x, P * passed), _Blocks(y, Q * passed)
-    for tokens in _pieces(x.shape[0]):
-        given, made = source.read(tokens), target.at(tokens)
-        for k, (core, (L, R)) in enumerate(zip(cores, windows(K, bond), strict=True)):
+    pieces = list(_pieces(x.shape[0]))
+    for size in dict.fromkeys(piece.stop - piece.start for piece in pieces):
+        given, made = source.blocks(size), target.blocks(size)
+        products = []
+        for core, (L, R) in zip(cores, windows(K, bond), strict=True):
             out = _batch(made, L, Q, R)
-            core = core.expand(out.shape[0], Q, P)
-            torch.baddbmm(out, core, _batch(given, L, P, R), beta=int(k > 0), alpha=1 / K, out=out)
-        target.write(tokens)
+            products.append((out, core.expand(out.shape[0], Q, P), _batch(given, L, P, R)))
+        for piece in pieces:
+            if piece.stop - piece.start == size:
+                source.read(piece)
+                for k, (out, core, part) in enumerate(products):
+                    torch.baddbmm(out, core, part, beta=int(k > 0), alpha=1 / K, out=out)
+                target.write(piece)
     return y
 
 
@@ -60,23 +67,26 @@ class _Blocks:
         self.rows, self.padded = rows, padded
         self.buffer = rows.new_empty(padded * min(len(rows), B * M))
 
-    def at(self, tokens: slice) -> Tensor:  # (B, I', M), or (1, I', rest)
-        num_tokens = tokens.stop - tokens.start
+    def blocks(self, num_tokens: int) -> Tensor:  # (B, I', M), or (1, I', rest)
         num_blocks = -(-num_tokens // M)
         return self.buffer[: num_tokens * self.padded].view(num_blocks, self.padded, -1)
 
     def read(self, tokens: slice) -> Tensor:  # (B, I', M)
-        blocks, features = self.at(tokens), self.rows.shape[1]
-        rows = self.rows[tokens].unflatten(0, (blocks.shape[0], blocks.shape[2]))
-        blocks[:, :features].copy_(rows.transpose(1, 2))
+        blocks, features = self.blocks(tokens.stop - tokens.start), self.rows.shape[1]
+        blocks[:, :features].copy_(self._rows(tokens, blocks).transpose(1, 2))
         if features < self.padded:
-            blocks[:, features:].zero_()  # a shorter piece has them elsewhere in the buffer
+            blocks[:, features:].zero_()  # a piece of another size has them elsewhere in the buffer
         return blocks
 
     def write(self, tokens: slice) -> None:
-        blocks, features = self.at(tokens), self.rows.shape[1]
-        rows = self.rows[tokens].unflatten(0, (blocks.shape[0], blocks.shape[2]))
-        rows.copy_(blocks[:, :features].transpose(1, 2))
+        blocks, features = self.blocks(tokens.stop - tokens.start), self.rows.shape[1]
+        rows = self._rows(tokens, blocks)
+        for start in range(0, features, COLUMNS):
+            columns = slice(start, min(start + COLUMNS, features))
+            rows[:, :, columns].copy_(blocks[:, columns].transpose(1, 2))
+
+    def _rows(self, tokens: slice, blocks: Tensor) -> Tensor:  # (B, M, I)
+        return self.rows[tokens].unflatten(0, (blocks.shape[0], blocks.shape[2]))
 
 
 def _batch(blocks: Tensor, L: int, size: int, R: int) -> Tensor:  # (B, L size R, M) -> (B L, size, R M), a view
@@ -100,13 +110,12 @@ def _by_rows(x: Tensor, cores: Sequence[Tensor], bond: int, y: Tensor) -> None: 
     passed = bond ** (K - 1)
     x = F.pad(x, (0, P * passed - x.shape[1])) if x.shape[1] < P * passed else x.contiguous()
     whole = y if y.shape[1] == Q * passed else y.new_empty(N, Q * passed)
-    for k, (core, (L, R)) in enumerate(zip(cores, windows(K, bond), strict=True)):
+    *others, last = cores  # which passes nothing through on its right: its inputs and outputs lie in order
+    products = whole.view(-1, Q)
+    torch.addmm(products, x.view(-1, P), last.t(), beta=0, alpha=1 / K, out=products)
+    for core, (L, R) in zip(others, windows(K, bond), strict=False):
         rows = x.view(N, L, P, R).transpose(2, 3).contiguous().view(-1, P)  # as a strided view the product is slower
         part = torch.mm(rows, core.t()).view(N, L, R, Q).transpose(2, 3)
-        out = whole.view(N, L, Q, R)
-        if k == 0:
-            torch.mul(part, 1 / K, out=out)
-        else:
-            out.add_(part, alpha=1 / K)
+        whole.view(N, L, Q, R).add_(part, alpha=1 / K)
     if whole is not y:
         y.copy_(whole[:, : y.shape[1]])

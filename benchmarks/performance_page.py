@@ -1,0 +1,186 @@
+"""Make docs/performance.md of the newest rows of benchmarks/results/speed.jsonl.
+
+python benchmarks/performance_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "benchmarks" / "results" / "speed.jsonl"
+PAGE = ROOT / "docs" / "performance.md"
+TARGETS = {  # (pass, tokens) -> the speedup over dense that was asked for, float32
+    ("forward", 1): 8.0,
+    ("forward", 128): 1.8,
+    ("forward", 1024): 1.75,
+    ("forward and backward", 1024): 1.6,
+}
+CASE = ("kind", "part", "model", "dtype", "in_features", "out_features", "weights", "pass", "tokens", "layer")
+Row = dict[str, Any]
+
+
+def newest(lines: Iterable[str]) -> list[Row]:
+    """The last row of every case, in the order of the cases' first rows."""
+    return list({tuple(row.get(key) for key in CASE): row for row in map(json.loads, lines)}.values())
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)) + "\n"
+
+
+def shape(row: Row) -> str:
+    return f"{row['in_features']} -> {row['out_features']}"
+
+
+def milliseconds(row: Row) -> str:
+    digits = 3 if row["median_ms"] < 10 else 1
+    low, median, high = (f"{row[key]:.{digits}f}" for key in ("low_ms", "median_ms", "high_ms"))
+    return f"{median} [{low}, {high}]"
+
+
+def by_layer(rows: list[Row]) -> list[dict[str, Row]]:
+    """The contestants of each case side by side."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row.get(key) for key in CASE[:-1]), {})[row["layer"]] = row
+    return list(cases.values())
+
+
+def targets(rows: list[Row]) -> str:
+    body, missed = [], []
+    for case in by_layer([row for row in rows if row["kind"] == "layer" and row["dtype"] == "float32"]):
+        row = case["mixt"]
+        wanted = TARGETS.get((row["pass"], row["tokens"]))
+        if wanted is None:
+            continue
+        met = row["speedup"] >= wanted
+        missed += [] if met else [row]
+        cells = [row["model"], shape(row), row["pass"], str(row["tokens"]), row["weights"], f"{wanted:g}"]
+        body.append([*cells, f"{row['speedup']:.2f}", "met" if met else "**missed**"])
+    head = ["model", "layer", "pass", "tokens", "weights", "target", "measured", ""]
+    return table(head, body) + "\n" + profile(missed)
+
+
+def profile(missed: list[Row]) -> str:
+    """Where the time goes in the cases whose target was missed."""
+    lines = [f"{len(missed)} missed. " if missed else "All met.\n"]
+    for row in missed:
+        spent = sorted(row.get("shares", {}).items(), key=lambda item: -item[1])[:6]
+        parts = ", ".join(f"{name.removeprefix('aten::')} {100 * share:.0f} %" for name, share in spent)
+        where = f"{shape(row)}, {row['tokens']} tokens, {row['pass']}, {row['weights']} weights"
+        lines.append(f"* {where}: {row['median_ms']:.2f} ms, {100 * row['of_roofline']:.0f} % of the roofline. {parts}")
+    return "\n".join(lines) + "\n"
+
+
+def speeds(rows: list[Row], wanted: Callable[[Row], bool], names: list[str]) -> str:
+    body = []
+    for case in by_layer([row for row in rows if row["kind"] == "layer" and wanted(row)]):
+        first = case["dense"]
+        cells = [shape(first), first["pass"], str(first["tokens"]), first["weights"], milliseconds(first)]
+        for name in names:
+            row = case.get(name)
+            cells.append("" if row is None else f"{row['speedup']:.2f}")
+        cells.append(milliseconds(case["mixt"]))
+        cells += [f"{100 * case[name]['of_roofline']:.0f}" for name in ("dense", "mixt")]
+        body.append(cells)
+    head = ["layer", "pass", "tokens", "weights", "dense ms [quartiles]", *names]
+    return table([*head, "mixt ms [quartiles]", "dense, % of roofline", "mixt, % of roofline"], body)
+
+
+def models(rows: list[Row]) -> str:
+    body = [
+        [
+            row["pass"],
+            str(row["tokens"]),
+            f"{row['compressed']} of {row['blocks']}" if row["layer"] == "mixt" else "none",
+            f"{row['parameters'][row['layer']]:,}",
+            milliseconds(row),
+            f"{row['speedup']:.2f}",
+        ]
+        for row in rows
+        if row["kind"] == "model"
+    ]
+    return table(["pass", "tokens", "blocks compressed", "parameters", "ms [quartiles]", "speedup"], body)
+
+
+def page(rows: list[Row]) -> str:
+    first = rows[0]["environment"]
+    machines = [row for row in rows if row["kind"] == "machine"]
+    quiet = max(row["others_cpu"] for row in rows)
+    peaks = "; ".join(
+        f"{row['dtype']} ({row['part']}): {row['gmacs_per_second']:.0f} GMAC/s, {row['gbytes_per_second']:.1f} GB/s"
+        for row in machines
+    )
+    commits = ", ".join(sorted({row["environment"]["commit"] for row in rows}))
+    llama, qwen, half = (speeds(rows, lambda row, p=part: row["part"] == p, names) for part, names in NAMES.items())
+    return TEXT.format(
+        processor=first["hardware"]["processor"],
+        threads=first["hardware"]["threads"],
+        torch=first["versions"]["torch"],
+        commits=commits,
+        days=", ".join(sorted({row["measured"][:10] for row in rows})),
+        quiet=quiet,
+        peaks=peaks,
+        targets=targets(rows),
+        llama=llama,
+        qwen=qwen,
+        half=half,
+        models=models(rows),
+    )
+
+
+NAMES = {
+    "llama": ["mixt", "low rank", "int8 dynamic"],
+    "qwen": ["mixt", "low rank", "int8 dynamic"],
+    "bfloat16": ["mixt", "low rank"],
+}
+TEXT = """# How fast it is
+
+Made by `python benchmarks/performance_page.py` from the rows of `python benchmarks/speed.py`; do not edit by hand.
+
+Measured on {days}: {processor}, {threads} threads, PyTorch {torch}, commit {commits}. Other processes used at most
+{quiet:.2f} of a core meanwhile. Best matrix product and best reading speed, on which the rooflines rest: {peaks}.
+
+**No GPU was available: nothing here says anything about one.** The Triton kernel is tested for its results, under
+Triton's interpreter, and its speed is unknown; CUDA graphs were not tried either.
+
+Columns named after a layer give its speed over dense: 2 is twice as fast. `mixt` is MixT with 4 branches, bond 2,
+padding `multiple`: 1/16 of the dense numbers and half of its multiply-accumulates, so at most 16 times as fast where
+reading weights is the cost and 2 times where multiplying is. `low rank` has as many parameters as `mixt`, and 1/8 of
+its multiply-accumulates: it is faster, but no full-rank map. `int8 dynamic` is PyTorch's own quantised linear layer
+(torchao was not tried). `cold` weights are read from memory as in a model, `warm` ones from the cache.
+
+## Targets (CPU, float32, one layer)
+
+{targets}
+## LLaMA-2-7B layers, float32
+
+{llama}
+## Qwen3-8B layers, float32
+
+(q and o are 4096 -> 4096 as above.)
+
+{qwen}
+## LLaMA-2-7B layers, bfloat16
+
+{half}
+## Whole model
+
+Blocks of the shape of LLaMA-2-7B with random weights in float32, as many as memory allowed, with embedding and tied
+head; decoding after 128 tokens, one at a time.
+
+{models}
+"""
+
+
+def main() -> None:
+    PAGE.write_text(page(newest(ROWS.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
+    print(PAGE.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
