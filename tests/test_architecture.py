@@ -65,6 +65,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profile": FACTS | {"bits"},
 }
 MAY_IMPORT["examine"] = {"data", "diagnose", "evaluate", "exam", "plan", "recipe", "settings", "walk"}
+MAY_IMPORT["survey"] = set("allocate fitting fused_experts methods operators plan sites statistics walk".split())
+MAY_IMPORT["sensitivity"] = {"evaluate", "sites", "survey"}
+MAY_IMPORT["budget"] = {"allocate", "assembly", "bits", "calls", "checkpoint", "disk", "methods", "models", "plan"}
+MAY_IMPORT["budget"] |= {"profile", "sensitivity", "settings", "sites", "survey", "walk"}
 MAY_IMPORT["check"] = set(MAY_IMPORT)
 MAY_IMPORT["demo"] = set(MAY_IMPORT)
 MAY_IMPORT["run"] = set(MAY_IMPORT)

@@ -38,7 +38,8 @@ def times(folder):
 
 
 def test_every_stage_leaves_rows_with_settings_and_environment(finished):
-    for stage in STAGES:
+    assert not (finished / "allocate.json").exists()  # nothing to decide without a budget
+    for stage in STAGES[1:]:
         content = read_json(finished / f"{stage}.json")
         assert content["rows"]
         assert content["environment"]["versions"]["torch"]

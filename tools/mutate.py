@@ -328,6 +328,22 @@ FAULTS = (
     Fault("selection.py", "found[start].angle if", "found[start].influence if", SELECTION),
     Fault("methods/block_distances.py", "state[:, -1:]", "state[:, :1]", SELECTION),
     Fault("methods/block_distances.py", "chord.square() / 2", "chord / 2", SELECTION),
+    Fault("survey.py", "rest[min(rank, len(squares))]", "rest[min(rank + 1, len(squares))]", "test_budget.py"),
+    Fault("survey.py", "/ probed.error, LEAST)", ", LEAST)", "test_budget.py"),
+    Fault("survey.py", "setattr(holder, child, old)", "pass", "test_budget.py"),
+    Fault("budget.py", "* whole) - outside", "* whole)", "test_budget.py"),
+    Fault(
+        "budget.py",
+        "return self.files.dense_bits(self.sites[site.name])",
+        "return super().dense_bits(site)",
+        "test_budget.py",
+    ),
+    Fault("fitting.py", ".to(site.weight.dtype)\n    bias", "\n    bias", "test_stream.py"),
+    Fault("sensitivity.py", "means[site.block or 0]", "means[0]", "test_budget.py"),
+    Fault(
+        "evaluate/divergence.py", "p * (log_p - log_q), 0)", "p * (log_p - log_q), p)", "evaluate/test_divergence.py"
+    ),
+    Fault("evaluate/divergence.py", "total / num_tokens", "total / len(token_ids)", "evaluate/test_divergence.py"),
 )
 
 

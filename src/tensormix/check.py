@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tensormix.budget import WAYS, allocate
 from tensormix.joint import groups_of
 from tensormix.methods import METHODS, Method
 from tensormix.methods.base import BlockMethod, LinearMethod
@@ -23,7 +24,9 @@ def check(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         {"dense": {"parameters", "macs_per_token", "bytes": {dtype: n}}, "compressed": {the same}, "sites": [rows],
-        "assumed": whether some rule leaves its blocks to measuring: the last that it could choose are counted then}.
+        "assumed": whether something is left to the run: blocks that a rule leaves to measuring, of which the last that
+        it could choose are counted then, or sizes that a budget decides from weights or inputs, where those of
+        "uniform" are shown in their place}. With a budget also "budget": the rows of `allocate`.
         MACs are those of `macs_per_token`; bytes are parameters times the size of the dtype. "num_experts" in a row
         is None unless the site is a stack of experts.
 
@@ -31,9 +34,14 @@ def check(recipe: Recipe) -> dict[str, Any]:
         ValueError: the model has no config, or the plan does not fit it.
     """
     model = skeleton(recipe.model)
-    dense = counts(model)
-    sites = replace_empty(model, recipe.plan)
-    return {"dense": dense, "sites": sites, "compressed": counts(model), "assumed": chooses(recipe.plan)}
+    dense, plan, found, assumed = counts(model), recipe.plan, {}, chooses(recipe.plan)
+    if recipe.budget is not None:
+        assumed = WAYS[recipe.budget.by].needs_weights
+        uniform = recipe.budget.model_copy(update={"by": "uniform"})
+        decided = allocate(recipe.model, plan, uniform, dtype=recipe.dtype)
+        plan, found = decided.plan, {"budget": decided.rows}
+    sites = replace_empty(model, plan)
+    return {"dense": dense, "sites": sites, "compressed": counts(model), "assumed": assumed, **found}
 
 
 def counts(model: nn.Module) -> dict[str, Any]:

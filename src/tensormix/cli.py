@@ -183,9 +183,11 @@ def show_check(result: dict[str, Any]) -> None:
                 f"{first['dense_macs_per_token']:,} -> {first['macs_per_token']:,}",
             )
         console.print(table)
-        if result["assumed"]:
+        if result["assumed"] and "budget" not in result:
             console.print("Which blocks a rule chooses is measured in a run; the last that it could are counted here.")
         console.print()
+    if "budget" in result:
+        show_budget(result["budget"][0], result["assumed"])
     dense, compressed = result["dense"], result["compressed"]
     table = Table("whole model", "dense", "compressed", "change", box=None)
     rows = [("parameters", dense["parameters"], compressed["parameters"])]
@@ -194,6 +196,17 @@ def show_check(result: dict[str, Any]) -> None:
     for name, before, after in rows:
         table.add_row(name, f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.2f} %")
     console.print(table)
+
+
+def show_budget(total: dict[str, Any], assumed: bool) -> None:
+    """What the budget asks for and what the sizes come to."""
+    console.print(
+        f"budget: {total['asked']:,} of {total['dense']:,} {total['of']} (keep {total['keep']:g} of the "
+        f"{total['over']}); the sizes above come to {total['achieved']:,} ({total['achieved_keep']:.4f})"
+    )
+    if assumed:
+        console.print("The run decides the sizes from weights or inputs; those above are what by: uniform would give.")
+    console.print()
 
 
 def blocks_text(blocks: list[int]) -> str:

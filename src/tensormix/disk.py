@@ -290,5 +290,15 @@ class Disk(Home):
         write_json(self.part / "config.json", config)
 
 
+class Source(Disk):
+    """The same blocks to look at: they come from their files one at a time, and nothing is written."""
+
+    def __init__(self, model: Any, assembly: Assembly, device: str = "cpu") -> None:
+        super().__init__(model, assembly, assembly.checkpoint.folder, convert=False, device=device)
+
+    def leave(self, index: int, rows: list[Row]) -> None:
+        self.release(index)
+
+
 def _inside(name: str, operators: Iterable[str]) -> bool:
     return any(name.startswith(f"{operator}.") for operator in operators)

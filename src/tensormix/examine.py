@@ -17,6 +17,7 @@ from tensormix.evaluate import (
     choice_prompts,
     evaluate_choices,
     halving,
+    kl_divergence,
     macro_drop_row,
     macro_row,
     perplexity,
@@ -32,9 +33,18 @@ Progress = Callable[[int, int], None]
 
 
 def evaluate_rows(
-    model: Any, tokenizer: Any, settings: Evaluate, *, journals: Path | None = None, progress: Progress
+    model: Any,
+    tokenizer: Any,
+    settings: Evaluate,
+    *,
+    dense: Callable[[], Any] | None = None,
+    journals: Path | None = None,
+    progress: Progress,
 ) -> list[Row]:
-    """Perplexity of every text, then the exam, then the benchmarks, whose answers are kept in `journals` meanwhile."""
+    """Perplexity of every text, then the exam, then the benchmarks, whose answers are kept in `journals` meanwhile.
+
+    `dense` loads the dense model, from which the divergence on the texts is measured; None where `model` is that.
+    """
     rows: list[Row] = []
     for text in settings.perplexity:
         ids = packed_source(tokenizer, text.text)[: text.num_tokens]
@@ -42,6 +52,11 @@ def evaluate_rows(
         asked: dict[str, Any] = {"token_ids": ids, "window": text.window, "stride": text.stride, "bos_id": bos}
         asked["text"] = describe(text.text)
         rows.append(halving(settings.batch_size, lambda n, a=asked: perplexity(model, batch_size=n, **a))[1])
+        if settings.kl and dense is not None:
+            both = (model, dense())
+            rows.append(
+                halving(settings.batch_size, lambda n, a=asked, b=both: kl_divergence(*b, batch_size=n, **a))[1]
+            )
     if settings.exam is not None:
         prompts = exam_prompts(settings.exam)
         rows += halving(

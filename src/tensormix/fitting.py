@@ -163,7 +163,7 @@ def _fit(
     facts: Row = {}
     if stats:
         facts["tokens_per_expert"] = [next(iter(of_expert.values())).num_tokens for of_expert in stats]
-        _pool(stats)
+        pool_idle(stats)
     experts, squares = [], []
     for expert in range(site.num_experts):  # one dense expert at a time is all that is ever in a wider dtype
         weight = site.expert_weight(expert)
@@ -176,7 +176,7 @@ def _fit(
     return ExpertStack.from_experts(experts), _root_ratio(squares, experts[0]), facts
 
 
-def _pool(stats: list[dict[type, Any]]) -> None:
+def pool_idle(stats: list[dict[type, Any]]) -> None:
     """Give the experts that no token reached what all others saw together."""
     for kind in stats[0]:
         idle = [of_expert for of_expert in stats if of_expert[kind].num_tokens == 0]
@@ -219,11 +219,10 @@ def bytes_after(site: Site, method: Method | None, operators: Mapping[str, Struc
     size, bias = site.weight.dtype.itemsize, 0 if site.bias is None else site.bias.numel()
     if method is None:
         return size * (site.weight.numel() + bias)
+    # Floats come in the dtype of the weight; integers and their scales keep their size.
     if isinstance(method, LinearMethod):
-        state = method.empty(site.in_features, site.out_features).state_dict()
+        operator = method.empty(site.in_features, site.out_features).to(site.weight.dtype)
     else:
-        state = operators[site.name].state_dict()
-    bias = max(bias, site.num_experts * state.pop("bias").numel() if "bias" in state else 0)
-    # Integers keep their size; floats come in the dtype of the weight.
-    each = sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in state.values())
-    return site.num_experts * each + size * bias
+        operator = operators[site.name].to(site.weight.dtype)
+    own = 0 if operator.bias is None else operator.bias.numel()
+    return site.num_experts * operator.num_bits // 8 + size * max(bias, site.num_experts * own)

@@ -12,8 +12,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from tensormix.diagnose.table import Diagnose
 from tensormix.explain import explain
+from tensormix.methods import LinearMethod, with_sizes
 from tensormix.plan import Plan
-from tensormix.settings import Calibration, Evaluate, Profile, Recover, Settings, Source
+from tensormix.settings import Budget, Calibration, Evaluate, Profile, Recover, Settings, Source
 
 Model = TypeVar("Model", bound=BaseModel)
 Direction = Literal["last", "first"]
@@ -24,7 +25,8 @@ FILES = ("file", "examples")  # keys of paths that are taken from the recipe's f
 class Recipe(Settings):
     """One run: a model, what is done to it, and what is measured afterwards.
 
-    Raises ValueError, on construction, if a method of the plan needs calibration and there is none.
+    Raises ValueError, on construction, if something needs calibration and there is none, or a budget and the plan
+    both say how large something is.
     """
 
     model: str  # a folder, relative to the recipe, or a Hub id
@@ -32,11 +34,38 @@ class Recipe(Settings):
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"  # loaded and trained in
     plan: Plan = Plan(())  # empty: the model stays dense
+    budget: Budget | None = None  # decides the sizes of the plan's methods, which then leave theirs out
     calibration: Calibration | None = None
     recover: Recover | None = None  # absent: no training
     evaluate: Evaluate = Evaluate()
     diagnose: Diagnose | None = Diagnose()  # null: not measured
     profile: Profile | None = Profile()  # null: not measured
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_left_open(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("budget") is None or not isinstance(data.get("plan"), list | tuple):
+            return data
+        rules = [{**r, "method": with_sizes(r.get("method"))} if isinstance(r, dict) else r for r in data["plan"]]
+        return {**data, "plan": rules}
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.budget is None:
+            return self
+        if not self.plan.root:
+            raise ValueError("a budget needs a plan: it says how large the methods of its rules are")
+        for number, rule in enumerate(self.plan.root):
+            method = rule.method
+            if getattr(method, "num_chosen", None) is not None:
+                raise ValueError(f"plan[{number}]: the budget chooses the blocks: leave out choose and count")
+            inner = getattr(method, "of", None) or method
+            if isinstance(inner, LinearMethod) and inner.size and getattr(inner, inner.size) != inner.largest:
+                given = f"{inner.size}={getattr(inner, inner.size)}"
+                raise ValueError(f"plan[{number}]: {given} and a budget cannot both hold: leave out one of them")
+        if self.budget.by == "sensitivity" and self.calibration is None:
+            raise ValueError("budget.by 'sensitivity' is measured on calibration text, and there is no such section")
+        return self
 
     @model_validator(mode="after")
     def _calibrated(self) -> Self:

@@ -1,6 +1,7 @@
 """One recipe, one run folder: the only place that knows the order of the stages.
 
     recipe.json       what was asked
+    allocate.json     of a recipe with a budget: the plan that it became, with the size of every site
     compress.json     one file per finished stage: its rows, its settings, its key, where and when it was made
     recover.json  evaluate.json  diagnose.json  profile.json
     answers/          what benchmarks have answered while evaluate is not finished
@@ -28,6 +29,7 @@ import torch
 
 import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
 from tensormix import __version__
+from tensormix.budget import allocate
 from tensormix.diagnose.verdict import Verdict, exam_accuracy
 from tensormix.evaluate import check_installed
 from tensormix.examine import diagnose_rows, evaluate_rows, exam_prompts, has_answers, windows
@@ -42,12 +44,12 @@ from tensormix.stream import compress_checkpoint
 
 Row = dict[str, Any]
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
-STAGES = ("compress", "recover", "evaluate", "diagnose", "profile")
+STAGES = ("allocate", "compress", "recover", "evaluate", "diagnose", "profile")
 
 
 def dense_recipe(recipe: Recipe) -> Recipe:
     """The same examination of the untouched model."""
-    nothing = {"start": None, "recover": None, "calibration": None, "profile": None}
+    nothing = {"budget": None, "start": None, "recover": None, "calibration": None, "profile": None}
     return recipe.model_copy(update={"plan": Plan(()), **nothing})
 
 
@@ -61,7 +63,7 @@ def run_recipe(
     workers: int = 1,
     teacher_cache: Path | None = None,
 ) -> Path:
-    """Compress, recover, evaluate, diagnose, profile; returns `folder`. Finished stages are not repeated.
+    """Allocate, compress, recover, evaluate, diagnose, profile; returns `folder`. Finished stages are not repeated.
 
     Args:
         reference: the run folder of the untouched model; without it that run is made first, in `folder`/dense.
@@ -79,7 +81,11 @@ def run_recipe(
         reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress)
     if recipe.evaluate.benchmarks:
         check_installed()  # before hours of work, not after them
-    run = _Run(recipe, folder, reference, progress or (lambda stage, done, total: None), workers)
+    tell = progress or (lambda stage, done, total: None)
+    if recipe.budget is not None:
+        _Run(recipe, folder, reference, tell, workers).finish("allocate")
+        recipe = with_allocation(recipe, folder) or recipe
+    run = _Run(recipe, folder, reference, tell, workers)
     run.cache = teacher_cache
     for stage in STAGES:
         run.finish(stage)
@@ -87,6 +93,16 @@ def run_recipe(
             shutil.rmtree(folder / "compressed", ignore_errors=True)
             (folder / "compressed.journal.jsonl").unlink(missing_ok=True)
     return folder
+
+
+def with_allocation(recipe: Recipe, folder: Path) -> Recipe | None:
+    """A recipe with a budget as the recipe with the plan that the budget became; None if that is not known yet."""
+    if recipe.budget is None:
+        return recipe
+    if not is_done(folder, "allocate", {"allocate": allocation_key(recipe)}):
+        return None
+    plan = Plan.model_validate(read_json(folder / "allocate.json")["plan"])
+    return recipe.model_copy(update={"plan": plan, "budget": None})
 
 
 class _Run:
@@ -97,14 +113,16 @@ class _Run:
         self.workers = workers
         self.cache: Path | None = None
         self.keys = stage_keys(recipe, reference)
+        self._beside: Row = {}  # what the file of a stage says beside its rows
         self._model: Any = None
+        self._dense: Any = None
         self._tokenizer: Any = None
 
     def finish(self, stage: str) -> None:
         work: Callable[[], list[Row]] = getattr(self, f"_{stage}")
         if stage not in self.keys or is_done(self.folder, stage, self.keys):
             return
-        began = time.perf_counter()
+        began, self._beside = time.perf_counter(), {}
         self.progress(stage, 0, 1)
         rows = work()
         write_json(
@@ -114,6 +132,7 @@ class _Run:
                 "key": self.keys[stage],
                 "settings": _settings(self.recipe, stage),
                 "seed": self.recipe.seed,
+                **self._beside,
                 "rows": rows,
                 "environment": environment(),
                 "seconds": round(time.perf_counter() - began, 3),
@@ -142,6 +161,17 @@ class _Run:
             self._model = self._load(self.model_folder)
         return self._model
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether the model is not the dense one."""
+        return "compress" in self.keys or "recover" in self.keys
+
+    @property
+    def dense(self) -> Any:
+        if self._dense is None:
+            self._dense = self._load(self.recipe.model)
+        return self._dense
+
     def _load(self, source: str | Path) -> Any:
         model: Any = load_model(source, dtype=self.recipe.dtype)
         return model.to("cuda") if torch.cuda.is_available() else model
@@ -151,11 +181,37 @@ class _Run:
             self.model.save_pretrained(part)
             self.tokenizer.save_pretrained(part)
 
+    @property
+    def _calibration(self) -> Calibration:
+        return self.recipe.calibration or Calibration(text=Source(exam=True))  # the defaults, where nothing is asked
+
+    def _batches(self) -> Any:
+        settings = self.recipe.calibration
+        if settings is None:
+            return None
+        return windows(self.tokenizer, settings, self.recipe.seed)
+
+    def _allocate(self) -> list[Row]:
+        budget, settings = self.recipe.budget, self._calibration
+        assert budget is not None
+        spill = self.folder / "activations"
+        found = allocate(
+            self.recipe.start or self.recipe.model,
+            self.recipe.plan,
+            budget,
+            self._batches(),
+            lambda done, total, _: self.progress("allocate", done, total),
+            dtype=self.recipe.dtype,
+            precision=getattr(torch, settings.precision),
+            spill=spill if settings.spill else None,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        shutil.rmtree(spill, ignore_errors=True)
+        self._beside = {"plan": found.plan.model_dump(mode="json")}
+        return found.rows
+
     def _compress(self) -> list[Row]:
-        recipe, batches = self.recipe, None
-        settings = recipe.calibration or Calibration(text=Source(exam=True))  # the defaults, where nothing is asked
-        if recipe.calibration is not None:
-            batches = windows(self.tokenizer, settings, recipe.seed)
+        recipe, settings, batches = self.recipe, self._calibration, self._batches()
         return compress_checkpoint(
             recipe.start or recipe.model,
             self.folder / "compressed",
@@ -207,6 +263,7 @@ class _Run:
             self.model,
             self.tokenizer,
             self.recipe.evaluate,
+            dense=(lambda: self.dense) if self.is_changed else None,
             journals=self.folder / "answers" / self.keys["evaluate"],
             progress=lambda done, total: self.progress("evaluate", done, total),
         )
@@ -221,18 +278,18 @@ class _Run:
             stage_rows(self.folder, "evaluate"),
             reference_rows=stage_rows(self.reference, "diagnose") if self.reference else None,
             reference_answers=stage_rows(self.reference, "evaluate") if self.reference else None,
-            dense=lambda: self._load(self.recipe.model),
+            dense=lambda: self.dense,
             progress=lambda done, total: self.progress("diagnose", done, total),
         )
 
     def _profile(self) -> list[Row]:
         settings = self.recipe.profile
         assert settings is not None
-        dense = self._load(self.recipe.model)
-        models = {"dense": dense, "compressed": self.model}
+        models = {"dense": self.dense, "compressed": self.model}
         folders = {"dense": Path(self.recipe.model), "compressed": Path(self.model_folder)}
         rows = profile(models, folders, tokens=settings.tokens, repeats=settings.repeats)
-        del dense, models
+        self._dense = None
+        del models
         gc.collect()
         return rows
 
@@ -240,13 +297,27 @@ class _Run:
 def _settings(recipe: Recipe, stage: str) -> Any:
     """What the recipe says to one stage, as plain data."""
     whole = json.loads(recipe.model_dump_json())
+    if stage == "allocate":
+        return {name: whole[name] for name in ("model", "dtype", "plan", "calibration", "budget")}
     if stage == "compress":
         return {name: whole[name] for name in ("model", "dtype", "plan", "calibration")}
     return whole[stage]
 
 
+def allocation_key(recipe: Recipe) -> str:
+    """The key of what a budget becomes: a hash of it, of the plan, and of what both are decided on."""
+    start = [__version__, fingerprint(recipe.start or recipe.model), recipe.dtype, recipe.seed]
+    text = json.dumps(["allocate", _settings(recipe, "allocate"), start], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
-    """The key of every stage that the recipe asks for: a hash of its settings and of what it builds upon."""
+    """The key of every stage that the recipe asks for: a hash of its settings and of what it builds upon.
+
+    Of a recipe with a budget only "allocate" is known: the others are those of the recipe that it becomes.
+    """
+    if recipe.budget is not None:
+        return {"allocate": allocation_key(recipe)}
     start = [__version__, fingerprint(recipe.model), recipe.dtype, recipe.seed]
     keys: dict[str, str] = {}
 

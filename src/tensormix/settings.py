@@ -42,6 +42,17 @@ class Source(Settings):
         return self
 
 
+class Budget(Settings):
+    """What the sites of the plan may cost together; it decides the size of every method that has one."""
+
+    keep: float = Field(gt=0, le=1)  # fraction of the dense cost that stays
+    of: Literal["bits", "parameters", "macs", "bytes_per_token"] = "bits"  # stored; multiplied, read for one token
+    over: Literal["sites", "model"] = "sites"  # whose cost: of the sites that the plan matches, or of the whole model
+    by: Literal["uniform", "spectrum", "greedy", "sensitivity"] = "uniform"  # how it is divided among the sites
+    measure: Literal["kl", "loss", "angle"] = "kl"  # of sensitivity: what says how much a site matters
+    levels: int = Field(default=12, ge=1)  # sizes of a site that are fitted, where only a fit tells the error
+
+
 class Calibration(Settings):
     """The inputs that methods with statistics see."""
 
@@ -152,6 +163,7 @@ class Evaluate(Settings):
     """What is measured of the model."""
 
     perplexity: tuple[Perplexity, ...] = ()
+    kl: bool = False  # of each text of perplexity also how far the predictions are from those of the dense model
     exam: Exam | None = Exam()  # null: none
     benchmarks: tuple[Benchmark, ...] = ()  # names, or mappings with a name and settings
     batch_size: int = Field(

@@ -1,9 +1,11 @@
-"""The evaluate stage: perplexity of texts, accuracy on four-choice questions and on published benchmarks, as rows."""
+"""The evaluate stage: perplexity of texts, KL from the dense model, accuracy on four-choice questions and on published
+benchmarks, as rows."""
 
 from __future__ import annotations
 
 from tensormix.evaluate.benchmarks import LETTERED, check_installed, choice_prompts
 from tensormix.evaluate.choices import ChoicePrompt, accuracy_rows, evaluate_choices
+from tensormix.evaluate.divergence import kl_divergence
 from tensormix.evaluate.harness import ask, halving, macro_drop_row, macro_row
 from tensormix.evaluate.perplexity import perplexity
 
@@ -16,6 +18,7 @@ __all__ = [
     "choice_prompts",
     "evaluate_choices",
     "halving",
+    "kl_divergence",
     "macro_drop_row",
     "macro_row",
     "perplexity",

@@ -66,7 +66,7 @@ def perplexity(
     Raises ValueError for an empty text, a text shorter than one window, a window that the model cannot read, a stride
     outside 1..window, and logits that are NaN.
     """
-    _check(model, token_ids, window, stride, text, bos_id)
+    check_text(model, token_ids, window, stride, text, bos_id)
     spans = windows(len(token_ids), window, stride, bos_id is not None)
     total = torch.zeros((), dtype=torch.float64)
     with quiet(model):
@@ -112,7 +112,7 @@ def _loss(
     return total
 
 
-def _check(model: nn.Module, token_ids: Tensor, window: int, stride: int, text: str, bos_id: int | None) -> None:
+def check_text(model: nn.Module, token_ids: Tensor, window: int, stride: int, text: str, bos_id: int | None) -> None:
     extra = 0 if bos_id is None else 1
     smallest = 2 - extra
     limit = context_length(model)

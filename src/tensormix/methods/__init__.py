@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import or_
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ from tensormix.methods.svd_llm import SvdLlm
 __all__ = [
     "METHODS", "BlockMethod", "Coala", "DobiSvd", "DropBlocks", "FlatLlm", "HassleFree", "JointMethod",
     "Laser", "LinearMethod", "MeanOutput",
-    "Method", "Mixt", "Rtn", "Sola", "Svd", "SvdLlm", "ZeroMethod", "laser_search",
+    "Method", "Mixt", "Rtn", "Sola", "Svd", "SvdLlm", "ZeroMethod", "laser_search", "with_sizes",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
@@ -43,6 +43,19 @@ METHODS: dict[str, type[Method]] = {
     "sola": Sola,
     "flat_llm": FlatLlm,
 }
+
+
+def with_sizes(data: Any) -> Any:
+    """The mapping of a method, with its size filled in where that is left to a budget."""
+    if not isinstance(data, dict):
+        return data
+    if isinstance(data.get("of"), dict):
+        return {**data, "of": with_sizes(data["of"])}
+    cls = METHODS.get(str(data.get("name")))
+    if cls is None or not issubclass(cls, LinearMethod) or cls.size is None:
+        return data
+    return {cls.size: cls.largest, **data}
+
 
 # Only here are all methods known among which `Rtn.of` chooses.
 _linear = [cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and cls is not Rtn]

@@ -6,10 +6,10 @@ Shape letters: I in_features, O out_features.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -33,9 +33,28 @@ class Method(BaseModel):
 
 
 class LinearMethod(Method):
-    """Replaces the weight of one linear layer."""
+    """Replaces the weight of one linear layer.
+
+    A method whose operator can be larger or smaller names the setting that says so; a budget then decides it, site by
+    site, and whoever writes the recipe leaves it out.
+    """
 
     site = "linear"
+    size: ClassVar[str | None] = None  # the setting that a budget decides
+    largest: ClassVar[Any] = None  # the value of that setting that stands for "not decided yet"
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> Sequence[Any]:
+        """Every value of `size` that a layer of these sizes allows; none if there is nothing to decide."""
+        return ()
+
+    def sized(self, value: Any) -> Self:
+        """The same method at another size."""
+        return self.model_copy(update={str(self.size): value})
+
+    def spectrum(self, weight: Tensor, stats: Statistics) -> Tensor | None:  # (O, I) -> (K,)
+        """The singular values, from the largest on, of which the squares beyond rank R sum to the squared error of the
+        fit of rank R. None if the error of this method has no such form."""
+        return None
 
     @abstractmethod
     def empty(self, in_features: int, out_features: int) -> StructuredLinear:

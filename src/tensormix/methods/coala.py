@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.ranks import rank_for
+from tensormix.methods.ranks import keeps, rank_for
 from tensormix.methods.whitening import factor_root, low_rank, output_basis, widened
 from tensormix.operators import LowRank
 from tensormix.statistics import QRFactor
@@ -30,9 +30,19 @@ class Coala(LinearMethod):
     summary = "Two thin factors with the smallest output error over the calibration inputs, from their QR factor."
     needs = (QRFactor,)
 
+    size = "keep"
+    largest = 1.0
+
     name: Literal["coala"] = "coala"
     keep: float = Field(gt=0, le=1)  # fraction of the dense parameters to keep
     mu: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # regularisation, times the mean eigenvalue of X X^T
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[float, ...]:
+        return keeps(in_features, out_features)
+
+    def spectrum(self, weight: Tensor, stats: Statistics) -> Tensor:  # (O, I) -> (K,)
+        wide, root = widened(weight, factor_root(stats[QRFactor].factor, self.mu))
+        return torch.linalg.svdvals(wide @ root)
 
     def empty(self, in_features: int, out_features: int) -> LowRank:
         with torch.device("meta"):

@@ -46,6 +46,9 @@ class DobiSvd(LinearMethod):
     summary = "Two thin factors from the principal components of the outputs, at a learned rank, plain or in 8 bits."
     needs: ClassVar[Any] = _Needs()
 
+    size = "rank"
+    largest = 1  # of any layer; a budget gives the rank
+
     name: Literal["dobi_svd"] = "dobi_svd"
     rank: int | None = Field(default=None, ge=1)
     keep: float | None = Field(default=None, gt=0, le=1)  # fraction of the dense bits to keep, at 16 bits a number
@@ -59,6 +62,17 @@ class DobiSvd(LinearMethod):
             raise ValueError(f"DobiSvd: takes either rank (a learned one) or keep (a fraction), got {got}")
         return self
 
+    def allowed_sizes(self, in_features: int, out_features: int) -> range:
+        return range(1, self._limits(in_features, out_features)[1] + 1)
+
+    def spectrum(self, weight: Tensor, stats: Statistics) -> Tensor:  # (O, I) -> (K,)
+        """Of the factors as they are before their rounding to 8 bits."""
+        wide, root = widened(weight, self._root(stats))
+        return torch.linalg.svdvals(wide @ root)
+
+    def _root(self, stats: Statistics) -> Tensor:  # (I, K)
+        return factor_root(stats[QRFactor].factor) if self.pca == "incremental" else gram_root(stats[Gram].mean)
+
     def empty(self, in_features: int, out_features: int) -> LowRank | Remapped:
         operator = Remapped if self.storage == "remapped" else LowRank
         with torch.device("meta"):
@@ -67,8 +81,7 @@ class DobiSvd(LinearMethod):
     def fit(self, weight: Tensor, stats: Statistics) -> LowRank | Remapped:  # (O, I)
         """Raises ValueError if the layer does not allow the rank, or the statistic saw no token, only zeros, or NaN."""
         rank = self.rank_at(weight.shape[1], weight.shape[0])
-        root = factor_root(stats[QRFactor].factor) if self.pca == "incremental" else gram_root(stats[Gram].mean)
-        wide, root = widened(weight, root)
+        wide, root = widened(weight, self._root(stats))
         basis = output_basis(wide, root, rank)
         right = basis.T @ wide
         scale = right.norm(dim=1).sqrt()
@@ -82,10 +95,8 @@ class DobiSvd(LinearMethod):
         Raises:
             ValueError: no rank fits, or `rank` stores as much as the dense weight or more.
         """
-        dense, longest = in_features * out_features, max(in_features, out_features)
-        remapped = self.storage == "remapped"
-        per_rank = _BITS * longest + 32 if remapped else _BITS * (in_features + out_features)  # bits
-        largest = min((_BITS * dense - 1) // per_rank, in_features, out_features)
+        dense, remapped = in_features * out_features, self.storage == "remapped"
+        per_rank, largest = self._limits(in_features, out_features)
         layer = f"a {in_features}x{out_features} layer"
         if self.keep is not None and not remapped:
             return rank_for("DobiSvd", self.keep, in_features, out_features)
@@ -104,3 +115,9 @@ class DobiSvd(LinearMethod):
                 f"storage; the largest rank is {largest}."
             )
         return rank
+
+    def _limits(self, in_features: int, out_features: int) -> tuple[int, int]:
+        """Bits of each rank, and the largest rank that stores less than the dense weight."""
+        remapped = self.storage == "remapped"
+        per_rank = _BITS * max(in_features, out_features) + 32 if remapped else _BITS * (in_features + out_features)
+        return per_rank, min((_BITS * in_features * out_features - 1) // per_rank, in_features, out_features)

@@ -51,6 +51,9 @@ class HassleFree(LinearMethod):
     summary = "A sparse weight plus two thin factors, fitted in turn to the calibration inputs."
     needs = (Gram,)
 
+    size = "keep"
+    largest = 1.0
+
     name: Literal["hassle_free"] = "hassle_free"
     keep: float | None = Field(default=None, gt=0, le=1)  # fraction of the dense parameters to keep, S and L together
     low_rank_share: float | None = Field(default=None, ge=0, lt=1)  # fraction of those that goes to L, kappa
@@ -73,6 +76,22 @@ class HassleFree(LinearMethod):
             got = " and ".join(sorted(given)) or "none of them"
             raise ValueError(f"HassleFree: pattern {self.pattern!r} takes {words}, got {got}")
         return self
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[float, ...]:
+        """Steps of 1/64 of the dense parameters; with N:M one for every rank beside the pattern."""
+        fractions = [step / 64 for step in range(1, 65)]
+        if self.pattern in GROUPED:
+            dense, per_rank = in_features * out_features, in_features + out_features
+            least = pattern_count(self.pattern, in_features, out_features)
+            fractions = [ceil(n / dense * 1e6) / 1e6 for n in range(least, dense + 1, per_rank)]
+        return tuple(keep for keep in fractions if self._allows(keep, in_features, out_features))
+
+    def _allows(self, keep: float, in_features: int, out_features: int) -> bool:
+        try:
+            self.sized(keep).counts(in_features, out_features)
+        except ValueError:
+            return False
+        return True
 
     def empty(self, in_features: int, out_features: int) -> StructuredLinear:
         num_values, rank = self.counts(in_features, out_features)

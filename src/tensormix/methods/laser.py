@@ -17,6 +17,7 @@ from torch import Tensor
 from tensormix.methods.base import LinearMethod, Statistics
 from tensormix.methods.ranks import no_factors
 from tensormix.operators import LowRank
+from tensormix.operators.base import computing_dtype
 
 Score = Callable[[Mapping[str, float]], tuple[float, float]]  # site -> keep_rank; gives accuracy and log-loss
 
@@ -31,8 +32,18 @@ class Laser(LinearMethod):
     source = "arXiv 2312.13558"
     summary = "Two thin factors from the truncated singular value decomposition, at a fraction of the largest rank."
 
+    size = "keep_rank"
+    largest = 1.0
+
     name: Literal["laser"] = "laser"
     keep_rank: float = Field(gt=0, le=1)  # fraction of the largest rank to keep, rho of the paper
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[float, ...]:
+        full, largest = min(in_features, out_features), (in_features * out_features - 1) // (in_features + out_features)
+        return tuple(_fraction(rank, full) for rank in range(1, largest + 1))
+
+    def spectrum(self, weight: Tensor, stats: Statistics) -> Tensor:  # (O, I) -> (K,)
+        return torch.linalg.svdvals(weight.detach().to(computing_dtype(weight)))
 
     def empty(self, in_features: int, out_features: int) -> LowRank:
         with torch.device("meta"):

@@ -40,6 +40,9 @@ class Mixt(LinearMethod):
     summary = "Mean of num_branches small cores, each acting on a window of neighbouring bonds."
     needs: ClassVar[Any] = _Needs()
 
+    size = "num_branches"
+    largest = 1
+
     name: Literal["mixt"] = "mixt"
     num_branches: int = Field(ge=1)  # N_T of the paper
     bond: int = Field(default=2, ge=2)  # d of the paper
@@ -50,6 +53,15 @@ class Mixt(LinearMethod):
     max_steps: int = Field(default=200, ge=1)  # of aware
     precision: Literal["float32", "float64"] = "float32"  # of aware; float64 weights are always fitted in it
     ridge: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of aware: added to G, times its mean eigenvalue
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[int, ...]:
+        found: list[int] = []
+        while True:
+            try:
+                self.sized(len(found) + 1).empty(in_features, out_features)
+            except ValueError:  # more branches than the widths have bonds for
+                return tuple(found)
+            found.append(len(found) + 1)
 
     def empty(self, in_features: int, out_features: int) -> MixT:
         with torch.device("meta"):

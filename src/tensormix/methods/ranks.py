@@ -27,6 +27,12 @@ def rank_for(method: str, keep: float, in_features: int, out_features: int) -> i
     )
 
 
+def keeps(in_features: int, out_features: int) -> tuple[float, ...]:
+    """For every rank whose factors hold no more than the dense weight the least `keep` that gives it, to six digits."""
+    dense, per_rank = in_features * out_features, in_features + out_features
+    return tuple(min(1.0, ceil(rank * per_rank / dense * 1e6) / 1e6) for rank in range(1, dense // per_rank + 1))
+
+
 def no_factors(in_features: int, out_features: int) -> str:
     """The end of the sentence for a layer that is too small for any rank."""
     return (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -34,6 +35,9 @@ class Rtn(LinearMethod):
     summary = "Small integers and a scale for each group of them, for the weight or for what another method fits to it."
     needs: ClassVar[Any] = _NeedsOfInner()
 
+    size = "bits"
+    largest = 8
+
     name: Literal["rtn"] = "rtn"
     bits: Literal[2, 3, 4, 8]  # of one integer
     granularity: Literal["tensor", "channel", "group"] = "group"  # what shares a scale: a matrix, a row, part of one
@@ -50,6 +54,14 @@ class Rtn(LinearMethod):
                 f"{group} has no meaning with granularity {granularity!r}; leave it out, or write granularity 'group'"
             )
         return group
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> Sequence[Any]:
+        """Of `of` the sizes of that method, whose numbers all get these bits; of the weight itself the bits."""
+        return (2, 3, 4, 8) if self.of is None else self.of.allowed_sizes(in_features, out_features)
+
+    def sized(self, value: Any) -> Self:
+        changed = {"bits": value} if self.of is None else {"of": self.of.sized(value)}
+        return self.model_copy(update=changed)
 
     def empty(self, in_features: int, out_features: int) -> Quantized:
         with torch.device("meta"):

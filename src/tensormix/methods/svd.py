@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.ranks import rank_for
+from tensormix.methods.ranks import keeps, rank_for
 from tensormix.operators import LowRank
+from tensormix.operators.base import computing_dtype
 
 
 class Svd(LinearMethod):
@@ -19,8 +20,17 @@ class Svd(LinearMethod):
     source = "Eckart and Young 1936"
     summary = "Two thin factors from the truncated singular value decomposition of the weight."
 
+    size = "keep"
+    largest = 1.0
+
     name: Literal["svd"] = "svd"
     keep: float = Field(gt=0, le=1)  # fraction of the dense parameters to keep
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[float, ...]:
+        return keeps(in_features, out_features)
+
+    def spectrum(self, weight: Tensor, stats: Statistics) -> Tensor:  # (O, I) -> (K,)
+        return torch.linalg.svdvals(weight.detach().to(computing_dtype(weight)))
 
     def empty(self, in_features: int, out_features: int) -> LowRank:
         with torch.device("meta"):

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.ranks import rank_for
+from tensormix.methods.ranks import keeps, rank_for
 from tensormix.methods.whitening import balanced, gram_factor, gram_root, output_basis, refit_left, widened
 from tensormix.operators import LowRank
 from tensormix.statistics import DenseGram, Gram, PropagatedGram
@@ -41,10 +41,22 @@ class SvdLlm(LinearMethod):
     summary = "Two thin factors with the smallest output error over the calibration inputs, from their Gram matrix."
     needs: ClassVar[Any] = _Needs()
 
+    size = "keep"
+    largest = 1.0
+
     name: Literal["svd_llm"] = "svd_llm"
     keep: float = Field(gt=0, le=1)  # fraction of the dense parameters to keep
     update: bool = False  # step 2 of the paper: the left factor once more, on what the compressed blocks pass on
     ridge: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # added to G, times its mean eigenvalue
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[float, ...]:
+        return keeps(in_features, out_features)
+
+    def spectrum(self, weight: Tensor, stats: Statistics) -> Tensor:  # (O, I) -> (K,)
+        """Without `update`, whose second fit can only lower the error on what the compressed blocks pass on."""
+        seen = stats[DenseGram if self.update else Gram]
+        wide, root = widened(weight, gram_root(seen.mean, self.ridge))
+        return torch.linalg.svdvals(wide @ root)
 
     def empty(self, in_features: int, out_features: int) -> LowRank:
         with torch.device("meta"):
