@@ -41,6 +41,12 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
     return {dtype: stored_bits(model, getattr(torch, dtype)) // 8 for dtype in DTYPES}
 
 
+def embedding_bytes(model: Any) -> int:
+    """Bytes of the input embeddings in the dtype in which the model was loaded."""
+    weight = model.get_input_embeddings().weight
+    return weight.numel() * weight.element_size()
+
+
 def bytes_on_disk(model: Any, folder: Path | None) -> int:
     """Bytes of the weight files of a model in the dtype in which it was loaded.
 
@@ -170,6 +176,7 @@ def profile(models: dict[str, Any], folders: dict[str, Path], *, tokens: Sequenc
                 "parameters": num_parameters(model),
                 "macs_per_token": macs_per_token(model),
                 "bytes": bytes_by_dtype(model),
+                "embedding_bytes": embedding_bytes(model),
                 "bytes_on_disk": bytes_on_disk(model, folders.get(name)),
                 "peak_memory_bytes": peak_memory(model, ids),
                 "peak_memory_tokens": max(tokens),

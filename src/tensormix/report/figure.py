@@ -98,19 +98,20 @@ def scroll(table: str, name: str) -> str:
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(name)}">{table}</div>'
 
 
-def render(figure: Figure, index: int) -> str:
-    """HTML of one figure."""
+def render(figure: Figure, index: int, published: str = "") -> str:
+    """HTML of one figure; `published` names the figures of the papers that show the same."""
     legend = "".join(f"<li>{swatch(style)}<span>{text(name)}</span></li>" for style, name in figure.legend)
     legend = f'<ul class="legend">{legend}</ul>' if legend else ""
     shape = "single" if len(figure.panels) == 1 else "odd" if len(figure.panels) % 2 else "even"
     name = f"Figure {index}. {figure.title}"
     data = plain_table(figure.columns, figure.rows, f"Data behind figure {index}")
+    beside = f'<p class="small">As {text(published)}, measured on these runs.</p>' if published else ""
     link = download(f"{figure.key}.csv", csv_text(figure.columns, figure.rows), "CSV")
     return (
         f'<figure id="{text(figure.key)}" class="{shape}">'
         f"<h3>{text(name)}</h3>{legend}{figure.extra}"
         f'<div class="panels">{"".join(figure.panels)}</div>'
-        f"<figcaption>{figure.explanation}</figcaption>"
+        f"<figcaption>{figure.explanation}{beside}</figcaption>"
         f"<details><summary>Data behind this figure ({len(figure.rows)} rows)</summary>"
         f'<p class="small">Download as {link}</p>{data}</details></figure>'
     )

@@ -36,6 +36,9 @@ class Record:
     dense_resources: Row = field(default_factory=dict)
     dense_latency: dict[int, Row] = field(default_factory=dict)
     losses: list[Row] = field(default_factory=list)
+    benchmarks: dict[str, float] = field(default_factory=dict)  # benchmark -> accuracy
+    macro_drop: float | None = None  # percentage points
+    residual: Row = field(default_factory=dict)  # after the last compressed block
 
     @property
     def series(self) -> tuple[str, str, int | None]:
@@ -47,6 +50,15 @@ class Record:
 
     def resource(self, key: str) -> float | None:
         return number(self.resources.get(key))
+
+    @property
+    def bits_saved(self) -> float | None:
+        """Percent of the stored bits of the dense model without its input embeddings, in the dtype that was run."""
+        dtype = self.resources.get("dtype") or "float32"
+        sizes = [number((row.get("bytes") or {}).get(dtype)) for row in (self.resources, self.dense_resources)]
+        embedding = number(self.dense_resources.get("embedding_bytes")) or 0.0
+        own, dense = sizes
+        return None if own is None or dense is None else 100 * (1 - (own - embedding) / (dense - embedding))
 
     def speedup(self, tokens: int) -> float | None:
         """Dense time / compressed time; above 1 is faster. Both sides from the same cell where it has them."""
@@ -75,7 +87,11 @@ def _exam(run: Run) -> Row:
         "low": number(overall.get("low")),
         "high": number(overall.get("high")),
         "num_questions": None if questions is None else int(questions),
-        "subjects": {str(row["subject"]): row for row in rows if row.get("subject", "all") != "all"},
+        "subjects": {
+            str(row["subject"]): row
+            for row in rows
+            if row.get("subject", "all") != "all" and row.get("task") == overall.get("task")
+        },
     }
 
 
@@ -110,6 +126,13 @@ def record(run: Run | None, name: str, dense: bool = False, **place: Any) -> Rec
         drift={key: value for key, value in drift.items() if value is not None},
         drift_profile={key: value for key, value in profile.items() if value is not None},
         losses=run.rows("recover", "loss"),
+        benchmarks={
+            str(row["task"]): row["value"]
+            for row in run.rows("evaluate", "accuracy")
+            if row.get("subject", "all") == "all" and row.get("task", "exam") != "exam"
+        },
+        macro_drop=_first(run.rows("diagnose", "macro_drop")),
+        residual=next(iter(run.rows("diagnose", "residual_last")), {}),
         **_exam(run),
         **_profile(run, dense),
         **place,

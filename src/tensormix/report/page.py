@@ -14,6 +14,7 @@ from typing import Any
 from .figure import Figure, download, render
 from .measures import CHANCE, Record, seeds
 from .numbers import moment, number, percent, seconds_text, text
+from .published import numbers_of
 from .read import STAGES, Run, Sweep, runs_of
 
 # nothing may be fetched: the page is complete, and a browser is told to refuse anything else
@@ -37,7 +38,7 @@ class Page:
         for part in parts:
             if isinstance(part, Figure):
                 self.num_figures += 1
-                inner += render(part, self.num_figures)
+                inner += render(part, self.num_figures, numbers_of(part.key))
             elif part:
                 inner += part
         if inner:
@@ -186,7 +187,13 @@ def common_notes(records: Sequence[Record]) -> list[str]:
         "Latency is the median of the repeats, dense and compressed measured in turn in the same process; a ratio "
         "above 1 is faster than dense. MACs are counted, latency is measured: fewer MACs need not be faster.",
     ]
-    return notes
+    return [*notes, PAPERS]
+
+
+PAPERS = (
+    "Figures name those of the papers that show the same: [M] is arXiv 2605.25344, [R] is arXiv 2606.03465. What they "
+    "show here was measured in these runs."
+)
 
 
 def listed(notes: Sequence[str]) -> str:

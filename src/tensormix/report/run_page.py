@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from .accounts import details_table, storage_table
 from .costs import loss_figure, matching_figure, size_figure
 from .figure import ROLE_LOOKS, csv_text, download
 from .measures import Record, model_name, record, short_name
 from .numbers import MISSING, change, count, fixed, nb, percent, plural, short, text
 from .page import Page, common_notes, environments_part, facts_part, listed, reproduce_part, settings_part
-from .read import STAGES, Run
+from .read import STAGES, Run, runs_of
+from .scaling import operator_figure
 from .sweep_page import key_figures, saved_words
 from .tables import interval, resources_table, sites_table, subjects_table, table
+from .tradeoffs import entropy_trends, residual_figure, tradeoff_figure
+from .weights import weight_figures
 
 
 def replaced_blocks(run: Run) -> int:
@@ -117,7 +121,14 @@ def run_page(run: Run) -> Page:
         lead + key_figures(dense, item),
     )
     page.section("measures", "Beside the dense model", measures_table(item, dense), TERMS, subjects_table(item, dense))
-    page.section("resources", "What is saved", resources_table(dense, [item]))
+    page.section(
+        "language", "Beside what is saved", tradeoff_figure(dense, [item]), residual_figure([item]),
+        details_table(dense, [item]),
+    )  # fmt: skip
+    page.section("dense", "Inside the dense model", *weight_figures(list(runs_of(run))))
+    page.section(
+        "resources", "What is saved", operator_figure([run]), storage_table([run]), resources_table(dense, [item])
+    )
     page.section("healing", "Matching and recovery", loss_figure([item]), matching_figure(run))
     page.section("sites", "Sites", sites_table(run))
     page.section("notes", "Notes for an honest reading", listed(run_notes(run, item, dense)))
@@ -207,8 +218,10 @@ def comparison_page(runs: Sequence[Run]) -> Page:
     styles = {item.series: ROLE_LOOKS[i % len(ROLE_LOOKS)] for i, item in enumerate(items)}
     dense = next((d for d in map(dense_record, runs, items) if d.resources), Record("dense", depth=0, method="dense"))
     page.section("runs", "Runs", comparison_table(items, models, max(lengths, default=None)), TERMS)
-    page.section("cost", "Accuracy and cost", size_figure(dense, items, styles))
-    page.section("resources", "Resources", resources_table(dense, items))
+    page.section("cost", "Accuracy and cost", size_figure(dense, items, styles), tradeoff_figure(dense, items, styles))
+    page.section("geometry", "Inside the models", residual_figure(items, styles), entropy_trends(dense, items, styles))
+    page.section("details", "Details", details_table(dense, items))
+    page.section("resources", "Resources", operator_figure(runs), storage_table(runs), resources_table(dense, items))
     missing = [name for run, name in zip(runs, names, strict=True) if "evaluate" not in run.stages]
     notes = common_notes(items)
     if missing:

@@ -184,7 +184,15 @@ class Panel:
         fixed = f' style="stroke:{colour}"' if colour else ""
         self.parts.append(f'<path class="line {style.classes}" d="M{steps}"{fixed}/>')
 
-    def points(self, points: Sequence[Point], style: Style, size: float = 4.2) -> None:
+    def area(self, edges: Sequence[tuple[float, float, float]], cls: str) -> None:
+        """Shade what lies between two curves, given as (x, low, high)."""
+        there = [f"{pixels(self.x(x))},{pixels(self.y(low))}" for x, low, _ in edges]
+        back = [f"{pixels(self.x(x))},{pixels(self.y(high))}" for x, _, high in reversed(edges)]
+        self.parts.append(f'<path class="{cls}" d="M{"L".join(there + back)}z"/>')
+
+    def points(self, points: Sequence[Point], style: Style, size: float = 4.2, colour: str = "") -> None:
+        """Markers with their intervals; `colour` fills them with a fixed one instead of the style's."""
+        fixed = f' style="fill:{colour}"' if colour else ""
         for point in points:
             x = pixels(self.x(point.x))
             if point.low is not None and point.high is not None:
@@ -192,7 +200,7 @@ class Panel:
                 self.parts.append(f'<path class="bar {style.classes}" d="M{x},{low}V{high}"/>')
             self.parts.append(
                 f'<path class="mark {style.classes}" data-x="{point.x:.10g}" data-y="{point.y:.10g}" '
-                f'transform="translate({x},{pixels(self.y(point.y))})" d="{SHAPES[style.shape](size)}">'
+                f'transform="translate({x},{pixels(self.y(point.y))})" d="{SHAPES[style.shape](size)}"{fixed}>'
                 f"<title>{text(point.tip)}</title></path>"
             )
 

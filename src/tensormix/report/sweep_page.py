@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from .accounts import details_table
 from .costs import loss_figure, matching_figure, matching_source, size_figure
 from .drift import drift_map, drift_means
 from .figures import accuracy_figure, main_boundaries, perplexity_figure
 from .measures import Boundary, Record, boundaries, last_on_plateau, num_blocks, short_name, sweep_model, sweep_records
 from .numbers import bytes_text, change, count, nb, percent, plural, short, speed, text
 from .page import Page, common_notes, environments_part, facts_part, listed, reproduce_part, settings_part, tiles
-from .read import Cell, Sweep
+from .read import Cell, Sweep, runs_of
+from .scaling import operator_figure, trend_figure
 from .tables import boundaries_table, cells_table, resources_table, unfinished_table
+from .tradeoffs import entropy_trends, residual_figure, tradeoff_figure
+from .weights import weight_figures
 
 
 def headline(model: str, total: int | None, main: Boundary | None, at: Record | None) -> str:
@@ -171,6 +175,7 @@ def sweep_notes(
 def sweep_page(sweep: Sweep) -> Page:
     """The page of one sweep, finished or not."""
     dense, records = sweep_records(sweep)
+    runs = list(runs_of(sweep))
     marks, missing, model = boundaries(sweep), unfinished(sweep), sweep_model(sweep)
     main = next(iter(main_boundaries(marks)), None)
     at = last_on_plateau(records, main) if main else None
@@ -187,14 +192,25 @@ def sweep_page(sweep: Sweep) -> Page:
         "Where accuracy breaks",
         nothing,
         accuracy_figure(dense, records, marks),
+        entropy_trends(dense, records),
         boundaries_table(marks, records),
     )
     page.section("geometry", "Inside the model", drift_map(records, marks), drift_means(records, marks, sweep.boundary))
-    page.section("language", "Language modelling", perplexity_figure(dense, records, marks))
+    page.section(
+        "language",
+        "Language modelling",
+        perplexity_figure(dense, records, marks),
+        tradeoff_figure(dense, records),
+        residual_figure(records),
+        details_table(dense, records),
+    )
+    page.section("dense", "Inside the dense model", *weight_figures(runs))
     page.section(
         "resources",
         "What is saved",
         size_figure(dense, records),
+        trend_figure(sweep.boundary),
+        operator_figure(runs),
         resources_table(dense, records, marks) if records else "",
     )
     page.section("healing", "Matching and recovery", loss_figure(records), matching_figure(matching_source(sweep)))

@@ -1,0 +1,191 @@
+"""Figures of what quality costs: perplexity and benchmark accuracy against bits saved, geometry against quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from .figure import DENSE, Figure, Key, looks
+from .figures import where
+from .heat import ramp
+from .measures import Record, by_series
+from .numbers import fixed, percent, short, text
+from .svg import Panel, Point, Style, padded
+
+SAVED = "bits saved, % of the model without its embeddings"
+
+
+def tradeoff_figure(dense: Record, records: Sequence[Record], styles: dict[Key, Style] | None = None) -> Figure | None:
+    """Perplexity of each text, and the macro accuracy drop, against bits saved."""
+    connected = styles is None  # separate runs are no path
+    styles = looks(records) if styles is None else styles
+    placed = [item for item in records if item.bits_saved is not None]
+    panels, rows = [], []
+    for name in dict.fromkeys(name for item in placed for name in item.perplexity):
+        say = f"perplexity of {name}"
+        level = dense.perplexity.get(name)
+        drawn = _panel(placed, lambda i, n=name: i.perplexity.get(n), say, level, styles, connected, log=True)
+        panels.append(drawn)
+        rows += [[i.label, i.depth, name, i.bits_saved, i.perplexity[name]] for i in placed if name in i.perplexity]
+    dropped = [item for item in placed if item.macro_drop is not None]
+    if dropped:
+        say = "macro accuracy drop, points"
+        panels.append(_panel(dropped, lambda i: i.macro_drop, say, 0.0, styles, connected, log=False))
+        rows += [[item.label, item.depth, "macro_drop", item.bits_saved, item.macro_drop] for item in dropped]
+    if not rows:
+        return None
+    named = {item.series: item.label for item in placed}
+    explanation = (
+        "<p>Each mark is one run: to the right more is saved, lower is better; the thin line is the dense model. Bits "
+        "are "
+        "counted as they are stored, without the input embeddings. The <strong>macro accuracy drop</strong> is how "
+        "many "
+        "percentage points the unweighted mean accuracy over the benchmarks without worked examples lies below the "
+        "dense "
+        "model's.</p>"
+    )
+    legend = [(style, named[key]) for key, style in styles.items() if key in named]
+    columns = ["series", "N_B", "measure", "bits_saved_percent", "value"]
+    return Figure("tradeoff", "Quality against bits saved", panels, explanation, columns, rows, legend)
+
+
+def _panel(
+    placed: Sequence[Record],
+    value: Callable[[Record], float | None],
+    say: str,
+    level: float | None,
+    styles: dict[Key, Style],
+    connected: bool,
+    log: bool,
+) -> str:
+    known = [(item, value(item)) for item in placed]
+    ends = [y for _, y in known if y is not None] + ([level] if level is not None else [])
+    log = log and min(ends) > 0
+    saved = [item.bits_saved or 0.0 for item in placed]
+    title = f"{say[0].upper()}{say[1:]}"
+    about = f"{title} against bits saved; values are in the table below"
+    panel = Panel(
+        padded([0.0, *saved]), padded(ends, log=log), title=title, x_label=SAVED, log_y=log, description=about
+    )
+    if level is not None:
+        panel.horizontal(level, f"dense {short(level)}", "level", at_end=True)
+    for key, group in by_series(placed).items():
+        points = [
+            Point(i.bits_saved or 0.0, y, f"{where(i)}: {fixed(i.bits_saved, 1)} % saved, {say} {short(y)}")
+            for i in group
+            if (y := value(i)) is not None
+        ]
+        points.sort(key=lambda point: point.x)
+        (panel.series if connected else panel.points)(points, styles[key])
+    return panel.svg()
+
+
+def residual_figure(records: Sequence[Record], styles: dict[Key, Style] | None = None) -> Figure | None:
+    """Angle and norm ratio of the residual stream after the last compressed block; colour is perplexity."""
+    styles = looks(records) if styles is None else styles
+    placed = [item for item in records if item.residual]
+    if not placed:
+        return None
+    text_name = next((name for item in placed for name in item.perplexity), None)
+    values = {i: i.perplexity[text_name] for i in placed if text_name in i.perplexity} if text_name else {}
+    logs = [math.log(max(value, 1.0)) for value in values.values()] or [0.0]
+    span = (max(logs) - min(logs)) or 1.0
+    panel = Panel(
+        padded([0.0, *(item.residual["angle"] for item in placed)]),
+        padded([1.0, *(item.residual["norm_ratio"] for item in placed)]),
+        title="Ratio of lengths, compressed to dense",
+        x_label="angle to the dense residual stream, degrees",
+        description="Residual stream: ratio of lengths against angle; values are in the table below",
+    )
+    panel.horizontal(1.0, "dense", "level", at_end=True)
+    rows = []
+    for item in placed:
+        angle, ratio, own = item.residual["angle"], item.residual["norm_ratio"], values.get(item)
+        colour = ramp((math.log(max(own, 1.0)) - min(logs)) / span) if own is not None else ""
+        said = f", perplexity {short(own)}" if own is not None else ""
+        size = 3.2 + min(max(item.bits_saved or 0.0, 0.0), 100.0) / 20
+        tip = f"{where(item)}: {fixed(angle, 1)} degrees, length {fixed(ratio)}{said}"
+        panel.points([Point(angle, ratio, tip)], styles[item.series], size=size, colour=colour)
+        rows.append([item.label, item.depth, item.residual.get("block"), angle, ratio, own, item.bits_saved])
+    scale = ""
+    if values:
+        colours = ",".join(ramp(share / 4) for share in range(5))
+        bar = f'<span class="ramp" style="background:linear-gradient(90deg,{colours})"></span>'
+        ends = (short(min(values.values())), short(max(values.values())))
+        scale = (
+            f'<p class="scale"><span>perplexity of {text(text_name)} {ends[0]}</span>{bar}<span>{ends[1]}</span></p>'
+        )
+    explanation = (
+        "<p>How far the residual stream after the last compressed block has turned away from the dense model's, and "
+        "how "
+        "much shorter or longer it is: means over tokens. Runs that stay good stay at the left and near 1; larger "
+        "marks "
+        "save more bits.</p>"
+    )
+    columns = [
+        "series",
+        "N_B",
+        "last_compressed_block",
+        "angle_degrees",
+        "norm_ratio",
+        "perplexity",
+        "bits_saved_percent",
+    ]
+    named = {item.series: item.label for item in placed}
+    legend = [(style, named[key]) for key, style in styles.items() if key in named]
+    title = "Geometry of the residual stream"
+    return Figure("residual", title, [panel.svg()], explanation, columns, rows, legend, extra=scale)
+
+
+# Trends of dense models of many sizes, published for MMLU (arXiv 2605.25344, Fig. 3c and 3d).
+TRENDS = (
+    ("output_entropy", "Output entropy (OE)", lambda accuracy: 1.20 - 1.30 * accuracy, 0.1),
+    ("spread", "\u2212log10(1 \u2212 PE)", lambda accuracy: -0.90 + 4.87 * accuracy, 0.4),
+)
+
+
+def spread(item: Record) -> float | None:
+    """-log10(1 - PE); None at PE = 1, where it is infinite."""
+    pe = item.prediction_entropy
+    return None if pe is None or pe >= 1 else -math.log10(1 - pe)
+
+
+def entropy_trends(dense: Record, records: Sequence[Record], styles: dict[Key, Style] | None = None) -> Figure | None:
+    """OE and -log10(1 - PE) against accuracy with the published trends of dense models behind."""
+    styles = looks(records) if styles is None else styles
+    all_items = [item for item in [dense, *records] if item.accuracy is not None]
+    panels, rows = [], []
+    for key, title, trend, half in TRENDS:
+        read: Callable[[Record], float | None] = spread if key == "spread" else lambda i: i.output_entropy
+        placed = [(item, y) for item in all_items if (y := read(item)) is not None]
+        if not placed:
+            continue
+        low, high = padded([0.25, *(item.accuracy or 0.0 for item, _ in placed)])
+        ends = [y for _, y in placed] + [trend(x) + side * half for x in (low, high) for side in (-1, 1)]
+        about = f"{title} against accuracy; values are in the table below"
+        panel = Panel((low, high), padded(ends), title=title, x_label="accuracy", x_format=lambda v: percent(v, 0),
+                      description=about)  # fmt: skip
+        panel.area([(x, trend(x) - half, trend(x) + half) for x in (low, high)], "interval")
+        panel.line([(low, trend(low)), (high, trend(high))], Style("c-ink", hollow=True))
+        for item, y in placed:
+            tip = f"{where(item)}: accuracy {percent(item.accuracy)}, {title} {fixed(y)}"
+            panel.points([Point(item.accuracy or 0.0, y, tip)], DENSE if item is dense else styles[item.series])
+            rows.append(["dense" if item is dense else item.label, item.depth, key, item.accuracy, y,
+                         trend(item.accuracy or 0.0)])  # fmt: skip
+        panels.append(panel.svg())
+    if not panels:
+        return None
+    explanation = (
+        "<p>The dashed lines are trends of dense models of many sizes on MMLU, as published (OE \u2248 1.20 \u2212 "
+        "1.30 "
+        "accuracy; \u2212log10(1 \u2212 PE) \u2248 \u22120.90 + 4.87 accuracy); the bands around them only guide the "
+        "eye. On another "
+        "exam a model need not lie on them. A checkpoint that does fails like a smaller model; one that leaves them "
+        "fails "
+        "in a way of its own. Where PE is 1 the second value is infinite and not drawn.</p>"
+    )
+    named = {item.series: item.label for item in records}
+    legend = [(DENSE, "dense model")] if dense.accuracy is not None else []
+    legend += [(style, named[key]) for key, style in styles.items() if key in named]
+    columns = ["series", "N_B", "measure", "accuracy", "value", "published_trend"]
+    return Figure("entropy-trends", "Entropies beside the dense trends", panels, explanation, columns, rows, legend)
