@@ -138,6 +138,12 @@ FAULTS = (
     Fault("methods/sola.py", "if error < least:", "if best is not None:", SOLA),
     Fault("methods/sola.py", "product((True, False), repeat", "product((False,), repeat", SOLA),
     Fault("methods/sola.py", "magnitudes.topk(num_prime)", "(-magnitudes).topk(num_prime)", SOLA),
+    Fault("operators/sliced.py", "keepdim=True) / self.full", "keepdim=True) / x.shape[-1]", "test_slicing.py"),
+    Fault("slicing.py", "outputs.T @ inputs", "inputs.T @ outputs", "test_slicing.py"),
+    Fault("slicing.py", "* scale.to(basis) @ basis", "@ basis", "test_slicing.py"),
+    Fault("slicing.py", "layer.bias if reads else _written(layer.bias, outputs)", "layer.bias", "test_slicing.py"),
+    Fault("sliced.py", "loaded.config.tie_word_embeddings = False", "pass", "test_slicing.py"),
+    Fault("methods/slice_gpt.py", "[:, -width:].flip(1)", "[:, :width].flip(1)", "test_slicing.py"),
     Fault("joint.py", "if turns else 1", "if False else 1", "test_joint.py"),
     Fault("joint.py", "joined.bias = nn", "joined.left_out = nn", "test_joint.py"),
     Fault(

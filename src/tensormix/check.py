@@ -10,6 +10,7 @@ from tensormix.budget import WAYS, allocate
 from tensormix.joint import groups_of
 from tensormix.methods import METHODS, Method
 from tensormix.methods.base import BlockMethod, LinearMethod
+from tensormix.methods.slice_gpt import SliceGpt
 from tensormix.models import skeleton
 from tensormix.operators import ExpertStack
 from tensormix.plan import Plan
@@ -17,6 +18,7 @@ from tensormix.profile import bytes_by_dtype, num_parameters
 from tensormix.recipe import Recipe
 from tensormix.selection import assume, chooses
 from tensormix.sites import Site, blocks, find_sites, install, macs_per_token, returns_tuple
+from tensormix.slicing import slice_empty
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
@@ -54,6 +56,9 @@ def counts(model: nn.Module) -> dict[str, Any]:
 
 def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     """Install empty operators where the plan wants them; one row per site, sizes as in the rows of `compress`."""
+    if isinstance(plan.whole, SliceGpt):
+        unknown = dict.fromkeys(("num_experts", "in_features", "out_features"))
+        return [{**row, **unknown} for row in slice_empty(model, plan.whole)]
     sites = {site.name: site for site in find_sites(model)}
     num_blocks = len(blocks(model))
     chosen, rows = assume(plan, list(sites.values()), num_blocks).resolve(list(sites.values()), num_blocks), []

@@ -16,9 +16,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensormix.fused_experts import close_experts
 from tensormix.hf_packed import PackedQuantizer
-from tensormix.operators import Bypass, Experts, StackedLinear, StructuredLinear, build
+from tensormix.operators import Bypass, Experts, SlicedBlock, StackedLinear, StructuredLinear, build
 from tensormix.packed import pack_of
 from tensormix.sites import dense_at, fill_dense, install
+from tensormix.sliced import shrink, width_of
 
 NAME = "tensormix"
 FORMAT_VERSION = 1
@@ -32,6 +33,7 @@ class StructuredConfig(QuantizationConfigMixin):
         format_version: of these keys; a higher one than ours is refused.
         packed: the source's own quantization_config, if tensors beside the operators are stored packed as they were
             there. They become plain weights when they are loaded, and this key is gone.
+        sliced: the number of channels of the residual stream, if it is narrower than the config's.
 
     Raises:
         ValueError: a key is unknown, the format is newer than this tensormix, or the pack is none that can be read.
@@ -43,6 +45,7 @@ class StructuredConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quant_method: str = NAME,
         packed: dict[str, Any] | None = None,
+        sliced: int | None = None,
         **unknown: Any,
     ) -> None:
         if quant_method != NAME:
@@ -55,12 +58,12 @@ class StructuredConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(
                 f"quantization_config: unknown key {', '.join(map(repr, sorted(unknown)))}. "
-                "Known: quant_method, format_version, operators, packed."
+                "Known: quant_method, format_version, operators, packed, sliced."
             )
         self.quant_method = NAME  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.operators = operators or {}
-        self.packed = packed
+        self.packed, self.sliced = packed, sliced
         pack_of(packed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,14 +87,14 @@ class StructuredQuantizer(PackedQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         refuse_tensor_parallelism(model)
-        install_empty(model, self._operators)
+        install_all(model, cast(StructuredConfig, self.quantization_config))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         unmark(model)
         self.forget_pack(model)
         cast(StructuredConfig, self.quantization_config).packed = None
-        if not self._operators:
+        if not self._operators and cast(StructuredConfig, self.quantization_config).sliced is None:
             self.remove_quantization_config(model)
         return model
 
@@ -100,6 +103,8 @@ class StructuredQuantizer(PackedQuantizer):
 
         Raises ValueError for dropped blocks, and for a bias that the architecture has no place for.
         """
+        if width_of(model) is not None:
+            raise ValueError("the residual stream is sliced: this model has no dense form")
         if isinstance(dtype, str):  # as save_pretrained leaves it in the config that it comes from
             dtype = getattr(torch, dtype)
         with torch.device("meta"):
@@ -184,6 +189,16 @@ def _as_dict(quantization_config: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else found.to_dict()
 
 
+def install_all(model: nn.Module, config: StructuredConfig) -> None:
+    """Make a dense skeleton what `config` says: its residual stream sliced, and empty operators where they belong.
+
+    Raises ValueError as `shrink` and `install_empty` do.
+    """
+    if config.sliced is not None:
+        shrink(model, config.sliced)
+    install_empty(model, config.operators)
+
+
 def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
     """Put an empty operator, on meta, at every module named in `operators`: module name -> spec with "bias".
 
@@ -214,7 +229,7 @@ def _record_bypassed(model: nn.Module) -> None:
     except ImportError:  # releases that collect the states elsewhere
         return
     for block in model.modules():
-        if isinstance(block, Bypass) and not block._forward_hooks:
+        if isinstance(block, Bypass | SlicedBlock) and not block._forward_hooks:
             record(block, "hidden_states", 0)
 
 
@@ -232,11 +247,11 @@ def attach(model: nn.Module) -> None:
             f"the model is quantized by {method!r} already, and a checkpoint has one quantization_config: "
             "load it without quantization to compress it"
         )
-    operators = operators_of(model)
-    if not operators:
+    operators, sliced = operators_of(model), width_of(model)
+    if not operators and sliced is None:
         return
     _record_bypassed(model)
-    config.quantization_config = StructuredConfig(operators=operators, packed=existing.get("packed"))
+    config.quantization_config = StructuredConfig(operators=operators, packed=existing.get("packed"), sliced=sliced)
     model.hf_quantizer = StructuredQuantizer(config.quantization_config)  # pyright: ignore[reportArgumentType]
     model.is_quantized = False  # pyright: ignore[reportArgumentType]
 

@@ -100,7 +100,7 @@ def skeleton(id_or_path: str | Path, dtype: str | None = None) -> PreTrainedMode
         compressed: Any = getattr(config, "quantization_config", None)
         if compressed is not None:
             compressed = compressed if isinstance(compressed, dict) else compressed.to_dict()
-            hf.install_empty(model, hf.StructuredConfig(**compressed).operators)
+            hf.install_all(model, hf.StructuredConfig(**compressed))
             hf.attach(model)
     return model.eval()
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, RootModel, W
 from pydantic import ValidatorFunctionWrapHandler as Handler
 
 from tensormix.methods import METHODS
-from tensormix.methods.base import BlockMethod, JointMethod, Method
+from tensormix.methods.base import BlockMethod, JointMethod, Method, ModelMethod
 from tensormix.sites import FUSED, ROLES, Site
 
 _COUNTED = re.compile(r"(last|first) +(\d+)")
@@ -21,6 +21,7 @@ _RANGE = re.compile(r"(\d+)(?: *- *(\d+))?")
 _KINDS = {
     "linear": ("linear", "experts"),
     "joint": ("linear",),
+    "model": ("block",),
     "block": ("block",),
 }  # the sites that a method for one of them works on
 
@@ -88,7 +89,7 @@ class Rule(BaseModel):
     @classmethod
     def _no_sites_for_blocks(cls, value: Any, info: Any) -> Any:
         method = info.data.get("method")
-        if value is not None and method is not None and method.site == "block":
+        if value is not None and method is not None and method.site in ("block", "model"):
             raise ValueError(f"{method.name} works on whole blocks: leave out sites, got {value!r}")
         return value
 
@@ -152,6 +153,22 @@ class Plan(RootModel[tuple[Rule, ...]]):
 
     model_config = ConfigDict(frozen=True)
     root: tuple[Rule, ...] = ()
+
+    @field_validator("root", mode="after")
+    @classmethod
+    def _alone(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        for rule in rules:
+            if isinstance(rule.method, ModelMethod) and (len(rules) > 1 or rule.blocks != "all"):
+                raise ValueError(
+                    f"{rule.method.name} changes the whole model: it must be the only rule of its plan, with blocks "
+                    "'all'; compress the result once more for the rest"
+                )
+        return rules
+
+    @property
+    def whole(self) -> ModelMethod | None:
+        """The method that changes the whole model, if the plan is such a one."""
+        return next((rule.method for rule in self.root if isinstance(rule.method, ModelMethod)), None)
 
     def resolve(self, sites: Sequence[Site], num_blocks: int) -> dict[str, Method]:
         """The method of each site that gets one, in the order of `sites`.

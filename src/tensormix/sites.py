@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
-from tensormix.operators import Bypass, DenseStack, Experts, StackedLinear
+from tensormix.operators import Bypass, DenseStack, Experts, SlicedBlock, StackedLinear
 from tensormix.operators.base import StructuredLinear
 
 # What a role is made of, for the architectures that multiply several projections at once.
@@ -147,7 +147,8 @@ def find_sites(model: nn.Module) -> list[Site]:
         if isinstance(block, Bypass):
             continue
         prefix = f"{root}.{index}"
-        sites.append(Site(prefix, "block", None, index, block))
+        if not isinstance(block, SlicedBlock):  # without it the channels of the next block would be missed
+            sites.append(Site(prefix, "block", None, index, block))
         for name, module in block.named_modules(prefix=prefix):
             if is_dense(module) and not _ROUTER.search(name):
                 sites.append(Site(name, "linear", role_of(name), index, module))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,14 @@ from torch import Tensor
 from tensormix import __version__
 from tensormix.assembly import Assembly
 from tensormix.calls import Activations
-from tensormix.checkpoint import Checkpoint
+from tensormix.checkpoint import INDEX, PICKLED, Checkpoint
 from tensormix.disk import Disk
+from tensormix.files import whole_folder
 from tensormix.fitting import Row
-from tensormix.models import fill_buffers, fingerprint, local_folder, skeleton
+from tensormix.models import fill_buffers, fingerprint, load_model, local_folder, skeleton
 from tensormix.plan import Plan
 from tensormix.selection import Notes, chooses
-from tensormix.walk import Calibration, Progress, Stream, Walk, named, streams_of
+from tensormix.walk import Calibration, Progress, Stream, Walk, compress, named, streams_of
 
 
 @torch.no_grad()
@@ -44,7 +46,8 @@ def compress_checkpoint(
     """What `compress` does in memory, from the files of `source` into the new folder `out`: to the bit the same.
 
     At no time are more than `workers` dense blocks in memory, and of those only what is being computed with: weights
-    are mapped from their files. Tensors that the plan leaves alone are copied byte for byte.
+    are mapped from their files. Tensors that the plan leaves alone are copied byte for byte. A method that changes the
+    whole model at once (slice_gpt) is the exception: the model is loaded, and an interrupted call begins again.
 
     Args:
         source: a folder with config.json and safetensors, or a Hub id.
@@ -66,6 +69,9 @@ def compress_checkpoint(
     """
     folder, out = local_folder(source), Path(out).resolve()
     _check_request(folder, out, workers, inputs)
+    if plan.whole is not None:
+        _check_free(out, overwrite)
+        return _in_memory(folder, out, plan, batches, progress, dtype, inputs, precision, device)
     model: Any = skeleton(folder, dtype=dtype)
     home = Disk(model, Assembly(model, Checkpoint(folder)), out, convert=dtype != "auto", device=device)
     calibration = Calibration(batches, inputs, precision)
@@ -84,8 +90,7 @@ def compress_checkpoint(
     }
     if home.is_complete(request):
         return home.all_rows()
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists already; choose another folder, or say that it may be overwritten")
+    _check_free(out, overwrite)
     _prepare(walk, home, calibration, request, spill)
     try:
         with _room(home):
@@ -142,6 +147,35 @@ def _bytes_of_activations(walk: Walk, batches: list[Tensor], inputs: Stream) -> 
     model: Any = walk.model
     num_numbers = sum(batch.numel() for batch in batches) * model.config.get_text_config().hidden_size
     return len(streams_of(walk.chosen, inputs)) * num_numbers * model.dtype.itemsize
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; choose another folder, or say that it may be overwritten")
+
+
+def _in_memory(
+    folder: Path,
+    out: Path,
+    plan: Plan,
+    batches: Iterable[Tensor] | None,
+    progress: Progress | None,
+    dtype: str,
+    inputs: Stream,
+    precision: torch.dtype,
+    device: str,
+) -> list[Row]:
+    """For a method that changes all blocks at once: the whole model is loaded, and nothing is continued."""
+    model: Any = load_model(folder, dtype=dtype)
+    model.to(device)
+    rows = compress(model, plan, batches, progress, inputs=inputs, precision=precision)
+    weights = {file.name for pattern in ("*.safetensors", *PICKLED) for file in folder.glob(pattern)}
+    with whole_folder(out) as part:
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.name not in {*weights, INDEX, "config.json"}:
+                shutil.copyfile(file, part / file.name)
+        model.save_pretrained(part)
+    return rows
 
 
 def _check_request(folder: Path, out: Path, workers: int, inputs: str) -> None:

@@ -19,9 +19,11 @@ from tensormix.calls import Activations, Call, record_calls
 from tensormix.fitting import Row, Statistics, check_finite, new_statistics, observe, replace, replace_together
 from tensormix.joint import groups_of
 from tensormix.methods.base import JointMethod, LinearMethod, Method
+from tensormix.methods.slice_gpt import SliceGpt
 from tensormix.plan import Plan
 from tensormix.selection import Notes, chooses, settle
 from tensormix.sites import Site, blocks, find_sites
+from tensormix.slicing import slice_model
 
 Progress = Callable[[int, int, str], None]  # sites done, sites planned, the name of the last one
 Stream = Literal["propagated", "dense"]
@@ -105,8 +107,13 @@ def compress(
             activation is not finite. The block where that was found is unchanged, those before it are compressed.
     """
     calibration = Calibration(batches, inputs, precision)
-    plan, notes = named(model, plan, Home(), calibration)
-    rows = Walk(model, plan, Home(), progress, notes).run(calibration)
+    if isinstance(plan.whole, SliceGpt):
+        with _evaluating(model):
+            told = progress or (lambda done, planned, name: None)
+            rows = slice_model(model, plan.whole, batches, told, propagated=inputs == "propagated", precision=precision)
+    else:
+        plan, notes = named(model, plan, Home(), calibration)
+        rows = Walk(model, plan, Home(), progress, notes).run(calibration)
     if hasattr(model, "save_pretrained") and hasattr(model, "config"):
         from tensormix.hf import attach  # here, so that importing this module does not import transformers
 

@@ -24,6 +24,7 @@ from tensormix.methods import (
     MeanOutput,
     Method,
     Mixt,
+    ModelMethod,
     Rtn,
     Sola,
     Svd,
@@ -77,7 +78,7 @@ def test_every_linear_method_has_a_case():
 
 
 def test_the_table_holds_every_method_that_is_written():
-    bases = {"Method", "LinearMethod", "JointMethod", "BlockMethod"}
+    bases = {"Method", "LinearMethod", "JointMethod", "BlockMethod", "ModelMethod"}
     written = set()
     for path in Path(tensormix.methods.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -91,7 +92,7 @@ def test_the_table_key_is_the_name_and_the_words_are_there(name):
     cls = METHODS[name]
     assert cls.model_fields["name"].default == name
     assert cls.source and cls.summary.endswith(".")
-    kinds = {"block": BlockMethod, "joint": JointMethod, "linear": LinearMethod}
+    kinds = {"block": BlockMethod, "joint": JointMethod, "linear": LinearMethod, "model": ModelMethod}
     assert issubclass(cls, kinds[cls.site])
     assert isinstance(cls.needs, tuple)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tensormix.methods.base import BlockMethod, JointMethod, LinearMethod, Method
+from tensormix.methods.base import BlockMethod, JointMethod, LinearMethod, Method, ModelMethod
 from tensormix.methods.coala import Coala
 from tensormix.methods.dobi_svd import DobiSvd
 from tensormix.methods.drop_blocks import DropBlocks
@@ -18,6 +18,7 @@ from tensormix.methods.laser import Laser, laser_search
 from tensormix.methods.mixt import Mixt
 from tensormix.methods.null import MeanOutput, ZeroMethod
 from tensormix.methods.rtn import Rtn
+from tensormix.methods.slice_gpt import SliceGpt
 from tensormix.methods.sola import Sola
 from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
@@ -25,7 +26,8 @@ from tensormix.methods.svd_llm import SvdLlm
 __all__ = [
     "METHODS", "BlockMethod", "Coala", "DobiSvd", "DropBlocks", "FlatLlm", "HassleFree", "JointMethod",
     "Laser", "LinearMethod", "MeanOutput",
-    "Method", "Mixt", "Rtn", "Sola", "Svd", "SvdLlm", "ZeroMethod", "laser_search", "with_sizes",
+    "Method", "Mixt", "ModelMethod", "Rtn", "SliceGpt", "Sola", "Svd", "SvdLlm", "ZeroMethod", "laser_search",
+    "with_sizes",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
@@ -42,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     "rtn": Rtn,
     "sola": Sola,
     "flat_llm": FlatLlm,
+    "slice_gpt": SliceGpt,
 }
 
 

@@ -24,7 +24,7 @@ class Method(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    site: ClassVar[Literal["linear", "joint", "block"]]
+    site: ClassVar[Literal["linear", "joint", "block", "model"]]
     source: ClassVar[str]  # paper, or "ours"
     summary: ClassVar[str]  # one sentence
     needs: ClassVar[tuple[type, ...]] = ()  # statistics classes
@@ -155,3 +155,9 @@ class JointMethod(Method):
 
         The bias of an operator is the final one of the layer. Raises `RoleError` if a layer cannot be fitted.
         """
+
+
+class ModelMethod(Method):
+    """Changes a whole model at once, and so is the only rule of its plan."""
+
+    site = "model"

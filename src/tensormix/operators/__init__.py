@@ -17,6 +17,7 @@ from tensormix.operators.per_head import PerHead
 from tensormix.operators.placed import Placed
 from tensormix.operators.quantized import Quantized
 from tensormix.operators.remapped import Remapped
+from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
 from tensormix.operators.zero import Zero
@@ -36,6 +37,8 @@ __all__ = [
     "Placed",
     "Quantized",
     "Remapped",
+    "SlicedBlock",
+    "SlicedNorm",
     "Sparse",
     "StackedLinear",
     "StructuredLinear",
