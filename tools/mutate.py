@@ -34,6 +34,7 @@ KERNEL = "kernels/test_mixt_kernel.py"
 MATCHING = "operators/test_mixt_matching.py"
 METHOD = "methods/test_method_contract.py"
 SELECTION = "test_selection.py"
+STREAMLINE = "test_streamline.py"
 FLAT = "methods/test_flat_llm.py"
 SOLA = "methods/test_sola.py"
 DOBI = "methods/test_dobi_svd.py"
@@ -89,6 +90,11 @@ FAULTS = (
     ),
     Fault("learned.py", " - kept.grad.sum()", "", "test_learned.py"),
     Fault("learned.py", "kept.copy_(bounds.within(kept))", "pass", "test_learned.py"),
+    Fault("methods/streamline.py", "root.square().sum(0).square()", "root.square().sum(0)", STREAMLINE),
+    Fault("methods/streamline.py", "if error < lowest:", "if True:", STREAMLINE),
+    Fault("methods/streamline.py", "torch.cat([left, -left], dim=1)", "torch.cat([left, left], dim=1)", STREAMLINE),
+    Fault("disk.py", "== making.targets and not changed", "== making.targets", STREAMLINE),
+    Fault("disk.py", ' or line["changed"]', "", STREAMLINE),
     Fault("operators/mixt.py", "return max(1, exponent)", "return max(1, exponent // 2 + 1)", MIXT),
     Fault("operators/mixt_matching.py", "dim1=1, dim2=3)", "dim1=1, dim2=3).flip(-1)", MATCHING),
     Fault("operators/mixt_matching.py", "        view -= part[..., None, None]\n", "", MATCHING),

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tensormix.budget import WAYS, allocate
+from tensormix.fitting import costs_of
 from tensormix.joint import groups_of
 from tensormix.methods import METHODS, Method
 from tensormix.methods.base import BlockMethod, LinearMethod
@@ -65,8 +66,8 @@ def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     joint = {name: op for group in groups_of(model, sites, chosen).values() for name, op in group.empty().items()}
     for name, method in chosen.items():
         site = sites[name]
-        operator = joint[name] if name in joint else empty_operator(site, method)
-        whole = site.kind == "block"
+        operator = joint[name] if name in joint else empty_operator(site, method, model)
+        whole, costs = site.kind == "block", costs_of(operator)
         rows.append(
             {
                 "site": name,
@@ -78,18 +79,19 @@ def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
                 "in_features": None if whole else site.in_features,
                 "out_features": None if whole else site.out_features,
                 "dense_parameters": num_parameters(site.module) if whole else site.weight.numel(),
-                "parameters": operator.num_params,
+                "parameters": costs[0],
                 "dense_macs_per_token": macs_per_token(site.module) if whole else site.macs_per_token,
-                "macs_per_token": operator.macs_per_token * site.experts_per_token,
+                "macs_per_token": costs[2] * site.experts_per_token,
             }
         )
         install(model, name, operator)
     return rows
 
 
-def empty_operator(site: Site, method: Method) -> Any:
+def empty_operator(site: Site, method: Method, model: Any) -> Any:
     if isinstance(method, BlockMethod):
-        return method.replace(site.module, returns="tuple" if returns_tuple(site.module) else "tensor")
+        returns = "tuple" if returns_tuple(site.module) else "tensor"
+        return method.empty(site.module, model.config.get_text_config().hidden_size, returns=returns)
     assert isinstance(method, LinearMethod)
     try:
         each = [method.empty(site.in_features, site.out_features) for _ in range(site.num_experts)]

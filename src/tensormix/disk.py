@@ -29,7 +29,7 @@ from tensormix.hf import attach, install_empty, operators_of
 from tensormix.joint import groups_of
 from tensormix.journal import Journal, Line
 from tensormix.memory import empty_weights, give_back, set_weight
-from tensormix.operators import DenseStack
+from tensormix.operators import DenseStack, StandIn
 from tensormix.sites import Site, locate_blocks
 from tensormix.walk import Home, Walk
 
@@ -177,7 +177,7 @@ class Disk(Home):
         install_empty(self.model, line["operators"])
         self._fill(index, line["operators"])
         for entry in read_header(self.part / line["file"]):
-            if _inside(entry.name, line["operators"]):
+            if _inside(entry.name, line["operators"]) or line["changed"]:
                 set_weight(self.model, entry.name, entry.read().to(self.device))
 
     def dense_bits(self, site: Site) -> int:
@@ -196,7 +196,10 @@ class Disk(Home):
         block = f"{self.root}.{index}"
         found = {f"{block}.{name}".rstrip("."): spec for name, spec in operators_of(self.layers[index]).items()}
         operators = {name: spec for name, spec in found.items() if self._compressed_before.get(name) != spec}
-        self._write(index, operators, rows)
+        # A block of the architecture that took the place of another has weights of its own.
+        mine = self._entered.get(index)
+        changed = mine is not None and all(module is not self.layers[index] for module in mine)
+        self._write(index, operators, rows, changed=changed and not isinstance(self.layers[index], StandIn))
         self.release(index)
 
     def release(self, index: int) -> None:
@@ -243,18 +246,19 @@ class Disk(Home):
         for making in self.units[number].makings:
             yield making, [t for t in making.targets if there.get(t) == wanted[t].shape and not _inside(t, operators)]
 
-    def _write(self, number: int, operators: dict[str, Any], rows: list[Row]) -> None:
+    def _write(self, number: int, operators: dict[str, Any], rows: list[Row], changed: bool = False) -> None:
         unit = self.units[number]
         new = self._state(number) if number < len(self.layers) else {}
         pieces: dict[str, Piece | Entry] = {name: self.entries[name] for name in unit.unknown}
         for making, kept in self._kept(number, operators):
-            if kept == making.targets:
+            if kept == making.targets and not changed:
                 pieces |= self._copies(making)
                 for target in kept:
                     new.pop(target, None)
         pieces |= {name: Piece.of(tensor) for name, tensor in new.items()}
         size, digest = write_shard(self.part / unit.file, pieces)
         line = {"file": unit.file, "bytes": size, "sha256": digest, "operators": operators, "rows": rows}
+        line["changed"] = changed
         self.journal.append(line)
         self._lines[unit.file] = line
 

@@ -137,6 +137,7 @@ def replace_together(
 
 def _row(site: Site, method: Method, operator: Any, dense: tuple[int, int, int], facts: Row) -> Row:
     """What there is to say about a site; `dense` are the parameters, bits and MACs that it had."""
+    costs = costs_of(operator)
     return {
         "site": site.name,
         "block": site.block,
@@ -144,13 +145,21 @@ def _row(site: Site, method: Method, operator: Any, dense: tuple[int, int, int],
         "method": method.name,
         "operator": type(operator).__name__,
         "dense_parameters": dense[0],
-        "parameters": operator.num_params,
+        "parameters": costs[0],
         "dense_bits": dense[1],
-        "bits": operator.num_bits,
+        "bits": costs[1],
         "dense_macs_per_token": dense[2],
-        "macs_per_token": operator.macs_per_token * site.experts_per_token,
+        "macs_per_token": costs[2] * site.experts_per_token,
         **facts,
     }
+
+
+def costs_of(operator: Any) -> tuple[int, int, int]:
+    """Parameters, stored bits and MACs per token of an operator, or of a block that is still one of the model's."""
+    if hasattr(operator, "num_bits"):
+        return operator.num_params, operator.num_bits, operator.macs_per_token
+    bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in operator.state_dict().values())
+    return sum(p.numel() for p in operator.parameters()), bits, macs_per_token(operator)
 
 
 def _fit(
@@ -214,8 +223,8 @@ def bytes_after(site: Site, method: Method | None, operators: Mapping[str, Struc
 
     `operators` has the empty ones of the sites that are fitted together.
     """
-    if site.kind == "block":
-        return 0
+    if isinstance(method, BlockMethod):
+        return costs_of(method.replace(site.module))[1] // 8
     size, bias = site.weight.dtype.itemsize, 0 if site.bias is None else site.bias.numel()
     if method is None:
         return size * (site.weight.numel() + bias)

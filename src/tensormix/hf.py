@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensormix.fused_experts import close_experts
 from tensormix.hf_packed import PackedQuantizer
-from tensormix.operators import Bypass, Experts, SlicedBlock, StackedLinear, StructuredLinear, build
+from tensormix.operators import Experts, SlicedBlock, StackedLinear, StandIn, StructuredLinear, build
 from tensormix.packed import pack_of
 from tensormix.sites import dense_at, fill_dense, install
 from tensormix.sliced import shrink, width_of
@@ -229,7 +229,7 @@ def _record_bypassed(model: nn.Module) -> None:
     except ImportError:  # releases that collect the states elsewhere
         return
     for block in model.modules():
-        if isinstance(block, Bypass | SlicedBlock) and not block._forward_hooks:
+        if isinstance(block, StandIn | SlicedBlock) and not block._forward_hooks:
             record(block, "hidden_states", 0)
 
 
@@ -264,6 +264,6 @@ def operators_of(model: nn.Module) -> dict[str, dict[str, Any]]:
             continue
         if isinstance(module, StructuredLinear | StackedLinear):
             entries[name] = {**module.spec, "bias": module.bias is not None}
-        elif isinstance(module, Bypass):
+        elif isinstance(module, StandIn):
             entries[name] = module.spec
     return entries

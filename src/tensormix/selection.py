@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tensormix.calls import record_calls
+from tensormix.calls import Call, record_calls
 from tensormix.methods.base import BlockMethod
 from tensormix.methods.block_distances import BlockDistances
-from tensormix.methods.drop_blocks import DropBlocks
+from tensormix.methods.streamline import Streamline
 from tensormix.plan import Plan, Rule
-from tensormix.sites import Site, blocks, find_sites, locate_blocks
+from tensormix.sites import Site, blocks, find_sites, locate_blocks, returns_tuple
 
 Notes = dict[str, dict[str, Any]]  # name of a block -> what its row says about how it was chosen
 Keep = Callable[[Tensor], Tensor]  # puts hidden states where they shall stay
@@ -83,7 +84,11 @@ def settle(
         notes[f"{names}.{best[0]}"]["candidates"] = {str(start): number for start, number in value.items()}
         return best
 
-    return _narrowed(plan, find_sites(model), len(blocks(model)), pick), notes
+    named = _narrowed(plan, find_sites(model), len(blocks(model)), pick)
+    for rule in named.root:
+        if isinstance(rule.method, Streamline):
+            notes[f"{names}.{rule.blocks}"] |= fit(model, source, batches, rule.method, int(rule.blocks), keep)
+    return named, notes
 
 
 def assume(plan: Plan, sites: Sequence[Site], num_blocks: int) -> Plan:
@@ -121,7 +126,8 @@ def _narrowed(
                 f"plan[{number}] ({rule}): {method.name} asks for {count} {wanted} {len(free)} blocks that are left "
                 f"to it; the largest possible count is {most}"
             )
-        rules.append(Rule(blocks=",".join(map(str, pick(method, candidates))), method=DropBlocks()))
+        for indices, named in method.named(pick(method, candidates)):
+            rules.append(Rule(blocks=",".join(map(str, indices)), method=named))
     return Plan(tuple(rules))
 
 
@@ -155,6 +161,48 @@ def measure(model: nn.Module, source: Source, batches: Iterable[Tensor], kinds: 
                 raise ValueError(f"{root}.{start} to {root}.{index}: {error}") from None
             found[kind].append(distances)
     return found
+
+
+def fit(
+    model: nn.Module, source: Source, batches: Iterable[Tensor], method: Streamline, start: int, keep: Keep
+) -> dict[str, float]:
+    """Fit `method` to what the blocks from `start` on do to the hidden states of the dense model; facts for its row.
+
+    Raises ValueError, naming the blocks, if something is not finite.
+    """
+    root, layers = locate_blocks(model)
+    with source.rest():
+        calls = record_calls(model, batches, keep)
+    hidden = entering = [call.hidden for call in calls[0]]
+    for index in range(start + method.count):
+        entering = hidden if index <= start else entering
+        source.enter(index)
+        hidden = [keep(call.run(layers[index], state)) for call, state in zip(calls[index], hidden, strict=True)]
+        source.release(index)
+    source.enter(start)
+    try:
+        runs = [partial(_run, call) for call in calls[start]]
+        returns = "tuple" if returns_tuple(layers[start]) else "tensor"
+        return method.fit(layers[start], runs, entering, hidden, returns=returns)
+    except ValueError as error:
+        raise ValueError(f"{root}.{start} to {root}.{start + method.count - 1}: {error}") from None
+    finally:
+        source.release(start)
+
+
+def _run(call: Call, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+    """The block as the model calls it, all that is passed along in the dtype of `hidden`."""
+    if hidden.dtype == call.hidden.dtype:
+        return call.run(block, hidden)
+    return Call(hidden, _cast(call.args, hidden.dtype), _cast(call.kwargs, hidden.dtype)).run(block, hidden)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return type(value)(_cast(item, dtype) for item in value) if type(value) in (list, tuple) else value
 
 
 def _chooses(method: object) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
-from tensormix.operators import Bypass, DenseStack, Experts, SlicedBlock, StackedLinear
+from tensormix.operators import DenseStack, Experts, SlicedBlock, StackedLinear, StandIn
 from tensormix.operators.base import StructuredLinear
 
 # What a role is made of, for the architectures that multiply several projections at once.
@@ -144,7 +144,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     root, layers = locate_blocks(model)
     sites = []
     for index, block in enumerate(layers):
-        if isinstance(block, Bypass):
+        if isinstance(block, StandIn):
             continue
         prefix = f"{root}.{index}"
         if not isinstance(block, SlicedBlock):  # without it the channels of the next block would be missed
@@ -191,14 +191,14 @@ def opened(model: nn.Module, sites: Collection[Site]) -> Iterator[dict[str, nn.M
 
 def returns_tuple(block: nn.Module) -> bool:
     """Whether a decoder block returns (hidden, ...) instead of the hidden state alone."""
-    return block.returns == "tuple" if isinstance(block, Bypass) else type(block).__name__ in _TUPLE_BLOCKS
+    return block.returns == "tuple" if isinstance(block, StandIn) else type(block).__name__ in _TUPLE_BLOCKS
 
 
 def install(model: nn.Module, name: str, operator: nn.Module, *, move_bias: bool = True) -> None:
     """Put `operator` where the module `name` was.
 
     A bias moves over, unless `move_bias` is false: it becomes the operator's, or is added to the one that the method
-    fitted. A `Bypass` goes on telling the key-value cache how many tokens passed, because models ask the cache of one
+    fitted. A stand-in goes on telling the key-value cache how many tokens passed, because models ask the cache of one
     block for all of them.
 
     Fused experts are opened first when `name` is one of their stacks.
@@ -214,7 +214,7 @@ def install(model: nn.Module, name: str, operator: nn.Module, *, move_bias: bool
             open_experts(model, parent)
         if move_bias:
             _move_bias(old, operator)
-    elif isinstance(operator, Bypass):
+    elif isinstance(operator, StandIn):
         operator.register_forward_pre_hook(partial(_count_tokens, int(child)), with_kwargs=True)
     operator.train(old.training)
     setattr(model.get_submodule(parent), child, operator)
@@ -302,7 +302,7 @@ def macs_per_token(model: nn.Module) -> int:
     for module in model.modules():
         if module in inside:
             continue
-        if isinstance(module, StructuredLinear | Experts):
+        if isinstance(module, StructuredLinear | Experts | StandIn):
             total += module.macs_per_token
             inside.update(module.modules())  # what it holds is in its own count
         elif is_fused(module):

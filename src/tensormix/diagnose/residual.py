@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, needed
 from tensormix.diagnose.geometry import observe
 from tensormix.evaluate.forward import device_of, options_of, quiet
-from tensormix.operators import Bypass, DenseStack, StackedLinear, StructuredLinear
+from tensormix.operators import DenseStack, StackedLinear, StandIn, StructuredLinear
 from tensormix.sites import blocks
 
-COMPRESSED = (StructuredLinear, StackedLinear, Bypass)
+COMPRESSED = (StructuredLinear, StackedLinear, StandIn)
 
 
 class ResidualStream(Diagnostic):

@@ -20,14 +20,15 @@ from tensormix.methods.null import MeanOutput, ZeroMethod
 from tensormix.methods.rtn import Rtn
 from tensormix.methods.slice_gpt import SliceGpt
 from tensormix.methods.sola import Sola
+from tensormix.methods.streamline import Streamline
 from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
 
 __all__ = [
     "METHODS", "BlockMethod", "Coala", "DobiSvd", "DropBlocks", "FlatLlm", "HassleFree", "JointMethod",
     "Laser", "LinearMethod", "MeanOutput",
-    "Method", "Mixt", "ModelMethod", "Rtn", "SliceGpt", "Sola", "Svd", "SvdLlm", "ZeroMethod", "laser_search",
-    "with_sizes",
+    "Method", "Mixt", "ModelMethod", "Rtn", "SliceGpt", "Sola", "Streamline", "Svd", "SvdLlm", "ZeroMethod",
+    "laser_search", "with_sizes",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     "dobi_svd": DobiSvd,
     "rtn": Rtn,
     "sola": Sola,
+    "streamline": Streamline,
     "flat_llm": FlatLlm,
     "slice_gpt": SliceGpt,
 }

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from tensormix.operators import Bypass, StructuredLinear
+from tensormix.operators import StructuredLinear
 
 Statistics = Mapping[type, Any]  # statistic class -> what it saw at this site
 
@@ -86,9 +86,20 @@ class BlockMethod(Method):
         """How many blocks of its rule it takes, chosen by measuring the dense model; None: every one of them."""
         return None
 
+    def named(self, chosen: list[int]) -> list[tuple[list[int], BlockMethod]]:
+        """What becomes of the blocks that were chosen: methods that take every block of theirs."""
+        return [(chosen, self)]
+
+    def empty(self, block: nn.Module, hidden_size: int, *, returns: str = "tensor") -> nn.Module:
+        """What `replace` would give, on meta: for checking sizes and costs."""
+        return self.replace(block, returns=returns)
+
     @abstractmethod
-    def replace(self, block: nn.Module, *, returns: str = "tensor") -> Bypass:
-        """What stands in for `block`; `returns` says whether the model's blocks return a "tensor" or a "tuple"."""
+    def replace(self, block: nn.Module, *, returns: str = "tensor") -> nn.Module:
+        """What stands in for `block`: a StandIn, or a block of the same kind.
+
+        `returns` says whether the model's blocks return a "tensor" or a "tuple".
+        """
 
 
 class Heads(NamedTuple):

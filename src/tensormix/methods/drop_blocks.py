@@ -49,6 +49,9 @@ class DropBlocks(BlockMethod):
     def num_chosen(self) -> int | None:
         return self.count
 
+    def named(self, chosen: list[int]) -> list[tuple[list[int], BlockMethod]]:
+        return [(chosen, DropBlocks())]
+
     def replace(self, block: nn.Module, *, returns: str = "tensor") -> Bypass:
         operators = tuple(
             f"{name}." for name, part in block.named_modules() if isinstance(part, StructuredLinear | Experts)

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from tensormix.operators.base import StructuredLinear, did_you_mean
-from tensormix.operators.bypass import Bypass
+from tensormix.operators.bypass import Bypass, StandIn
 from tensormix.operators.concat import Concat
 from tensormix.operators.dense import Dense
 from tensormix.operators.experts import DenseStack, Experts, ExpertStack, StackedLinear
@@ -17,6 +17,7 @@ from tensormix.operators.per_head import PerHead
 from tensormix.operators.placed import Placed
 from tensormix.operators.quantized import Quantized
 from tensormix.operators.remapped import Remapped
+from tensormix.operators.residual_mlp import ResidualMLP
 from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
@@ -37,17 +38,19 @@ __all__ = [
     "Placed",
     "Quantized",
     "Remapped",
+    "ResidualMLP",
     "SlicedBlock",
     "SlicedNorm",
     "Sparse",
     "StackedLinear",
+    "StandIn",
     "StructuredLinear",
     "Sum",
     "Zero",
     "build",
 ]
 
-OPERATORS: dict[str, type[StructuredLinear] | type[StackedLinear] | type[Bypass]] = {
+OPERATORS: dict[str, type[StructuredLinear] | type[StackedLinear] | type[StandIn]] = {
     "MixT": MixT,
     "LowRank": LowRank,
     "Zero": Zero,
@@ -60,6 +63,7 @@ OPERATORS: dict[str, type[StructuredLinear] | type[StackedLinear] | type[Bypass]
     "Dense": Dense,
     "Quantized": Quantized,
     "Remapped": Remapped,
+    "ResidualMLP": ResidualMLP,
     "Sparse": Sparse,
     "DenseStack": DenseStack,
     "ExpertStack": ExpertStack,

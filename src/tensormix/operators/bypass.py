@@ -1,7 +1,8 @@
-"""A stand-in for a whole block: the hidden states pass unchanged."""
+"""Stand-ins for a whole block: the simplest lets the hidden states pass unchanged."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from tensormix.operators.base import did_you_mean
 RETURNS = ("tensor", "tuple")
 
 
-class Bypass(nn.Module):
-    """What is left when a block is dropped: its residual stream.
+class StandIn(nn.Module, ABC):
+    """What a block is replaced with as a whole: hidden states in, hidden states out.
 
     Args:
         returns: "tensor" or "tuple" (hidden states and None, for the attention weights), as the model's blocks do.
         attention_type: kept where the model chooses the attention mask of a block by this attribute.
-        sentinel: the dotted name of the zero-size buffer. Named like a parameter of the dropped block, it stops a
-            loader that does not know this operator and would else draw a random block (shape mismatch).
+        sentinel: the dotted name of the zero-size buffer. Named like a parameter of the block, it stops a loader that
+            does not know this operator and would else draw a random block (shape mismatch).
 
     Raises:
         ValueError: `returns` is neither of the two.
@@ -29,7 +30,9 @@ class Bypass(nn.Module):
         super().__init__()
         if returns not in RETURNS:
             known = "'tensor' or 'tuple'"
-            raise ValueError(f"Bypass: returns must be {known}, got {returns!r}{did_you_mean(returns, RETURNS)}")
+            raise ValueError(
+                f"{type(self).__name__}: returns must be {known}, got {returns!r}{did_you_mean(returns, RETURNS)}"
+            )
         self.returns, self.sentinel = returns, sentinel
         if attention_type is not None:
             self.attention_type = attention_type
@@ -41,7 +44,17 @@ class Bypass(nn.Module):
         owner.register_buffer(leaf, torch.empty(0))
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-        return (hidden_states, None) if self.returns == "tuple" else hidden_states
+        out = self.stand_in(hidden_states)
+        return (out, None) if self.returns == "tuple" else out
+
+    @abstractmethod
+    def stand_in(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        """What the block passes on."""
+
+    @property
+    @abstractmethod
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates for one token."""
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -56,15 +69,23 @@ class Bypass(nn.Module):
 
     @property
     def num_params(self) -> int:
-        return 0
+        return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def num_bits(self) -> int:
-        return 0
+        """Bits of everything that `state_dict` holds."""
+        return sum(8 * tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.sizes.items())
+
+
+class Bypass(StandIn):
+    """What is left when a block is dropped: its residual stream."""
+
+    def stand_in(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return hidden
 
     @property
     def macs_per_token(self) -> int:
         return 0
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in self.sizes.items())
