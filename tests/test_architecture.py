@@ -71,11 +71,14 @@ MAY_IMPORT["examine"] = {"data", "diagnose", "evaluate", "exam", "plan", "recipe
 MAY_IMPORT["survey"] = set("allocate fitting fused_experts methods operators plan sites statistics walk".split())
 MAY_IMPORT["sensitivity"] = {"evaluate", "sites", "survey"}
 MAY_IMPORT["budget"] = {"allocate", "assembly", "bits", "calls", "checkpoint", "disk", "methods", "models", "plan"}
-MAY_IMPORT["budget"] |= {"profile", "sensitivity", "settings", "sites", "survey", "walk"}
+MAY_IMPORT["joint_budget"] = {"fitting", "joint", "methods", "operators", "plan", "sites", "walk"}
+MAY_IMPORT["budget"] |= {"joint_budget", "profile", "sensitivity", "settings", "sites", "survey", "walk"}
+MAY_IMPORT["comparison"] = {"methods", "plan", "recipe", "settings"}
 MAY_IMPORT["check"] = set(MAY_IMPORT)
 MAY_IMPORT["demo"] = set(MAY_IMPORT)
 MAY_IMPORT["run"] = set(MAY_IMPORT)
 MAY_IMPORT["sweep"] = set(MAY_IMPORT)
+MAY_IMPORT["compare"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
 LIGHT = "operators statistics methods sites plan walk settings recipe models files".split()

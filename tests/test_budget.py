@@ -16,11 +16,13 @@ from tensormix.methods import (
     Coala,
     DobiSvd,
     DropBlocks,
+    FlatLlm,
     HassleFree,
     Laser,
     MeanOutput,
     Mixt,
     Rtn,
+    Sola,
     Svd,
     SvdLlm,
     ZeroMethod,
@@ -276,6 +278,25 @@ def test_a_budget_that_cannot_be_met_names_one_that_can(llama):
         allocate(llama, plan_of(Svd(keep=1.0)), Budget(keep=smallest, by=by))
         with pytest.raises(ValueError, match="cannot be met"):
             allocate(llama, plan_of(Svd(keep=1.0)), Budget(keep=smallest - 2e-4, by=by))
+
+
+@pytest.mark.parametrize("of", ["bits", "parameters", "macs"])
+@pytest.mark.parametrize("method", [FlatLlm(keep=1.0), Sola(keep=1.0)], ids=lambda method: method.name)
+def test_methods_that_change_layers_together_get_one_keep(llama, method, of):
+    found = allocate(llama, plan_of(method), Budget(keep=0.6, of=of))
+    assert 0.5 < total(found)["achieved_keep"] <= 0.6
+    rows = {row["site"]: row for row in compress(load_model(llama), found.plan, BATCHES)}
+    after = sum(rows[row["site"]][{"macs": "macs_per_token"}.get(of, of)] for row in found.rows[1:])
+    assert after <= total(found)["asked"] if method.name == "sola" else after == total(found)["achieved"]
+    with pytest.raises(ValueError, match=r"cannot be met; the smallest possible is 0\.\d+, the largest 1") as error:
+        allocate(llama, plan_of(method), Budget(keep=0.001, of=of))
+    smallest = float(str(error.value).split("smallest possible is ")[1].split(",")[0])
+    allocate(llama, plan_of(method), Budget(keep=smallest, of=of))
+    with pytest.raises(ValueError, match="divides its keep within each block by itself"):
+        allocate(llama, plan_of(method), Budget(keep=0.5, by="sensitivity"), BATCHES)
+    mixed = Plan((Rule(method=method, blocks="0"), Rule(method=Svd(keep=1.0))))
+    with pytest.raises(ValueError, match="cannot share one budget"):
+        allocate(llama, mixed, Budget(keep=0.5))
 
 
 def test_all_of_it_leaves_the_model_dense(llama):

@@ -361,6 +361,9 @@ FAULTS = (
         "evaluate/divergence.py", "p * (log_p - log_q), 0)", "p * (log_p - log_q), p)", "evaluate/test_divergence.py"
     ),
     Fault("evaluate/divergence.py", "total / num_tokens", "total / len(token_ids)", "evaluate/test_divergence.py"),
+    Fault("compare.py", "impossible[cell.name] = str(reason)", "pass", "test_compare.py"),
+    Fault("report/pareto.py", "if value < lowest:", "if value <= lowest:", "report/test_report_pareto.py"),
+    Fault("report/pareto.py", "min(known), max(known)", "max(known), max(known)", "report/test_report_pareto.py"),
 )
 
 

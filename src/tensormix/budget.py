@@ -21,6 +21,7 @@ from tensormix.bits import checkpoint_bits, stored_bits
 from tensormix.calls import Activations
 from tensormix.checkpoint import Checkpoint
 from tensormix.disk import Source
+from tensormix.joint_budget import STEPS, at_keep, costs, is_joint, largest_keep
 from tensormix.methods.base import LinearMethod, Method
 from tensormix.models import fill_buffers, load_model, local_folder, skeleton
 from tensormix.plan import Plan, Rule
@@ -33,6 +34,10 @@ from tensormix.walk import Calibration, Home, Progress
 
 Row = dict[str, Any]
 Chosen = dict[str, Option]
+
+
+class ImpossibleBudget(ValueError):
+    """No choice of sizes costs so little."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,14 @@ def allocate(
         spill: a folder for the activations between blocks.
 
     Raises:
-        ValueError: the budget cannot be met (the sentence has the smallest and the largest possible), a weight or an
-            input is not finite or all zero (it names the site), or the way to divide needs what is not there.
+        ImpossibleBudget: the budget cannot be met; the sentence has the smallest and the largest possible.
+        ValueError: a weight or an input is not finite or all zero (it names the site), or the way to divide needs
+            what is not there.
     """
+    joint = is_joint(plan)
+    if joint and budget.by != "uniform":
+        name = plan.root[0].method.name
+        raise ValueError(f"budget: {name} divides its keep within each block by itself: only by 'uniform' among blocks")
     way, batches = WAYS[budget.by], None if batches is None else list(batches)
     options: dict[str, Any] = {
         "of": budget.of,
@@ -118,6 +128,8 @@ def allocate(
         return _decided(whole, plan, budget, survey, model)
     bare: Any = skeleton(model, dtype=dtype)
     home = _home(bare, model, device)
+    if joint:
+        return _joint(bare, home, plan, budget, model)
     survey = Survey(bare, plan, home, progress, **options)
     if way.needs_weights:
         if survey.last_observed >= 0:
@@ -157,20 +169,65 @@ def _decided(model: nn.Module, plan: Plan, budget: Budget, survey: Survey, sourc
     _check_possible(found, budget, units, outside, whole)
     chosen = WAYS[budget.by].divide(found, units)
     rows = [_site_row(item, chosen[item.site.name]) for item in found]
+    return Allocation(_plan(found, chosen), [_total(budget, whole, units + outside, outside, rows), *rows])
+
+
+def _total(budget: Budget, whole: int, asked: int, outside: int, rows: list[Row]) -> Row:
     achieved = outside + sum(row["cost"] for row in rows)
-    total = {
+    return {
         "kind": "budget",
         "of": budget.of,
         "over": budget.over,
         "by": budget.by,
         "keep": budget.keep,
         "dense": whole,
-        "asked": units + outside,
+        "asked": asked,
         "achieved": achieved,
         "achieved_keep": achieved / whole,
-        "error": sum(row["error"] for row in rows),
+        "error": sum(row["error"] or 0.0 for row in rows),
     }
-    return Allocation(_plan(found, chosen), [total, *rows])
+
+
+def _joint(model: nn.Module, home: Home, plan: Plan, budget: Budget, source: str | Path) -> Allocation:
+    """One `keep` for all blocks. Where ranks depend on the data, the costs are those of equal spectra."""
+    dense = costs(model, home, at_keep(plan, 1.0), budget.of)
+    sites = sum(before for _, before, _ in dense.values())
+    whole = sites if budget.over == "sites" else _cost_of_model(model, budget.of, source)
+    units = floor(budget.keep * (1 + 2**-50) * whole) - (whole - sites)
+    keep = largest_keep(model, home, plan, budget.of, units)
+    if keep is None:
+        least = next(
+            k for k in (step / STEPS for step in range(1, STEPS + 1)) if _allowed(model, home, plan, k, budget.of)
+        )
+        smallest = sum(left for _, _, left in costs(model, home, at_keep(plan, least), budget.of).values())
+        raise ImpossibleBudget(_impossible(budget, (smallest + whole - sites) / whole))
+    sized = at_keep(plan, keep)
+    after = costs(model, home, sized, budget.of)
+    rows = [
+        {
+            "kind": "size",
+            "site": name,
+            "block": site.block,
+            "role": site.role,
+            "method": plan.root[0].method.name,
+            "size": keep,
+            "setting": "keep",
+            "cost": left,
+            "dense_cost": before,
+            "error": None,
+            "importance": None,
+        }
+        for name, (site, before, left) in after.items()
+    ]
+    return Allocation(sized, [_total(budget, whole, units + whole - sites, whole - sites, rows), *rows])
+
+
+def _allowed(model: nn.Module, home: Home, plan: Plan, keep: float, of: str) -> bool:
+    try:
+        costs(model, home, at_keep(plan, keep), of)
+    except ValueError:
+        return False
+    return True
 
 
 def _site_row(item: Found, option: Option) -> Row:
@@ -225,8 +282,12 @@ def _check_possible(found: Sequence[Found], budget: Budget, units: int, outside:
     else:
         least, because = sum(item.options.allowed[0].cost for item in found), ""
     if units < least:
-        smallest = ceil((least + outside) / whole * 1e4) / 1e4
-        raise ValueError(
-            f"budget: keep={budget.keep} of the {budget.of} of the {budget.over} cannot be met; the smallest possible "
-            f"is {smallest}, the largest 1{because}"
-        )
+        raise ImpossibleBudget(_impossible(budget, (least + outside) / whole) + because)
+
+
+def _impossible(budget: Budget, least: float) -> str:
+    smallest = ceil(least * 1e4) / 1e4
+    return (
+        f"budget: keep={budget.keep} of the {budget.of} of the {budget.over} cannot be met; the smallest possible "
+        f"is {smallest}, the largest 1"
+    )

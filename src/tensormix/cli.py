@@ -91,6 +91,27 @@ def sweep(
 
 
 @app.command()
+def compare(
+    settings: Annotated[Path, typer.Argument(help="A comparison (.yaml).")],
+    out: Out = None,
+    page: Annotated[bool, typer.Option(help="Write the report when the last cell is done.")] = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run methods under the same budgets, null baselines always among them. Stopped? The same command goes on."""
+    from tensormix.compare import run_comparison
+    from tensormix.comparison import Comparison
+    from tensormix.progress import cell_bars
+    from tensormix.report import build_report
+
+    loaded, folder = Comparison.load(settings), out or Path("runs") / settings.stem
+    check_out(folder, "comparison.json", overwrite)
+    with resumable(), cell_bars(console) as progress:
+        run_comparison(loaded, folder, progress=progress)
+    if page:
+        console.print(f"Report: {build_report([folder])}", soft_wrap=True)
+
+
+@app.command()
 def demo(out: Out = None) -> None:
     """Run the main job on the embedded model: a sweep over the compression depth, no download, about 8 minutes."""
     from tensormix.demo import sweep_file

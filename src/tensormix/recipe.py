@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from tensormix.diagnose.table import Diagnose
 from tensormix.explain import explain
-from tensormix.methods import LinearMethod, with_sizes
+from tensormix.methods import JointMethod, LinearMethod, with_sizes
 from tensormix.plan import Plan
 from tensormix.settings import Budget, Calibration, Evaluate, Profile, Recover, Settings, Source
 
@@ -60,7 +60,11 @@ class Recipe(Settings):
             if getattr(method, "num_chosen", None) is not None:
                 raise ValueError(f"plan[{number}]: the budget chooses the blocks: leave out choose and count")
             inner = getattr(method, "of", None) or method
-            if isinstance(inner, LinearMethod) and inner.size and getattr(inner, inner.size) != inner.largest:
+            if (
+                isinstance(inner, LinearMethod | JointMethod)
+                and inner.size
+                and getattr(inner, inner.size) != inner.largest
+            ):
                 given = f"{inner.size}={getattr(inner, inner.size)}"
                 raise ValueError(f"plan[{number}]: {given} and a budget cannot both hold: leave out one of them")
         if self.budget.by == "sensitivity" and self.calibration is None:
@@ -186,16 +190,7 @@ class Sweep(Settings):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The sweep in a YAML file, its recipe included. Raises ValueError as `Recipe.load` does."""
-        path = Path(path)
-        data = _read(path)
-        if data.get("base") is not None and data.get("recipe") is not None:
-            raise ValueError("sweep: give base or recipe, not both")
-        if isinstance(data.get("base"), str):
-            base = _placed(data["base"], path.parent)
-            data |= {"base": base, "recipe": Recipe.load(base)}
-        elif isinstance(data.get("recipe"), dict):
-            data["recipe"] = _placed_recipe(data["recipe"], path.parent)
-        return _validated(cls, data, "sweep")
+        return load_with_recipe(cls, Path(path), "sweep")
 
     def cells(self, num_blocks: int) -> tuple[Cell, ...]:
         """Every run of the sweep on a model with `num_blocks` blocks, in order.
@@ -233,6 +228,22 @@ def _resolved(depths: Literal["all"] | tuple[int, ...], num_blocks: int) -> tupl
     if max(depths) > num_blocks:
         raise ValueError(f"sweep: depths asks for {max(depths)} blocks; the model has {num_blocks}")
     return depths
+
+
+def load_with_recipe(cls: type[Model], path: Path, where: str) -> Model:
+    """What a YAML file says whose recipe is written in it, as `recipe`, or in a file of its own, as `base`.
+
+    Raises ValueError if both are given, and as `Recipe.load` does.
+    """
+    data = _read(path)
+    if data.get("base") is not None and data.get("recipe") is not None:
+        raise ValueError(f"{where}: give base or recipe, not both")
+    if isinstance(data.get("base"), str):
+        base = _placed(data["base"], path.parent)
+        data |= {"base": base, "recipe": Recipe.load(base)}
+    elif isinstance(data.get("recipe"), dict):
+        data["recipe"] = _placed_recipe(data["recipe"], path.parent)
+    return _validated(cls, data, where)
 
 
 def _validated(cls: type[Model], data: dict[str, Any], where: str) -> Model:

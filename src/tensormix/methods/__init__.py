@@ -57,7 +57,7 @@ def with_sizes(data: Any) -> Any:
     if isinstance(data.get("of"), dict):
         return {**data, "of": with_sizes(data["of"])}
     cls = METHODS.get(str(data.get("name")))
-    if cls is None or not issubclass(cls, LinearMethod) or cls.size is None:
+    if cls is None or not issubclass(cls, LinearMethod | JointMethod) or cls.size is None or data.get("ranks"):
         return data
     return {cls.size: cls.largest, **data}
 

@@ -145,6 +145,8 @@ class JointMethod(Method):
 
     site = "joint"
     roles: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")  # those that it can change
+    size: ClassVar[str | None] = None  # as of a `LinearMethod`, for all layers together: a fraction from 0 to 1
+    largest: ClassVar[Any] = 1.0
 
     def needs_at(self, role: str) -> tuple[type, ...]:
         """The statistics that it needs of the inputs of this role; those of q, k, v are the same, and of gate, up."""

@@ -38,6 +38,8 @@ class FlatLlm(JointMethod):
     summary = "Principal components of the heads, and the least replaceable neurons with a refitted down projection."
     needs = (Gram,)
 
+    size = "keep"
+
     name: Literal["flat_llm"] = "flat_llm"
     keep: float = Field(gt=0, le=1)  # fraction of the dense parameters that stays; 1 leaves the layers as they are
     ridge: float = Field(default=1e-6, gt=0, allow_inf_nan=False)  # in the scores, times the mean squared input

@@ -58,6 +58,8 @@ class Sola(JointMethod):
     summary = "The most active neurons stay dense, all else but v becomes low rank, the ranks shared out in each block."
     needs = (Gram, InputMagnitudes)
 
+    size = "keep"
+
     name: Literal["sola"] = "sola"
     keep: float | None = Field(default=None, gt=0, le=1)  # fraction of the dense parameters of all its layers, v too
     ranks: Ranks | None = None  # instead of `keep`

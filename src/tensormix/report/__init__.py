@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .page import write
-from .read import Run, Sweep, read_folder
+from .pareto_page import pareto_page
+from .read import Contest, Run, Sweep, read_folder
 from .run_page import comparison_page, run_page
 from .sweep_page import sweep_page
 
@@ -18,7 +19,7 @@ __all__ = ["build_report"]
 
 
 def build_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page for one sweep folder, one run folder, or several run folders (a comparison); returns its path.
+    """Write the page for one sweep, comparison or run folder, or for several run folders together; returns its path.
 
     Without `out` the page is `report.html` inside the folder, for several folders `report.html` in the current one.
     Unfinished sweeps and runs give a page that says what is missing. Same files, same bytes.
@@ -32,14 +33,19 @@ def build_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     paths = [Path(folder) for folder in folders]
     sources = [read_folder(path) for path in paths]
     if len(sources) == 1:
-        page = sweep_page(sources[0]) if isinstance(sources[0], Sweep) else run_page(sources[0])
+        only = sources[0]
+        if isinstance(only, Contest):
+            page = pareto_page(only)
+        else:
+            page = sweep_page(only) if isinstance(only, Sweep) else run_page(only)
         target = out or paths[0] / "report.html"
     else:
         runs = [source for source in sources if isinstance(source, Run)]
-        sweeps = [path for path, source in zip(paths, sources, strict=True) if isinstance(source, Sweep)]
+        sweeps = [path for path, source in zip(paths, sources, strict=True) if not isinstance(source, Run)]
         if sweeps:
+            kind = "sweep" if isinstance(sources[paths.index(sweeps[0])], Sweep) else "comparison"
             raise ValueError(
-                f"report: {sweeps[0]} is a sweep, and only runs can be compared; report each sweep alone, "
+                f"report: {sweeps[0]} is a {kind}, and only runs can be compared; report each {kind} alone, "
                 f"or give run folders, for example cells of {sweeps[0]}"
             )
         page = comparison_page(runs)

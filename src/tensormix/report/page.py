@@ -15,7 +15,7 @@ from .figure import Figure, download, render
 from .measures import CHANCE, Record, seeds
 from .numbers import moment, number, percent, seconds_text, text
 from .published import numbers_of
-from .read import STAGES, Run, Sweep, runs_of
+from .read import STAGES, Contest, Run, Sweep, runs_of
 
 # nothing may be fetched: the page is complete, and a browser is told to refuse anything else
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -113,7 +113,7 @@ def settings_part(settings: Any, name: str) -> str:
     )
 
 
-def environments_part(source: Run | Sweep) -> str:
+def environments_part(source: Run | Sweep | Contest) -> str:
     """Every different environment among the stages, with the runs in which it was seen."""
     found: dict[str, list[str]] = {}
     if isinstance(source, Sweep) and source.environment:
@@ -137,7 +137,7 @@ def _some(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def facts_part(source: Run | Sweep, settings: Any) -> str:
+def facts_part(source: Run | Sweep | Contest, settings: Any) -> str:
     """Seeds, dates and time spent."""
     runs = list(runs_of(source))
     ends = sorted(filter(None, (moment(stage.finished) for run in runs for stage in run.stages.values())))

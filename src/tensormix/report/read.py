@@ -160,14 +160,56 @@ def read_sweep(folder: Path) -> Sweep:
     )
 
 
-def read_folder(folder: Path) -> Run | Sweep:
-    """A run or a sweep; ValueError that names what is missing if it is neither."""
+@dataclass(frozen=True)
+class Contest:
+    """One comparison folder: methods under the same budgets."""
+
+    name: str
+    folder: Path
+    settings: Row
+    cells: list[tuple[Row, Run | None]]  # what comparison.json says of a cell, and its run where there is one
+    dense: Run | None = None
+    dense_bits: float | None = None
+    finished: Any = None
+
+
+def is_contest(folder: Path) -> bool:
+    return (folder / "comparison.json").is_file()
+
+
+def read_contest(folder: Path) -> Contest:
+    """One comparison folder with all its cells, finished or not."""
+    path = folder / "comparison.json"
+    content = _object(path)
+    rows = content.get("cells")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "folder" in row for row in rows):
+        raise ValueError(f"report: {path} must hold 'cells', a list of objects with a folder")
+    runs = [folder / str(row["folder"]) for row in rows]
+    dense = content.get("dense") or {}
+    return Contest(
+        name=folder.resolve().name,
+        folder=folder,
+        settings=content.get("settings") or {},
+        cells=[
+            (row, read_run(run, str(row.get("cell"))) if is_run(run) else None)
+            for row, run in zip(rows, runs, strict=True)
+        ],
+        dense=read_run(folder / "dense", "dense") if is_run(folder / "dense") else None,
+        dense_bits=dense.get("bits"),
+        finished=content.get("finished"),
+    )
+
+
+def read_folder(folder: Path) -> Run | Sweep | Contest:
+    """A run, a sweep or a comparison; ValueError that names what is missing if it is none of them."""
     if not folder.exists():
         raise ValueError(f"report: no folder {folder}")
     if not folder.is_dir():
         raise ValueError(f"report: {folder} is a file; give the run or sweep folder, for example {folder.parent}")
     if is_sweep(folder):
         return read_sweep(folder)
+    if is_contest(folder):
+        return read_contest(folder)
     if is_run(folder):
         return read_run(folder)
     inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and (is_run(child) or is_sweep(child)))
@@ -178,12 +220,15 @@ def read_folder(folder: Path) -> Run | Sweep:
     )
 
 
-def runs_of(source: Run | Sweep) -> Iterator[Run]:
+def runs_of(source: Run | Sweep | Contest) -> Iterator[Run]:
     """Every run of a source, the dense reference first."""
     if source.dense is not None:
         yield source.dense
     if isinstance(source, Run):
         yield source
+        return
+    if isinstance(source, Contest):
+        yield from (run for _, run in source.cells if run is not None)
         return
     seen = source.dense.folder if source.dense is not None else None
     yield from (cell.run for cell in source.cells if cell.run is not None and cell.run.folder != seen)
