@@ -1,6 +1,7 @@
 """A comparison makes every method at every budget once, the null baselines among them, and says what was missed."""
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -108,3 +109,10 @@ def test_a_recipe_with_a_plan_or_without_calibration_is_refused(tiny):
         comparison(tiny, recipe=recipe | {"plan": [{"method": {"name": "zero"}}]})
     with pytest.raises(ValueError, match="needs calibration: the null baselines are chosen"):
         comparison(tiny, recipe=recipe | {"calibration": None})
+
+
+def test_the_published_comparison_can_be_read_and_asks_for_every_rival():
+    published = Comparison.load(Path(__file__).parents[1] / "recipes" / "stories260k_comparison.yaml")
+    methods = {contender.method.name for contender in published.contenders.values()}
+    assert methods >= {"mixt", "svd", "svd_llm", "coala", "laser", "dobi_svd", "hassle_free", "rtn"}
+    assert methods >= {"zero", "mean_output", "drop_blocks"} and len(published.budgets) == 3
