@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from speed import MODELS, SHAPES, TOKENS
+
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "speed.jsonl"
 PAGE = ROOT / "docs" / "performance.md"
@@ -60,20 +62,29 @@ def targets(rows: list[Row]) -> str:
         met = row["speedup"] >= wanted
         missed += [] if met else [row]
         cells = [row["model"], shape(row), row["pass"], str(row["tokens"]), row["weights"], f"{wanted:g}"]
-        body.append([*cells, f"{row['speedup']:.2f}", "met" if met else "**missed**"])
+        body.append([*cells, f"{row['speedup']:.3f}", "met" if met else "**missed**"])
     head = ["model", "layer", "pass", "tokens", "weights", "target", "measured", ""]
     return table(head, body) + "\n" + profile(missed)
 
 
 def profile(missed: list[Row]) -> str:
     """Where the time goes in the cases whose target was missed."""
-    lines = [f"{len(missed)} missed. " if missed else "All met.\n"]
+    lines = [
+        f"{len(missed)} missed. Where their time goes (of one call, by PyTorch's own operations):\n"
+        if missed
+        else "All met.\n"
+    ]
     for row in missed:
         spent = sorted(row.get("shares", {}).items(), key=lambda item: -item[1])[:6]
-        parts = ", ".join(f"{name.removeprefix('aten::')} {100 * share:.0f} %" for name, share in spent)
+        parts = ", ".join(f"{called(name)} {100 * share:.0f} %" for name, share in spent)
         where = f"{shape(row)}, {row['tokens']} tokens, {row['pass']}, {row['weights']} weights"
         lines.append(f"* {where}: {row['median_ms']:.2f} ms, {100 * row['of_roofline']:.0f} % of the roofline. {parts}")
     return "\n".join(lines) + "\n"
+
+
+def called(operation: str) -> str:
+    """The profiler puts what Python does between the operations under the operator's own name."""
+    return "Python" if operation == "tensormix::mixt" else operation.removeprefix("aten::")
 
 
 def speeds(rows: list[Row], wanted: Callable[[Row], bool], names: list[str]) -> str:
@@ -107,6 +118,18 @@ def models(rows: list[Row]) -> str:
     return table(["pass", "tokens", "blocks compressed", "parameters", "ms [quartiles]", "speedup"], body)
 
 
+def unmeasured(rows: list[Row]) -> str:
+    """The layers and tokens of the benchmark of which there is no row of a forward pass in float32."""
+    done = {(row["in_features"], row["out_features"], row["tokens"]) for row in rows if row["kind"] == "layer"}
+    gaps = []
+    for part, shapes in SHAPES.items():
+        for I, O in shapes:
+            tokens = [str(n) for n in TOKENS if (I, O, n) not in done]
+            if tokens:
+                gaps.append(f"{MODELS[part]} {I} -> {O} at {', '.join(tokens)} tokens")
+    return f"**Not measured yet:** {'; '.join(gaps)}.\n" if gaps else ""
+
+
 def page(rows: list[Row]) -> str:
     first = rows[0]["environment"]
     machines = [row for row in rows if row["kind"] == "machine"]
@@ -125,6 +148,7 @@ def page(rows: list[Row]) -> str:
         days=", ".join(sorted({row["measured"][:10] for row in rows})),
         quiet=quiet,
         peaks=peaks,
+        gaps=unmeasured(rows),
         targets=targets(rows),
         llama=llama,
         qwen=qwen,
@@ -142,8 +166,9 @@ TEXT = """# How fast it is
 
 Made by `python benchmarks/performance_page.py` from the rows of `python benchmarks/speed.py`; do not edit by hand.
 
-Measured on {days}: {processor}, {threads} threads, PyTorch {torch}, commit {commits}. Other processes used at most
-{quiet:.2f} of a core meanwhile. Best matrix product and best reading speed, on which the rooflines rest: {peaks}.
+* Measured on {days}: {processor}, {threads} threads, PyTorch {torch}, commit {commits}.
+* Other processes used at most {quiet:.2f} of a core meanwhile.
+* Best matrix product and best reading speed, on which the rooflines rest: {peaks}.
 
 **No GPU was available: nothing here says anything about one.** The Triton kernel is tested for its results, under
 Triton's interpreter, and its speed is unknown; CUDA graphs were not tried either.
@@ -156,6 +181,7 @@ its multiply-accumulates: it is faster, but no full-rank map. `int8 dynamic` is 
 
 ## Targets (CPU, float32, one layer)
 
+{gaps}
 {targets}
 ## LLaMA-2-7B layers, float32
 
