@@ -10,7 +10,7 @@ Letters of this file beside the folder's:
   c_in, c_out core bond: P = S c_in, Q = S c_out     BN, BC, BK tile sizes of tokens, c_out, c_in
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
 from collections.abc import Sequence
