@@ -1,6 +1,7 @@
 """A run does each stage once, goes on where it was stopped, and repeats what a change touches and nothing else."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -72,8 +73,8 @@ def test_nothing_is_done_twice(finished, tiny):
     assert times(finished) == before
 
 
-def test_a_change_repeats_what_it_touches_and_nothing_else(tiny, tmp_path):
-    run_recipe(recipe(tiny), tmp_path)
+def test_a_change_repeats_what_it_touches_and_nothing_else(finished, tiny, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     before = times(tmp_path)
     run_recipe(recipe(tiny, profile={"tokens": [2], "repeats": 2}), tmp_path)
     changed = {name for name, when in times(tmp_path).items() if when != before[name]}
@@ -135,8 +136,6 @@ def test_a_null_baseline_runs_the_same_way(tiny, tmp_path, finished):
 
 
 def test_a_changed_model_folder_is_noticed(tiny, tmp_path):
-    import shutil
-
     copy = tmp_path / "model"
     shutil.copytree(tiny, copy)
     before = run_module.stage_keys(recipe(copy), None)
