@@ -79,6 +79,7 @@ MAY_IMPORT["demo"] = set(MAY_IMPORT)
 MAY_IMPORT["run"] = set(MAY_IMPORT)
 MAY_IMPORT["sweep"] = set(MAY_IMPORT)
 MAY_IMPORT["compare"] = set(MAY_IMPORT)
+MAY_IMPORT["predict"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
 LIGHT = "operators statistics methods sites plan walk settings recipe models files".split()

@@ -295,6 +295,8 @@ FAULTS = (
     Fault("sweep.py", "bisect_boundary(measure, self.num_blocks)", "measure(0)", "test_sweep_search.py"),
     Fault("diagnose/verdict.py", "step > self.num_steps / 2", "True", "test_sweep_search.py"),
     Fault("run.py", "recipe.start or recipe.model", "recipe.model", "test_sweep_search.py"),
+    Fault("predict.py", "(after - before, depth)", "(before - after, depth)", "test_predict.py"),
+    Fault("predict.py", "total += errors.get(block, 0.0)", "total += 1", "test_predict.py"),
     Fault("run.py", '["key"] != keys[stage]', '["key"] == ""', "test_run.py"),
     Fault("sweep.py", 'where = f"{cell.direction} {cell.depth}"', 'where = f"last {cell.depth}"', "test_sweep.py"),
     Fault("report/tradeoffs.py", "-0.90 + 4.87", "-0.90 + 4.78", "report/test_report_papers.py"),

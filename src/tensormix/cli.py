@@ -112,6 +112,34 @@ def compare(
 
 
 @app.command()
+def predict(
+    settings: Annotated[Path, typer.Argument(help="A sweep (.yaml).")],
+    direction: Annotated[str, typer.Option(help="last or first: the end from which blocks are compressed.")] = "last",
+    as_json: Json = False,
+) -> None:
+    """Say at which depth a sweep will break, before anything is recovered: cheap signals of every depth."""
+    from tensormix.predict import predict as predict_sweep
+    from tensormix.recipe import Sweep
+
+    if direction not in ("last", "first"):
+        raise ValueError(f"predict: direction must be last or first, got {direction!r}")
+    rows = predict_sweep(Sweep.load(settings), direction=direction)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    signals = list(dict.fromkeys(row["signal"] for row in rows if row["kind"] == "signal"))
+    values = {(row["signal"], row["depth"]): row["value"] for row in rows if row["kind"] == "signal"}
+    said = {row["signal"]: row for row in rows if row["kind"] == "prediction"}
+    table = Table("N_B", *signals, box=None)
+    for depth in range(max(depth for _, depth in values) + 1):
+        marks = ["  <- rises most" if said[signal]["depth"] == depth else "" for signal in signals]
+        table.add_row(str(depth), *(f"{values[s, depth]:.4g}{mark}" for s, mark in zip(signals, marks, strict=True)))
+    console.print(table)
+    found = said["all"]
+    console.print(f"Predicted boundary: {found['depth']} (the signals say {found['low']} to {found['high']})")
+
+
+@app.command()
 def demo(out: Out = None) -> None:
     """Run the main job on the embedded model: a sweep over the compression depth, no download, about 8 minutes."""
     from tensormix.demo import sweep_file
