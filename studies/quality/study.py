@@ -4,7 +4,7 @@
     python studies/quality/train_midsize.py --data ../shared/data --out /tmp/study/midsize
     python studies/quality/study.py --data ../shared/data --work /tmp/study [--model midsize]
 
-Rows are appended to rows.jsonl, each with its settings and its environment; a row that is there is not measured again.
+Rows are appended to results.jsonl, each with its settings and its environment; one that is there is not measured again.
 A model or a method that is not there yet is passed over, so the same command fills in what is missing.
 """
 
@@ -195,7 +195,7 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, required=True, help="folder with text/ and midsize/; checkpoints go there")
     parser.add_argument("--model", help="only the rows of this model")
     parser.add_argument("--settings", type=Path, default=HERE / "study.yaml")
-    parser.add_argument("--rows", type=Path, default=HERE / "rows.jsonl")
+    parser.add_argument("--rows", type=Path, default=HERE / "results.jsonl")
     arguments = parser.parse_args()
     recipe = yaml.safe_load(arguments.settings.read_text())
     Study(recipe, arguments.data, arguments.work, arguments.rows).run(arguments.model)

@@ -1,0 +1,135 @@
+"""Write the tables and the plots of docs/quality.md from the rows, and nothing that is not in them.
+
+    python studies/quality/page.py
+
+A table stands between `<!-- rows: MODEL DEPTH STEPS -->` and `<!-- end -->`; the plot beside it is docs/quality-*.svg.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
+MARK = re.compile(r"(<!-- rows: (\S+) (\d+) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WIDTH, LEFT, RIGHT, ROW = 720, 190, 20, 26
+COLOURS = {"in_domain": "#1f6fb4", "held_out": "#c2571a"}
+NAMES = {"in_domain": "in-domain", "held_out": "held-out", "exam": "exam"}
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def group(rows: list[Row], model: str, depth: int, steps: int) -> dict[str, list[Row]]:
+    """The rows of one table by variant, best first on in-domain text (on the exam, where there is no text)."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if (row["model"], row["depth"], row["steps"]) == (model, depth, steps):
+            found.setdefault(row["variant"], []).append(row)
+
+    def rank(item: tuple[str, list[Row]]) -> float:
+        after = [row["after"] for row in item[1]]
+        return mean([a["in_domain"] for a in after]) if "in_domain" in after[0] else -mean([a["exam"] for a in after])
+
+    return dict(sorted(found.items(), key=rank))
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def shown(values: list[float]) -> str:
+    """A mean, with the standard deviation where there is more than one value."""
+    middle = mean(values)
+    digits = 3 if middle < 1 else 2 if middle < 100 else 0
+    spread = math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+    return f"{middle:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+
+
+def table(variants: dict[str, list[Row]]) -> str:
+    first = next(iter(variants.values()))[0]
+    texts = [key for key in ("in_domain", "held_out", "exam") if key in first["after"]]
+    head = ["start and operator, loss", "seeds", "numbers in the blocks", "model"]
+    head += [f"{NAMES[text]} before" for text in texts] + [f"**{NAMES[text]} after**" for text in texts]
+    lines = [head, ["---"] * len(head)]
+    for variant, rows in variants.items():
+        cells = [variant, str(len(rows)), f"{rows[0]['stored']:,}", f"{rows[0]['parameters']:,}"]
+        cells += [shown([row["before"][text] for row in rows]) for text in texts]
+        cells += [shown([row["after"][text] for row in rows]) for text in texts]
+        lines.append(cells)
+    lines.append(["dense model", "", "", ""] + [""] * len(texts) + [shown([first["dense"][text]]) for text in texts])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def plot(variants: dict[str, list[Row]], title: str) -> str:
+    """Perplexity after recovery, one mark for each seed, relative to the dense model's on a logarithmic axis."""
+    texts = [text for text in COLOURS if text in next(iter(variants.values()))[0]["after"]]
+    factors = {
+        variant: {text: [row["after"][text] / row["dense"][text] for row in rows] for text in texts}
+        for variant, rows in variants.items()
+    }
+    top = max(value for of_text in factors.values() for values in of_text.values() for value in values) * 1.08
+    height = 64 + ROW * len(variants) + 34
+
+    def x(value: float) -> float:
+        return LEFT + math.log(value) / math.log(top) * (WIDTH - LEFT - RIGHT)
+
+    parts = [f'<text x="8" y="20" font-size="15" font-weight="bold">{escape(title)}</text>']
+    for number, text in enumerate(texts):
+        at = LEFT + 130 * number
+        parts.append(f'<circle cx="{at}" cy="40" r="5" fill="{COLOURS[text]}"/>')
+        parts.append(f'<text x="{at + 10}" y="44">{NAMES[text]} text</text>')
+    bottom = 60 + ROW * len(variants)
+    ticks = [t for t in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100) if t <= top]
+    ticks = ticks if len(ticks) < 9 else [t for t in ticks if t in (1, 2, 3, 5, 10, 20, 50, 100)]
+    for tick in ticks:
+        parts.append(f'<path d="M{x(tick):.1f},52V{bottom}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
+    for number, (variant, of_text) in enumerate(factors.items()):
+        y = 60 + ROW * number + ROW / 2
+        parts.append(f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(variant)}</text>')
+        for text, values in of_text.items():
+            for value in values:
+                sentence = f"{variant}, {NAMES[text]}: {value:.3f} times the dense model's perplexity"
+                circle = f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="5" fill="{COLOURS[text]}" fill-opacity="0.75">'
+                parts.append(f"{circle}<title>{escape(sentence)}</title></circle>")
+    label = "perplexity after recovery, times the dense model's"
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{bottom + 33}" text-anchor="middle">{label}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
+        f'font-size="13"><rect width="{WIDTH}" height="{height}" fill="white"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def fill(page: str, rows: list[Row]) -> tuple[str, dict[str, str]]:
+    """The page with its tables, and the plots by file name."""
+    plots: dict[str, str] = {}
+
+    def replaced(match: re.Match) -> str:
+        model, depth, steps = match[2], int(match[3]), int(match[4])
+        variants = group(rows, model, depth, steps)
+        if not variants:
+            return f"{match[1]}Not run.\n{match[5]}"
+        content = table(variants)
+        if "in_domain" in next(iter(variants.values()))[0]["after"]:
+            name = f"quality-{model}-{depth}-{steps}.svg"
+            plots[name] = plot(variants, f"{model}, last {depth} blocks, {steps} steps")
+            content = f"![{model}, last {depth} blocks, {steps} steps]({name})\n\n{content}"
+        return f"{match[1]}{content}{match[5]}"
+
+    return MARK.sub(replaced, page), plots
+
+
+if __name__ == "__main__":
+    text, drawings = fill((DOCS / "quality.md").read_text(), read(HERE / "results.jsonl"))
+    (DOCS / "quality.md").write_text(text)
+    for file, drawing in drawings.items():
+        (DOCS / file).write_text(drawing)
+    print(len(drawings), "plots")
