@@ -77,6 +77,7 @@ MAY_IMPORT["comparison"] = {"methods", "plan", "recipe", "settings"}
 MAY_IMPORT["check"] = set(MAY_IMPORT)
 MAY_IMPORT["demo"] = set(MAY_IMPORT)
 MAY_IMPORT["run"] = set(MAY_IMPORT)
+MAY_IMPORT["family"] = {"diagnose", "models", "profile", "recipe", "run"}
 MAY_IMPORT["sweep"] = set(MAY_IMPORT)
 MAY_IMPORT["compare"] = set(MAY_IMPORT)
 MAY_IMPORT["predict"] = set(MAY_IMPORT)

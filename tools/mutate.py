@@ -304,6 +304,8 @@ FAULTS = (
     Fault("report/measures.py", "(own - embedding)", "own", "report/test_report_papers.py"),
     Fault("report/weights.py", "max(gaps, key=len", "min(gaps, key=len", "report/test_report_papers.py"),
     Fault("report/accounts.py", "dense / own if own", "own / dense if own", "report/test_report_papers.py"),
+    Fault("family.py", "or len(done) < 2", "", "test_family.py"),
+    Fault("family.py", 'row["model"] == "compressed"', 'row["model"] == "dense"', "test_family.py"),
     Fault("diagnose/residual.py", "((left - right)", "((left - 0.9 * right)", "diagnose/test_residual.py"),
     Fault("diagnose/residual.py", "(size / other)[both]", "(other / size)[both]", "diagnose/test_residual.py"),
     Fault("diagnose/residual.py", "return max(touched", "return min(touched", "diagnose/test_residual.py"),

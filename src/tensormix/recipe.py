@@ -153,6 +153,7 @@ class Sweep(Settings):
     baselines: Baselines | None = None
     search: Literal["scan", "bisect"] = "scan"  # every depth, or only as many as finding the boundary takes
     warm_start: bool = False  # of a scan: every depth goes on from the recovered model of the depth before
+    family: tuple[str, ...] = ()  # other dense models of the family, for the trend of loss against parameters
 
     @field_validator("depths", mode="before")
     @classmethod
@@ -171,6 +172,15 @@ class Sweep(Settings):
         rules = self.recipe.plan.root if self.recipe is not None else ()
         if len(rules) > 1 or any(rule.method.name != "mixt" for rule in rules):
             raise ValueError("the recipe's plan is a template: it must be empty or one rule with the method mixt")
+        return self
+
+    @model_validator(mode="after")
+    def _family_has_a_loss(self) -> Self:
+        if self.family and self.recipe is not None and not self.recipe.evaluate.perplexity:
+            raise ValueError("family: the trend is of the loss of a text, and evaluate.perplexity names none")
+        names = [Path(model).name for model in self.family]
+        if len(set(names)) < len(names):
+            raise ValueError(f"family: the models must differ in their last names, got {', '.join(names)}")
         return self
 
     @model_validator(mode="after")
@@ -243,6 +253,10 @@ def load_with_recipe(cls: type[Model], path: Path, where: str) -> Model:
         data |= {"base": base, "recipe": Recipe.load(base)}
     elif isinstance(data.get("recipe"), dict):
         data["recipe"] = _placed_recipe(data["recipe"], path.parent)
+    if isinstance(data.get("family"), list):
+        known = [isinstance(model, str) and _is_path(model, path.parent) for model in data["family"]]
+        pairs = zip(data["family"], known, strict=True)
+        data["family"] = [_placed(model, path.parent) if here else model for model, here in pairs]
     return _validated(cls, data, where)
 
 

@@ -2,6 +2,7 @@
 
     sweep.json        settings, the list of cells, the boundaries of what is finished
     dense/            the run of the untouched model, depth 0 of every series
+    family/NAME/      runs of other dense models, for the trend of loss against parameters
     teacher/          the dense model's logits for recovery by distillation, until the last cell is done
     last-04-mixt4/    a cell: last 4 blocks, MixT with 4 branches
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tensormix.diagnose import Measurement, bisect_boundary, find_boundary, fit_crossing
+from tensormix.family import family_rows, run_family
 from tensormix.files import environment, now, write_json
 from tensormix.methods import DropBlocks, Mixt, ZeroMethod
 from tensormix.models import skeleton
@@ -60,6 +62,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, progress: Progress | None = None) -
     """
     tell = progress or (lambda what, done, total: None)
     job = _Sweep(sweep, folder)
+    run_family(sweep, folder)
     (job.bisect if sweep.search == "bisect" else job.scan)(tell)
     shutil.rmtree(folder / "teacher", ignore_errors=True)
     return folder
@@ -203,7 +206,7 @@ def write_sweep(sweep: Sweep, cells: Iterable[Cell], folder: Path) -> None:
         {
             "settings": json.loads(sweep.model_dump_json(exclude={"base"})),
             "cells": [dense, *rows],
-            "boundary": boundary_rows(rows, folder),
+            "boundary": boundary_rows(rows, folder) + family_rows(sweep, folder, rows),
             "environment": environment(),
             "finished": now() if all((folder / row["folder"] / "evaluate.json").exists() for row in rows) else None,
         },
