@@ -88,7 +88,14 @@ def _no_letters(tokenizer: Any, benchmark: Benchmark) -> list[Row]:
 
 def macro_row(rows: Sequence[Row]) -> list[Row]:
     """The unweighted mean accuracy of the zero-shot benchmarks as one row (arXiv 2606.03465); none for fewer than 2."""
-    found = [row for row in rows if row["kind"] == "accuracy" and row.get("shots") == 0 and row["subject"] == "all"]
+    found = [
+        row
+        for row in rows
+        if row["kind"] == "accuracy"
+        and row.get("shots") == 0
+        and row["subject"] == "all"
+        and row["task"] not in LETTERED
+    ]
     if len(found) < 2:
         return []
     mean = sum(row["value"] for row in found) / len(found)
