@@ -20,7 +20,7 @@ from tensormix.checkpoint import INDEX, PICKLED, Checkpoint
 from tensormix.disk import Disk
 from tensormix.files import whole_folder
 from tensormix.fitting import Row
-from tensormix.models import fill_buffers, fingerprint, load_model, local_folder, skeleton
+from tensormix.models import fill_buffers, fingerprint, load_model, local_folder, quiet, skeleton
 from tensormix.plan import Plan
 from tensormix.selection import Notes, chooses
 from tensormix.walk import Calibration, Progress, Stream, Walk, compress, named, streams_of
@@ -170,7 +170,7 @@ def _in_memory(
     model.to(device)
     rows = compress(model, plan, batches, progress, inputs=inputs, precision=precision)
     weights = {file.name for pattern in ("*.safetensors", *PICKLED) for file in folder.glob(pattern)}
-    with whole_folder(out) as part:
+    with whole_folder(out) as part, quiet():
         for file in sorted(folder.iterdir()):
             if file.is_file() and file.name not in {*weights, INDEX, "config.json"}:
                 shutil.copyfile(file, part / file.name)
