@@ -40,6 +40,7 @@ SOLA = "methods/test_sola.py"
 DOBI = "methods/test_dobi_svd.py"
 
 AWARE = "methods/test_mixt_aware.py"
+STRUCTURES = "methods/test_mixt_structures.py"
 
 FAULTS = (
     Fault("methods/mixt_normal.py", "permute(3, 0, 1, 2, 4, 5)", "permute(0, 3, 1, 2, 4, 5)", AWARE),
@@ -48,6 +49,17 @@ FAULTS = (
     Fault("methods/mixt_normal.py", "self.out_padded == op.out_features and", "True and", AWARE),
     Fault("methods/conjugate_gradients.py", "left_over <= torch.finfo(start.dtype).eps * error", "False", AWARE),
     Fault("methods/mixt_aware.py", "normal.image(start).neg_()", "normal.image(0 * start).neg_()", AWARE),
+    Fault("operators/chain.py", "places % self.shuffle", "places // self.shuffle", CONTRACT),
+    Fault(
+        "operators/monarch.py", "permute(1, 2, 0, 3), full", "permute(2, 1, 0, 3), full", "operators/test_products.py"
+    ),
+    Fault("operators/joint_fit.py", "if not after <= before:", "if False:", "operators/test_products.py"),
+    Fault(
+        "methods/mixt_hybrid.py",
+        "parts, found, error = descend(normal, weight - dense",
+        "parts, found, error = descend(normal, weight",
+        STRUCTURES,
+    ),
     Fault("methods/mixt.py", "self.ridge * gram.diagonal().mean()", "self.ridge", AWARE),
     Fault("operators/base.py", "y + self.bias", "y", CONTRACT),
     Fault(

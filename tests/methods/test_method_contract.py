@@ -24,7 +24,12 @@ from tensormix.methods import (
     MeanOutput,
     Method,
     Mixt,
+    MixtChain,
+    MixtLowRank,
+    MixtRotated,
+    MixtSparse,
     ModelMethod,
+    MonarchMethod,
     Rtn,
     Sola,
     Svd,
@@ -39,6 +44,11 @@ I, O = 48, 80
 
 CASES = [
     Mixt(num_branches=3),
+    MixtLowRank(keep=0.4, num_branches=3, rounds=3),
+    MixtSparse(keep=0.3, num_branches=3, rounds=2),
+    MixtChain(num_branches=2, num_factors=2, steps=5),
+    MixtRotated(num_branches=3, steps=5),
+    MonarchMethod(keep=0.4, steps=5),
     Mixt(num_branches=2, init="random", padding="power"),
     Mixt(num_branches=2, init="zero"),
     Mixt(num_branches=3, init="aware"),
@@ -78,7 +88,7 @@ def test_every_linear_method_has_a_case():
 
 
 def test_the_table_holds_every_method_that_is_written():
-    bases = {"Method", "LinearMethod", "JointMethod", "BlockMethod", "ModelMethod"}
+    bases = {"Method", "LinearMethod", "JointMethod", "BlockMethod", "ModelMethod", "Hybrid"}
     written = set()
     for path in Path(tensormix.methods.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text()).body:

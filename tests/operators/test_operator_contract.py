@@ -12,10 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tensormix.operators import (
     OPERATORS,
+    Chain,
     Concat,
     Dense,
+    Kronecker,
     LowRank,
     MixT,
+    Monarch,
     Padded,
     PerHead,
     Placed,
@@ -29,6 +32,16 @@ from tensormix.operators import (
 )
 
 I, O = 48, 80
+
+
+def _factors(O, I):
+    """A square MixT, one of low rank, and a Kronecker product on the right."""
+    return [
+        (MixT, {"in_features": O, "out_features": O, "num_branches": 2}),
+        (LowRank, {"in_features": I, "out_features": O, "rank": 5}),
+        (Kronecker, {"in_features": I, "out_features": I, "outer": 8}),
+    ]
+
 
 CASES = {
     "mixt": lambda w: MixT.from_dense(w, num_branches=3),
@@ -54,6 +67,11 @@ CASES = {
     "per_head": lambda w: PerHead.from_dense(w, num_heads=5, rank=3),
     "per_head_of_one": lambda w: PerHead.from_dense(w, num_heads=1, rank=48),
     "sum": lambda w: Sum.from_dense(w, terms=[(MixT, {"num_branches": 3}), (LowRank, {"rank": 2})]),
+    "chain": lambda w: Chain.from_dense(w[:, :40], factors=_factors(80, 40), steps=5),
+    "chain_shuffled": lambda w: Chain.from_dense(w[:40], factors=_factors(40, 48), shuffle=4, steps=5),
+    "monarch": lambda w: Monarch.from_dense(w, blocks=4, rank=2),
+    "monarch_one_block": lambda w: Monarch.from_dense(w, blocks=1, rank=3),
+    "kronecker": lambda w: Kronecker.from_dense(w[:48], outer=6),
     "sum_of_sum": lambda w: Sum(terms=[Sum(terms=[LowRank.from_dense(w, rank=1), Zero.from_dense(w)])]).to(w),
 }
 

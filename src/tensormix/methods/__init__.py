@@ -16,6 +16,9 @@ from tensormix.methods.flat_llm import FlatLlm
 from tensormix.methods.hassle_free import HassleFree
 from tensormix.methods.laser import Laser, laser_search
 from tensormix.methods.mixt import Mixt
+from tensormix.methods.mixt_chain import MixtChain, MixtRotated
+from tensormix.methods.mixt_hybrid import MixtLowRank, MixtSparse, split_search
+from tensormix.methods.monarch import MonarchMethod
 from tensormix.methods.null import MeanOutput, ZeroMethod
 from tensormix.methods.rtn import Rtn
 from tensormix.methods.slice_gpt import SliceGpt
@@ -25,14 +28,44 @@ from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
 
 __all__ = [
-    "METHODS", "BlockMethod", "Coala", "DobiSvd", "DropBlocks", "FlatLlm", "HassleFree", "JointMethod",
-    "Laser", "LinearMethod", "MeanOutput",
-    "Method", "Mixt", "ModelMethod", "Rtn", "SliceGpt", "Sola", "Streamline", "Svd", "SvdLlm", "ZeroMethod",
-    "laser_search", "with_sizes",
+    "METHODS",
+    "BlockMethod",
+    "Coala",
+    "DobiSvd",
+    "DropBlocks",
+    "FlatLlm",
+    "HassleFree",
+    "JointMethod",
+    "Laser",
+    "LinearMethod",
+    "MeanOutput",
+    "Method",
+    "Mixt",
+    "MixtChain",
+    "MixtLowRank",
+    "MixtRotated",
+    "MixtSparse",
+    "ModelMethod",
+    "MonarchMethod",
+    "Rtn",
+    "SliceGpt",
+    "Sola",
+    "Streamline",
+    "Svd",
+    "SvdLlm",
+    "ZeroMethod",
+    "laser_search",
+    "split_search",
+    "with_sizes",
 ]  # fmt: skip
 
 METHODS: dict[str, type[Method]] = {
     "mixt": Mixt,
+    "mixt_low_rank": MixtLowRank,
+    "mixt_sparse": MixtSparse,
+    "mixt_chain": MixtChain,
+    "mixt_rotated": MixtRotated,
+    "monarch": MonarchMethod,
     "svd": Svd,
     "zero": ZeroMethod,
     "mean_output": MeanOutput,

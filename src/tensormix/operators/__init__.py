@@ -10,8 +10,10 @@ from tensormix.operators.bypass import Bypass, StandIn
 from tensormix.operators.concat import Concat
 from tensormix.operators.dense import Dense
 from tensormix.operators.experts import DenseStack, Experts, ExpertStack, StackedLinear
+from tensormix.operators.kronecker import Kronecker
 from tensormix.operators.low_rank import LowRank
 from tensormix.operators.mixt import MixT
+from tensormix.operators.monarch import Monarch
 from tensormix.operators.padded import Padded
 from tensormix.operators.per_head import PerHead
 from tensormix.operators.placed import Placed
@@ -26,13 +28,16 @@ from tensormix.operators.zero import Zero
 __all__ = [
     "OPERATORS",
     "Bypass",
+    "Chain",
     "Concat",
     "Dense",
     "DenseStack",
     "ExpertStack",
     "Experts",
+    "Kronecker",
     "LowRank",
     "MixT",
+    "Monarch",
     "Padded",
     "PerHead",
     "Placed",
@@ -52,6 +57,9 @@ __all__ = [
 
 OPERATORS: dict[str, type[StructuredLinear] | type[StackedLinear] | type[StandIn]] = {
     "MixT": MixT,
+    "Chain": Chain,
+    "Monarch": Monarch,
+    "Kronecker": Kronecker,
     "LowRank": LowRank,
     "Zero": Zero,
     "Padded": Padded,
