@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sliced": {"operators", "sites"},
     "slicing": {"calls", "fitting", "methods", "operators", "sites", "sliced", "statistics"},
     "plan": {"methods", "sites"},
+    "reparameterise": {"sites"},
     "calls": {"sites"},
     "joint": {"methods", "operators", "sites"},
     "fitting": {"joint", "methods", "operators", "sites", "statistics"},
