@@ -7,6 +7,7 @@ from typing import Any
 
 from tensormix.operators.base import StructuredLinear, did_you_mean
 from tensormix.operators.bypass import Bypass, StandIn
+from tensormix.operators.chain import Chain
 from tensormix.operators.concat import Concat
 from tensormix.operators.dense import Dense
 from tensormix.operators.experts import DenseStack, Experts, ExpertStack, StackedLinear
