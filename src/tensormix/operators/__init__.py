@@ -58,10 +58,10 @@ __all__ = [
 
 OPERATORS: dict[str, type[StructuredLinear] | type[StackedLinear] | type[StandIn]] = {
     "MixT": MixT,
+    "LowRank": LowRank,
     "Chain": Chain,
     "Monarch": Monarch,
     "Kronecker": Kronecker,
-    "LowRank": LowRank,
     "Zero": Zero,
     "Padded": Padded,
     "Sum": Sum,
