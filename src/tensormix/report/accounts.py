@@ -40,7 +40,8 @@ def storage_table(runs: Sequence[Run], keyed: str = "storage") -> str:
     for (run, method, target), rows in groups.items():
         dense, own = (sum(number(row.get(key)) or 0.0 for row in rows) for key in ("dense_parameters", "parameters"))
         ratio = dense / own if own else None
-        saved = (dense - own) / totals[run] if totals[run] else None
+        whole = totals[run]
+        saved = (dense - own) / whole if whole else None
         cells = [text(run), text(METHODS.get(method, method)), target, str(len(rows)), count(dense), count(own)]
         lines.append(("", [*cells, short(ratio), percent(saved, 2)]))
         data.append([run, method, target, len(rows), dense, own, ratio, saved])
