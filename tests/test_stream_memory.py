@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from tensormix import models
 from tensormix.models import skeleton
 
 
@@ -141,9 +142,10 @@ def as_stored(name: str, tensor: Tensor) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def peak(folders, tmp_path_factory) -> Peak:
     """Anonymous memory of one compression beyond what the process had before, in bytes."""
+    source = str(Path(models.__file__).parents[1])  # the package that is tested, not the one that is installed
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", CODE],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "PYTHONPATH": source},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
