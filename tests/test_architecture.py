@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stream": {"files", "assembly", "calls", "checkpoint", "disk", "fitting", "models", "plan", "selection", "walk"},
     "hf_packed": {"packed"},
     "allocate": set(),
+    "integers": {"operators"},
     "learned": {"methods", "sites"},
     "bits": {"checkpoint", "operators"},
     "while_loading": {"fitting", "hf", "methods", "plan", "sites", "walk"},
