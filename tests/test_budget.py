@@ -410,3 +410,30 @@ def test_check_shows_the_sizes_without_reading_a_weight(tiny, tmp_path):
     assert check(recipe(tiny))["assumed"]  # by spectrum: decided in the run
     assert json.loads(json.dumps(result)) == result
     assert skeleton(tmp_path) is not None
+
+
+@pytest.mark.parametrize("storage", ["plain", "remapped"])
+def test_learned_ranks_become_a_plan_within_the_budget(llama, storage):
+    """What training finds is what the plan holds; it runs like any other."""
+    found = allocate(
+        llama, plan_of(DobiSvd(rank=1, storage=storage)), Budget(keep=0.25, by="learned", steps=4), BATCHES,
+        dtype="bfloat16",
+    )  # fmt: skip
+    head, sites = found.rows[0], found.rows[1:]
+    assert head["by"] == "learned" and 0.24 < head["achieved_keep"] <= 0.25  # of float32
+    assert len(sites) == len(found.plan.root) == 28 and {row["method"] for row in sites} == {"dobi_svd"}
+    model = load_model(llama, dtype="bfloat16")
+    rows = compress(model, found.plan, BATCHES)
+    assert sum(row["bits"] for row in rows) == head["achieved"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "budget", "sentence"),
+    [
+        (plan_of(Svd(keep=1.0)), {}, "divides the ranks of dobi_svd, and the plan has svd"),
+        (plan_of(DobiSvd(rank=1, storage="remapped")), {"of": "parameters"}, "with 'remapped' only of 'bits'"),
+    ],
+)
+def test_what_cannot_be_learned(llama, plan, budget, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        allocate(llama, plan, Budget(keep=0.5, by="learned", **budget), BATCHES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, floor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tensormix.calls import Activations
 from tensormix.checkpoint import Checkpoint
 from tensormix.disk import Source
 from tensormix.joint_budget import STEPS, at_keep, costs, is_joint, largest_keep
+from tensormix.learned import Training, learned
+from tensormix.methods import DobiSvd
 from tensormix.methods.base import LinearMethod, Method
 from tensormix.models import fill_buffers, load_model, local_folder, skeleton
 from tensormix.plan import Plan, Rule
@@ -69,7 +72,7 @@ class Way:
     """How a budget is divided: what has to be known of each site, and who divides."""
 
     errors: Any  # what `Survey` asks for
-    divide: Callable[[Sequence[Found], int], Chosen]
+    divide: Callable[[Sequence[Found], int], Chosen] | None  # None: the whole model is trained for it
     needs_weights: bool = True
     needs_whole_model: bool = False
 
@@ -79,6 +82,7 @@ WAYS: dict[str, Way] = {
     "spectrum": Way("spectrum", _marginal),
     "greedy": Way("fits", _marginal),
     "sensitivity": Way("fits", _weighted, needs_whole_model=True),
+    "learned": Way("none", None, needs_whole_model=True),
 }
 
 
@@ -96,7 +100,8 @@ def allocate(
 ) -> Allocation:
     """The sizes of all sites of `plan` within `budget`, from the files of `model`, which are read block by block.
 
-    Only "sensitivity" holds the whole model in memory: it measures what each site alone does to the logits.
+    Only two hold the whole model in memory: "sensitivity" measures what each site alone does to the logits, and
+    "learned", for the ranks of dobi_svd, trains all of them together (see `tensormix.learned`).
 
     Args:
         batches: token ids (B, T) for calibration; with them the errors of "greedy" are those on the inputs.
@@ -122,6 +127,10 @@ def allocate(
     if way.needs_whole_model:
         whole: Any = load_model(model, dtype=dtype)
         whole.to(device)
+        if way.divide is None:
+            survey = Survey(whole, plan, _Counted(model, dtype), progress, **options)
+            survey.look()
+            return _decided(whole, plan, budget, survey, model, partial(_learned, whole, batches or [], budget))
         weigh = weigher(whole, batches or [], budget.measure)
         survey = Survey(whole, plan, _Counted(model, dtype), progress, **options, weigh=weigh, keep=budget.keep)
         survey.run(Calibration(batches, "dense", precision))
@@ -160,14 +169,49 @@ def _home(model: nn.Module, folder: str | Path, device: str) -> Home:
     return Source(model, Assembly(model, Checkpoint(path)), device)
 
 
-def _decided(model: nn.Module, plan: Plan, budget: Budget, survey: Survey, source: str | Path) -> Allocation:
+def _learned(model: nn.Module, batches: Sequence[Tensor], budget: Budget, found: Sequence[Found], units: int) -> Chosen:
+    """The ranks that training finds. Ranks whose scales go beyond the budget are taken back, from the dearest site."""
+    methods = [next(iter(item.methods.values())) for item in found]
+    odd = next((method for method in methods if not isinstance(method, DobiSvd)), None)
+    if odd is not None:
+        raise ValueError(f"budget.by 'learned' divides the ranks of dobi_svd, and the plan has {odd.name}")
+    storages = {method.storage for method in methods if isinstance(method, DobiSvd)}
+    if len(storages) > 1 or (storages == {"remapped"} and budget.of != "bits"):
+        raise ValueError("budget.by 'learned' takes one storage for all sites, and with 'remapped' only of 'bits'")
+    storage, names = "remapped" if storages == {"remapped"} else "plain", [item.site.name for item in found]
+    full = 0.0  # what all numbers of the dense weights would cost as numbers of factors
+    for item in found:
+        sizes, first = (item.site.in_features, item.site.out_features), item.options.options[0]
+        per_rank = max(sizes) if storage == "remapped" else sum(sizes)
+        full += first.cost / first.size / per_rank * sizes[0] * sizes[1]
+    training = Training(steps=budget.steps)
+    ranks = learned(model, names, batches, min(units / full, 1.0), storage=storage, training=training)
+    places = {
+        item.site.name: max(
+            i for i, o in enumerate(item.options.options) if i == 0 or (o.size or 0) in range(1, rank + 1)
+        )
+        for item, rank in zip(found, ranks.values(), strict=True)
+    }
+    options = {item.site.name: item.options.options for item in found}
+    while sum(options[name][place].cost for name, place in places.items()) > units:
+        dearest = max((name for name in places if places[name]), key=lambda name: options[name][places[name]].cost)
+        places[dearest] -= 1
+    return {name: options[name][place] for name, place in places.items()}
+
+
+def _decided(
+    model: nn.Module, plan: Plan, budget: Budget, survey: Survey, source: str | Path,
+    divide: Callable[[Sequence[Found], int], Chosen] | None = None,
+) -> Allocation:  # fmt: skip
     found = [survey.found[name] for name in survey.sites if name in survey.found]
     sites = sum(item.options.dense_cost for item in found)
     whole = sites if budget.over == "sites" else _cost_of_model(model, budget.of, source)
     outside = whole - sites
     units = floor(budget.keep * (1 + 2**-50) * whole) - outside
     _check_possible(found, budget, units, outside, whole)
-    chosen = WAYS[budget.by].divide(found, units)
+    divide = divide or WAYS[budget.by].divide
+    assert divide is not None
+    chosen = divide(found, units)
     rows = [_site_row(item, chosen[item.site.name]) for item in found]
     return Allocation(_plan(found, chosen), [_total(budget, whole, units + outside, outside, rows), *rows])
 

@@ -82,7 +82,7 @@ def _integers(matrix: nn.Parameter, bits: int, group: int) -> nn.Parameter:  # (
     else:
         fits = columns % group == 0
         granularity = torchao.PerGroup(group) if fits else torchao.PerAxis(0)
-        config = torchao.IntxWeightOnlyConfig(torch.int4, granularity)
+        config = torchao.IntxWeightOnlyConfig(torch.int4, granularity)  # pyright: ignore[reportAttributeAccessIssue]
     torchao.quantize_(layer, config)
     return nn.Parameter(layer.weight, requires_grad=False)
 

@@ -67,8 +67,10 @@ class Recipe(Settings):
             ):
                 given = f"{inner.size}={getattr(inner, inner.size)}"
                 raise ValueError(f"plan[{number}]: {given} and a budget cannot both hold: leave out one of them")
-        if self.budget.by == "sensitivity" and self.calibration is None:
-            raise ValueError("budget.by 'sensitivity' is measured on calibration text, and there is no such section")
+        if self.budget.by in ("sensitivity", "learned") and self.calibration is None:
+            raise ValueError(
+                f"budget.by {self.budget.by!r} is measured on calibration text, and there is no such section"
+            )
         return self
 
     @model_validator(mode="after")

@@ -48,9 +48,12 @@ class Budget(Settings):
     keep: float = Field(gt=0, le=1)  # fraction of the dense cost that stays
     of: Literal["bits", "parameters", "macs", "bytes_per_token"] = "bits"  # stored; multiplied, read for one token
     over: Literal["sites", "model"] = "sites"  # whose cost: of the sites that the plan matches, or of the whole model
-    by: Literal["uniform", "spectrum", "greedy", "sensitivity"] = "uniform"  # how it is divided among the sites
+    by: Literal["uniform", "spectrum", "greedy", "sensitivity", "learned"] = (
+        "uniform"  # how it is divided among the sites
+    )
     measure: Literal["kl", "loss", "angle"] = "kl"  # of sensitivity: what says how much a site matters
     levels: int = Field(default=12, ge=1)  # sizes of a site that are fitted, where only a fit tells the error
+    steps: int = Field(default=100, ge=1)  # of training, where the sizes are learned
 
 
 class Calibration(Settings):
