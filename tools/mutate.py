@@ -53,7 +53,6 @@ FAULTS = (
     Fault(
         "operators/monarch.py", "permute(1, 2, 0, 3), full", "permute(2, 1, 0, 3), full", "operators/test_products.py"
     ),
-    Fault("operators/joint_fit.py", "if not after <= before:", "if False:", "operators/test_products.py"),
     Fault(
         "methods/mixt_hybrid.py",
         "parts, found, error = descend(normal, weight - dense",
