@@ -13,7 +13,7 @@ from tensormix.plan import AnyMethod
 from tensormix.recipe import Recipe, load_with_recipe
 from tensormix.settings import Budget, Settings
 
-Way = Literal["uniform", "spectrum", "greedy", "sensitivity"]
+Way = Literal["uniform", "spectrum", "greedy", "sensitivity", "learned"]
 NULLS = ("zero", "mean_output", "drop_blocks")  # what every method has to beat
 _LABEL = re.compile(r"[A-Za-z0-9_+.]+")
 
