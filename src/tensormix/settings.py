@@ -86,6 +86,17 @@ class EarlyStop(Settings):
     num_questions: int = Field(default=200, ge=1)
 
 
+class Lora(Settings):
+    """The low-rank patch of each compressed layer, where `parameters` is lora."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)  # alpha / rank is the scale of a patch
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 class Recover(Settings):
     """Training after compression."""
 
@@ -100,7 +111,8 @@ class Recover(Settings):
     distill: Distill = Distill()  # of the losses kl and local_then_kl
     core_rate: Literal["same", "fan_in"] = "same"  # fan_in: times in_features / fan-in of each matrix of an operator
     diverged: float | None = Field(default=3.0, gt=0)  # stop when the loss is so far (nats) above its lowest
-    parameters: Literal["all", "compressed"] = "all"  # which are trained
+    parameters: Literal["all", "compressed", "lora"] = "all"  # which are trained; lora: patches of compressed layers
+    lora: Lora = Lora()  # of parameters: lora
     loss_on: Literal["all", "answers"] = "all"  # every token, or the answers of exam questions only
     save_every: int = Field(default=500, ge=1)  # steps between checkpoints
     early_stop: EarlyStop | None = None  # without it every recovery takes all its steps
@@ -114,6 +126,16 @@ class Recover(Settings):
             raise ValueError(
                 f"steps ({self.steps}) must be more than distill.local_steps and distill.task_steps together "
                 f"({local + task}), or none are left to learn from the logits"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patches_learn_together(self) -> Self:
+        if self.parameters == "lora" and self.loss == "local_then_kl":
+            raise ValueError("parameters lora trains the patches of all blocks together; take the loss lm or kl")
+        if self.parameters == "lora" and self.core_rate != "same":
+            raise ValueError(
+                f"core_rate {self.core_rate} is of the matrices of operators, which parameters lora leaves as they are"
             )
         return self
 

@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tensormix.data import Mixture
 from tensormix.files import read_json
 from tensormix.models import fingerprint, load_model, load_tokenizer
 from tensormix.recover.local import distill_blocks, learning_blocks
+from tensormix.recover.lora import Patches, Turns, patched
 from tensormix.recover.rates import compressed_parameters, parameter_groups
 from tensormix.recover.teacher import TeacherLogits, check_vocabulary, tokenizer_digest
 from tensormix.recover.trainer import DistillTrainer, TaughtWindows
@@ -90,24 +92,25 @@ def recover(
         judge: asked with the model and the step at every checkpoint; True ends the recovery there.
 
     Raises:
-        ValueError: a source without text or shorter than one window, `parameters: compressed` on a model without
-            structured operators, a teacher with another vocabulary, logits kept for another teacher, a run that
-            diverges (its last good checkpoint stays).
+        ValueError: a source without text or shorter than one window, `parameters: compressed` or `lora` on a model
+            without structured operators, `lora` on one with compressed experts, a teacher with another vocabulary,
+            logits kept for another teacher, a run that diverges (its last good checkpoint stays).
     """
     dtype = next(model.parameters()).dtype
-    trained = set(model.parameters()) if settings.parameters == "all" else compressed_parameters(model)
-    if not trained:
-        raise ValueError("recover: parameters 'compressed' needs a structured operator in the model; it has none.")
-    job = _Recovery(model, tokenizer, settings, folder, seed, trained, str(dtype).removeprefix("torch."))
     needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
     use_cache = model.config.use_cache
+    patching = patched(model, settings.lora, seed) if settings.parameters == "lora" else nullcontext()
     try:
         model.float()
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter in trained)
-        if settings.recompute:
-            _checkpointing(model, "enable")({"use_reentrant": False})
-        rows = job.run(teacher, cache, progress, judge)
+        with patching as patches:
+            trained = _trained(model, settings, patches)
+            job = _Recovery(model, tokenizer, settings, folder, seed, trained, str(dtype).removeprefix("torch."))
+            job.patches = patches
+            for parameter in model.parameters():
+                parameter.requires_grad_(parameter in trained)
+            if settings.recompute:
+                _checkpointing(model, "enable")({"use_reentrant": False})
+            rows = job.run(teacher, cache, progress, judge)
     finally:
         for parameter, wanted in needed.items():
             parameter.requires_grad_(wanted)
@@ -119,6 +122,15 @@ def recover(
     return rows
 
 
+def _trained(model: Any, settings: Recover, patches: Patches | None) -> set[nn.Parameter]:
+    if patches is not None:
+        return patches.parameters
+    trained = set(model.parameters()) if settings.parameters == "all" else compressed_parameters(model)
+    if not trained:
+        raise ValueError("recover: parameters 'compressed' needs a structured operator in the model; it has none.")
+    return trained
+
+
 def _checkpointing(model: Any, action: str) -> Callable[..., None]:
     """The model's method, which transformers renamed on the way to version 6."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
@@ -127,6 +139,8 @@ def _checkpointing(model: Any, action: str) -> Callable[..., None]:
 
 class _Recovery:
     """One recovery: how its windows are shared between the phases."""
+
+    patches: Patches | None = None
 
     def __init__(
         self,
@@ -251,16 +265,26 @@ class _Recovery:
         start = last_whole_checkpoint(self.folder) if self.folder.exists() else None
         if start is not None:
             watch.rows = read_json(start / MARK)["rows"]
-        groups = parameter_groups(self.model, self.trained, settings.learning_rate, settings.core_rate)
-        optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
         trainer = DistillTrainer(
             model=self.model,
             args=_arguments(settings, self.folder, self.dtype, self.seed, settings.steps - self.local_steps),
             train_dataset=dataset,
-            callbacks=[watch],
-            optimizers=(optimizer, None) if settings.core_rate != "same" else (None, None),
+            callbacks=[watch] if self.patches is None else [watch, Turns(self.patches)],
+            optimizers=self._optimizer(),
         )
         trainer.teacher, trainer.hidden = teacher, settings.distill.hidden
         trainer.remove_callback(PrinterCallback)  # the rows say it
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         return watch.rows
+
+    def _optimizer(self) -> tuple[Any, Any]:
+        """With its schedule; None where the Trainer's own are meant."""
+        settings = self.settings
+        if self.patches is not None:
+            return self.patches.optimizer(
+                settings.learning_rate, settings.warmup, settings.weight_decay, settings.steps
+            )
+        if settings.core_rate == "same":
+            return None, None
+        groups = parameter_groups(self.model, self.trained, settings.learning_rate, settings.core_rate)
+        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True), None
