@@ -76,6 +76,7 @@ MAY_IMPORT["budget"] = {"allocate", "assembly", "bits", "calls", "checkpoint", "
 MAY_IMPORT["joint_budget"] = {"fitting", "joint", "methods", "operators", "plan", "sites", "walk"}
 MAY_IMPORT["budget"] |= {"joint_budget", "learned", "profile", "sensitivity", "settings", "sites", "survey", "walk"}
 MAY_IMPORT["comparison"] = {"methods", "plan", "recipe", "settings"}
+MAY_IMPORT["search"] = FACTS | {"evaluate", "examine", "memory", "methods", "plan", "recipe", "survey"}
 MAY_IMPORT["check"] = set(MAY_IMPORT)
 MAY_IMPORT["demo"] = set(MAY_IMPORT)
 MAY_IMPORT["run"] = set(MAY_IMPORT)

@@ -34,6 +34,7 @@ KERNEL = "kernels/test_mixt_kernel.py"
 MATCHING = "operators/test_mixt_matching.py"
 METHOD = "methods/test_method_contract.py"
 SELECTION = "test_selection.py"
+SEARCH = "test_search.py"
 STREAMLINE = "test_streamline.py"
 FLAT = "methods/test_flat_llm.py"
 SOLA = "methods/test_sola.py"
@@ -361,6 +362,13 @@ FAULTS = (
         "before, after in zip(entered[0], hidden",
         SELECTION,
     ),
+    Fault("search.py", "exam_prompts(together)[num_judging:]", "exam_prompts(together)[:num_choosing]", SEARCH),
+    Fault("search.py", "ids[num_judging : num_judging + num_choosing]", "ids[:num_choosing]", SEARCH),
+    Fault("search.py", "copy.deepcopy(fitted[pair])", "fitted[pair]", SEARCH),
+    Fault("search.py", "    if needed > least:", "    if False:", SEARCH),
+    Fault("search.py", "log_softmax(0)[r", "softmax(0)[r", SEARCH),
+    Fault("search.py", "min(math.floor(len(ids) * (1 - part)), len(ids) - text.window)", "len(ids)", SEARCH),
+    Fault("run.py", '"budget": None, "search": None}', '"budget": None}', SEARCH),
     Fault("selection.py", "& there - taken", "& there", SELECTION),
     Fault("selection.py", "best = min(candidates", "best = max(candidates", SELECTION),
     Fault("selection.py", "found[start].angle if", "found[start].influence if", SELECTION),

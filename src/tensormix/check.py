@@ -17,6 +17,7 @@ from tensormix.operators import ExpertStack
 from tensormix.plan import Plan
 from tensormix.profile import bytes_by_dtype, num_parameters
 from tensormix.recipe import Recipe
+from tensormix.search import candidates, most_evaluations, plan_of
 from tensormix.selection import assume, chooses
 from tensormix.sites import Site, blocks, find_sites, install, macs_per_token, returns_tuple
 from tensormix.slicing import slice_empty
@@ -29,7 +30,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
         {"dense": {"parameters", "macs_per_token", "bytes": {dtype: n}}, "compressed": {the same}, "sites": [rows],
         "assumed": whether something is left to the run: blocks that a rule leaves to measuring, of which the last that
         it could choose are counted then, or sizes that a budget decides from weights or inputs, where those of
-        "uniform" are shown in their place}. With a budget also "budget": the rows of `allocate`.
+        "uniform" are shown in their place, or what a search finds, where every site has its smallest candidate}. With
+        a budget also "budget": the rows of `allocate`; with a search "search": how many candidates and evaluations.
         MACs are those of `macs_per_token`; bytes are parameters times the size of the dtype. "num_experts" in a row
         is None unless the site is a stack of experts.
 
@@ -43,6 +45,12 @@ def check(recipe: Recipe) -> dict[str, Any]:
         uniform = recipe.budget.model_copy(update={"by": "uniform"})
         decided = allocate(recipe.model, plan, uniform, dtype=recipe.dtype)
         plan, found = decided.plan, {"budget": decided.rows}
+    if recipe.search is not None:
+        pairs, left_out = candidates(model, plan, recipe.search)
+        smallest = {site: min(rate for other, rate in pairs if other == site) for site, _ in pairs}
+        most = most_evaluations(pairs)
+        found = {"search": {"candidates": len(pairs), "evaluations": most, "left_out": left_out}}
+        plan, assumed = plan_of(model, smallest), True
     sites = replace_empty(model, plan)
     return {"dense": dense, "sites": sites, "compressed": counts(model), "assumed": assumed, **found}
 

@@ -232,7 +232,14 @@ def show_check(result: dict[str, Any]) -> None:
                 f"{first['dense_macs_per_token']:,} -> {first['macs_per_token']:,}",
             )
         console.print(table)
-        if result["assumed"] and "budget" not in result:
+        if "search" in result:
+            search = result["search"]
+            console.print(
+                "Which of these sites are reduced, and how far, a run finds by trying, with the whole model in memory: "
+                f"{search['candidates']} candidates, at most {search['evaluations']} evaluations. It cannot be known "
+                "here; the smallest candidate at every site is counted, and the dense model may win."
+            )
+        elif result["assumed"] and "budget" not in result:
             console.print("Which blocks a rule chooses is measured in a run; the last that it could are counted here.")
         console.print()
     if "budget" in result:

@@ -12,9 +12,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from tensormix.diagnose.table import Diagnose
 from tensormix.explain import explain
-from tensormix.methods import JointMethod, LinearMethod, with_sizes
+from tensormix.methods import JointMethod, Laser, LinearMethod, with_sizes
 from tensormix.plan import Plan
-from tensormix.settings import Budget, Calibration, Evaluate, Profile, Recover, Settings, Source
+from tensormix.settings import Budget, Calibration, Evaluate, Profile, Recover, Search, Settings, Source
 
 Model = TypeVar("Model", bound=BaseModel)
 Direction = Literal["last", "first"]
@@ -26,7 +26,7 @@ class Recipe(Settings):
     """One run: a model, what is done to it, and what is measured afterwards.
 
     Raises ValueError, on construction, if something needs calibration and there is none, or a budget and the plan
-    both say how large something is.
+    both say how large something is, or if a search cannot be one.
     """
 
     model: str  # a folder, relative to the recipe, or a Hub id
@@ -35,6 +35,7 @@ class Recipe(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"  # loaded and trained in
     plan: Plan = Plan(())  # empty: the model stays dense
     budget: Budget | None = None  # decides the sizes of the plan's methods, which then leave theirs out
+    search: Search | None = None  # decides which sites of a laser plan are reduced, and how far, by trying
     calibration: Calibration | None = None
     recover: Recover | None = None  # absent: no training
     evaluate: Evaluate = Evaluate()
@@ -44,7 +45,9 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _sizes_left_open(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("budget") is None or not isinstance(data.get("plan"), list | tuple):
+        if not isinstance(data, dict) or not isinstance(data.get("plan"), list | tuple):
+            return data
+        if data.get("budget") is None and data.get("search") is None:
             return data
         rules = [{**r, "method": with_sizes(r.get("method"))} if isinstance(r, dict) else r for r in data["plan"]]
         return {**data, "plan": rules}
@@ -72,6 +75,39 @@ class Recipe(Settings):
                 f"budget.by {self.budget.by!r} is measured on calibration text, and there is no such section"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_search(self) -> Self:
+        if self.search is None:
+            return self
+        if self.budget is not None:
+            raise ValueError("budget and search both decide the sizes of the plan: leave out one of them")
+        if self.start is not None:
+            raise ValueError("a search begins with the dense model: leave out start")
+        if not self.plan.root:
+            raise ValueError("a search needs a plan: its rules say which sites are tried")
+        for number, rule in enumerate(self.plan.root):
+            if not isinstance(rule.method, Laser):
+                raise ValueError(f"plan[{number}]: a search tries laser, and the method is {rule.method.name}")
+            if rule.method.keep_rank != Laser.largest:
+                given = f"keep_rank={rule.method.keep_rank}"
+                raise ValueError(
+                    f"plan[{number}]: {given} and a search cannot both hold: search.keep_rank has them all"
+                )
+        texts = self.evaluate.perplexity
+        if self.evaluate.exam is None and not texts:
+            raise ValueError("a search scores on evaluate.exam or else on a text of evaluate.perplexity; give one")
+        if self.evaluate.exam is None and texts[0].num_tokens is None:
+            raise ValueError(
+                "a search without evaluate.exam scores on the tokens that evaluate.perplexity does not read: "
+                "give its first text num_tokens"
+            )
+        return self
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the plan that is run is still to be decided, by a budget or a search."""
+        return self.budget is not None or self.search is not None
 
     @model_validator(mode="after")
     def _calibrated(self) -> Self:

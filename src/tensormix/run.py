@@ -1,7 +1,7 @@
 """One recipe, one run folder: the only place that knows the order of the stages.
 
     recipe.json       what was asked
-    allocate.json     of a recipe with a budget: the plan that it became, with the size of every site
+    allocate.json     of a recipe with a budget or a search: the plan that it became, with the size of every site
     compress.json     one file per finished stage: its rows, its settings, its key, where and when it was made
     recover.json  evaluate.json  diagnose.json  profile.json
     answers/          what benchmarks have answered while evaluate is not finished
@@ -39,6 +39,7 @@ from tensormix.plan import Plan
 from tensormix.profile import profile
 from tensormix.recipe import Recipe
 from tensormix.recover import recover
+from tensormix.search import check_search, scorer, search_sites
 from tensormix.settings import Calibration, Exam, Recover, Source
 from tensormix.stream import compress_checkpoint
 
@@ -49,7 +50,7 @@ STAGES = ("allocate", "compress", "recover", "evaluate", "diagnose", "profile")
 
 def dense_recipe(recipe: Recipe) -> Recipe:
     """The same examination of the untouched model."""
-    nothing = {"budget": None, "start": None, "recover": None, "calibration": None, "profile": None}
+    nothing = {"budget": None, "search": None, "start": None, "recover": None, "calibration": None, "profile": None}
     return recipe.model_copy(update={"plan": Plan(()), **nothing})
 
 
@@ -77,12 +78,14 @@ def run_recipe(
         ValueError: whatever a stage finds wrong with the recipe, the model or the data. Finished stages stay.
     """
     write_json(folder / "recipe.json", json.loads(recipe.model_dump_json()))
+    if recipe.search is not None and with_allocation(recipe, folder) is None:
+        check_search(recipe)  # before the dense model is measured
     if reference is None and len(recipe.plan.root):
         reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress)
     if recipe.evaluate.benchmarks:
         check_installed()  # before hours of work, not after them
     tell = progress or (lambda stage, done, total: None)
-    if recipe.budget is not None:
+    if recipe.is_open:
         _Run(recipe, folder, reference, tell, workers).finish("allocate")
         recipe = with_allocation(recipe, folder) or recipe
     run = _Run(recipe, folder, reference, tell, workers)
@@ -96,13 +99,13 @@ def run_recipe(
 
 
 def with_allocation(recipe: Recipe, folder: Path) -> Recipe | None:
-    """A recipe with a budget as the recipe with the plan that the budget became; None if that is not known yet."""
-    if recipe.budget is None:
+    """A recipe with a budget or a search as the recipe with the plan that it became; None if that is not known yet."""
+    if not recipe.is_open:
         return recipe
     if not is_done(folder, "allocate", {"allocate": allocation_key(recipe)}):
         return None
     plan = Plan.model_validate(read_json(folder / "allocate.json")["plan"])
-    return recipe.model_copy(update={"plan": plan, "budget": None})
+    return recipe.model_copy(update={"plan": plan, "budget": None, "search": None})
 
 
 class _Run:
@@ -192,6 +195,8 @@ class _Run:
         return windows(self.tokenizer, settings, self.recipe.seed)
 
     def _allocate(self) -> list[Row]:
+        if self.recipe.search is not None:
+            return self._search()
         budget, settings = self.recipe.budget, self._calibration
         assert budget is not None
         spill = self.folder / "activations"
@@ -208,6 +213,25 @@ class _Run:
         )
         shutil.rmtree(spill, ignore_errors=True)
         self._beside = {"plan": found.plan.model_dump(mode="json")}
+        return found.rows
+
+    def _search(self) -> list[Row]:
+        recipe = self.recipe
+        assert recipe.search is not None
+        score, scored_on = scorer(self.tokenizer, recipe.evaluate, recipe.search.part)
+        found = search_sites(
+            self.dense,
+            recipe.plan,
+            recipe.search,
+            score,
+            lambda done, total: self.progress("allocate", done, total),
+        )
+        self._beside = {
+            "plan": found.plan.model_dump(mode="json"),
+            "chosen": found.chosen,
+            "scored_on": scored_on,
+            "left_out": found.left_out,
+        }
         return found.rows
 
     def _compress(self) -> list[Row]:
@@ -297,6 +321,9 @@ class _Run:
 def _settings(recipe: Recipe, stage: str) -> Any:
     """What the recipe says to one stage, as plain data."""
     whole = json.loads(recipe.model_dump_json())
+    if stage == "allocate" and recipe.search is not None:
+        asked = whole["evaluate"]["exam"] or whole["evaluate"]["perplexity"][0]
+        return {"scored_on": asked, **{name: whole[name] for name in ("model", "dtype", "plan", "search")}}
     if stage == "allocate":
         return {name: whole[name] for name in ("model", "dtype", "plan", "calibration", "budget")}
     if stage == "compress":
@@ -305,7 +332,7 @@ def _settings(recipe: Recipe, stage: str) -> Any:
 
 
 def allocation_key(recipe: Recipe) -> str:
-    """The key of what a budget becomes: a hash of it, of the plan, and of what both are decided on."""
+    """The key of what a budget or a search becomes: a hash of it, of the plan, and of what both are decided on."""
     start = [__version__, fingerprint(recipe.start or recipe.model), recipe.dtype, recipe.seed]
     text = json.dumps(["allocate", _settings(recipe, "allocate"), start], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -314,9 +341,9 @@ def allocation_key(recipe: Recipe) -> str:
 def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
     """The key of every stage that the recipe asks for: a hash of its settings and of what it builds upon.
 
-    Of a recipe with a budget only "allocate" is known: the others are those of the recipe that it becomes.
+    Of a recipe with a budget or a search only "allocate" is known: the others are those of the recipe that it becomes.
     """
-    if recipe.budget is not None:
+    if recipe.is_open:
         return {"allocate": allocation_key(recipe)}
     start = [__version__, fingerprint(recipe.model), recipe.dtype, recipe.seed]
     keys: dict[str, str] = {}

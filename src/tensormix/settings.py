@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Settings(BaseModel):
@@ -54,6 +54,24 @@ class Budget(Settings):
     measure: Literal["kl", "loss", "angle"] = "kl"  # of sensitivity: what says how much a site matters
     levels: int = Field(default=12, ge=1)  # sizes of a site that are fitted, where only a fit tells the error
     steps: int = Field(default=100, ge=1)  # of training, where the sizes are learned
+
+
+class Search(Settings):
+    """Which sites of a laser plan are reduced at all, and how far: those that score best with the model in memory.
+
+    It scores on questions of its own: those of the exam that follow the ones that evaluate asks, or without an exam
+    the tokens that follow `num_tokens` in the first text of perplexity.
+    """
+
+    keep_rank: tuple[float, ...] = Field(min_length=1)  # what is tried at every site
+    part: float = Field(default=0.2, gt=0, lt=1)  # of all questions or tokens that is for choosing; the rest judges
+
+    @field_validator("keep_rank")
+    @classmethod
+    def _fractions(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < rate <= 1 for rate in rates) or len(set(rates)) < len(rates):
+            raise ValueError(f"fractions of the largest rank, above 0 and at most 1, each once, got {list(rates)}")
+        return rates
 
 
 class Calibration(Settings):
