@@ -98,7 +98,7 @@ class MixtRotated(LinearMethod):
         assert isinstance(outputs, Kronecker) and isinstance(mixture, MixT) and isinstance(inputs, Kronecker)
         with torch.no_grad():
             for basis in (outputs, inputs):
-                for part in (basis.outer, basis.inner):
+                for part in (basis.outer_factor, basis.inner_factor):
                     part.copy_(torch.eye(len(part)))
         fit_aware(mixture, wide, root @ root.T, tolerance=1e-3, max_steps=200)
         facts = fit_whitened(op, wide, root, steps=self.steps)

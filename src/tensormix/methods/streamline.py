@@ -101,11 +101,11 @@ class Streamline(BlockMethod):
         module.eval()
         dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), entering[0].dtype)
         best = _train(module, runs, entering, leaving, self)
-        self._fitted = module.to(dtype)
-        self._fitted.load_state_dict(best)
-        for parameter, like in zip(self._fitted.parameters(), block.parameters(), strict=False):
+        self._fitted = fitted = module.to(dtype)
+        fitted.load_state_dict(best)
+        for parameter, like in zip(fitted.parameters(), block.parameters(), strict=False):
             parameter.requires_grad_(like.requires_grad)
-        wide = _error(lambda run, state: run(self._fitted, state), runs, entering, leaving)
+        wide = _error(lambda run, state: run(fitted, state), runs, entering, leaving)
         return {"mse": wide, "mse_dropped": _error(lambda run, state: state, runs, entering, leaving)}
 
     def _mlp(self, block: nn.Module, hidden_size: int, returns: str, device: Any = "meta") -> ResidualMLP:

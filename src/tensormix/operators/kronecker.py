@@ -29,8 +29,8 @@ class Kronecker(StructuredLinear):
                 f"{in_features}x{out_features} layer"
             )
         self.outer_size = outer
-        self.outer = nn.Parameter(torch.empty(outer, outer))
-        self.inner = nn.Parameter(torch.empty(in_features // outer, in_features // outer))
+        self.outer_factor = nn.Parameter(torch.empty(outer, outer))
+        self.inner_factor = nn.Parameter(torch.empty(in_features // outer, in_features // outer))
 
     @classmethod
     def from_dense(cls, weight: Tensor, *, outer: int) -> Kronecker:  # (O, I)
@@ -40,16 +40,16 @@ class Kronecker(StructuredLinear):
         wide = weight.detach().to(computing_dtype(weight))
         with torch.no_grad():
             u, s, vh = torch.linalg.svd(wide.view(A, B, A, B).transpose(1, 2).reshape(A * A, B * B))
-            op.outer.copy_((s[0].sqrt() * u[:, 0]).view(A, A))
-            op.inner.copy_((s[0].sqrt() * vh[0]).view(B, B))
+            op.outer_factor.copy_((s[0].sqrt() * u[:, 0]).view(A, A))
+            op.inner_factor.copy_((s[0].sqrt() * vh[0]).view(B, B))
         return op
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        y = F.linear(x.unflatten(-1, (self.outer_size, -1)), self.inner)  # (..., A, B)
-        return F.linear(y.transpose(-1, -2), self.outer).transpose(-1, -2).flatten(-2)
+        y = F.linear(x.unflatten(-1, (self.outer_size, -1)), self.inner_factor)  # (..., A, B)
+        return F.linear(y.transpose(-1, -2), self.outer_factor).transpose(-1, -2).flatten(-2)
 
     def to_dense(self) -> Tensor:  # (O, I)
-        return torch.kron(self.outer, self.inner)
+        return torch.kron(self.outer_factor, self.inner_factor)
 
     @property
     def sizes(self) -> dict[str, Any]:
