@@ -99,6 +99,8 @@ class Study:
         method = dict(variant["method"])
         if method.get("keep") == "KEEP":
             method["keep"] = equal_keep(model, labels["depth"], about["branches"])
+        if method.get("num_branches") == "BRANCHES":
+            method["num_branches"] = about["branches"]
         try:
             plan = plan_of(method, labels["depth"], about["branches"])
         except (ValidationError, ValueError):
