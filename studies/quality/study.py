@@ -53,7 +53,8 @@ def stored(model: Any, plan: Plan) -> int:
 
 
 def plan_of(method: dict[str, Any], depth: int, branches: int) -> Plan:
-    method = method | ({"num_branches": branches} if method["name"] == "mixt" else {})
+    if method["name"] == "mixt" or method.get("num_branches") == "BRANCHES":
+        method = method | {"num_branches": branches}
     return Plan.model_validate([{"blocks": f"last {depth}", "method": method}])
 
 
@@ -99,8 +100,6 @@ class Study:
         method = dict(variant["method"])
         if method.get("keep") == "KEEP":
             method["keep"] = equal_keep(model, labels["depth"], about["branches"])
-        if method.get("num_branches") == "BRANCHES":
-            method["num_branches"] = about["branches"]
         try:
             plan = plan_of(method, labels["depth"], about["branches"])
         except (ValidationError, ValueError):
