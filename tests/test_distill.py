@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tensormix.recover.losses import relative_distance, top_k_divergence, top_k_
 from tensormix.recover.rates import parameter_groups, rate_factors
 from tensormix.recover.teacher import TeacherLogits
 from tensormix.recover.trainer import TaughtWindows
-from tensormix.recover.watch import last_whole_checkpoint
+from tensormix.recover.watch import Watch, last_whole_checkpoint
 from tensormix.settings import Recover, Source
 from tensormix.walk import compress
 
@@ -208,6 +209,23 @@ def test_a_diverging_run_stops_says_where_and_keeps_its_last_good_checkpoint(tin
     good = last_whole_checkpoint(tmp_path / "c")
     rows = read_json(good / "whole.json")["rows"]
     assert rows[-1]["loss"] < min(row["loss"] for row in rows) + 1.0
+
+
+def test_a_loss_that_jumps_once_is_no_divergence(tmp_path):
+    """Two losses that are too high and one that is not; then three in a row, and what was saved among them goes."""
+    watch = Watch(1, None, steps_before=0, phase=lambda step: "lm", diverged=1.0)
+    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=0.1)
+
+    def log(step, loss):
+        watch.on_log(args, SimpleNamespace(global_step=step), None, {"loss": loss, "learning_rate": 0.1})
+
+    for step, loss in enumerate([4.0, 9.0, 9.0, 4.5, 9.0, 9.0], 1):
+        log(step, loss)
+    for step in (3, 4, 5, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(ValueError, match=r"the loss is 9 at step 7, learning rate 0\.1, after 4 at its best"):
+        log(7, 9.0)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 def test_a_judge_ends_a_recovery_whose_outcome_is_clear(tiny, tmp_path):

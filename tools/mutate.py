@@ -308,7 +308,7 @@ FAULTS = (
         "test_distill.py",
     ),
     Fault("recover/rates.py", "operator.in_features / parameter.shape[-1]", "1.0", "test_distill.py"),
-    Fault("recover/watch.py", "loss > lowest + self.diverged", "False", "test_distill.py"),
+    Fault("recover/watch.py", 'row["loss"] > lowest + self.diverged', "False", "test_distill.py"),
     Fault("sweep.py", "and c.depth < cell.depth]", "]", "test_sweep_search.py"),
     Fault("sweep.py", "bisect_boundary(measure, self.num_blocks)", "measure(0)", "test_sweep_search.py"),
     Fault("diagnose/verdict.py", "step > self.num_steps / 2", "True", "test_sweep_search.py"),

@@ -32,7 +32,7 @@ from tensormix.recover.lora import Patches, Turns, patched
 from tensormix.recover.rates import compressed_parameters, parameter_groups
 from tensormix.recover.teacher import TeacherLogits, check_vocabulary, tokenizer_digest
 from tensormix.recover.trainer import DistillTrainer, TaughtWindows
-from tensormix.recover.watch import MARK, Row, Watch, last_whole_checkpoint
+from tensormix.recover.watch import MARK, PATIENCE, Row, Watch, last_whole_checkpoint
 from tensormix.settings import Recover
 
 NUM_LOSS_ROWS = 60
@@ -59,7 +59,7 @@ def _arguments(settings: Recover, folder: Path, dtype: str, seed: int, steps: in
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         save_strategy="steps" if steps > settings.save_every else "no",
         save_steps=settings.save_every,
-        save_total_limit=2,
+        save_total_limit=2 + math.ceil(PATIENCE * max(1, steps // NUM_LOSS_ROWS) / settings.save_every),
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from tensormix.files import read_json, write_json
 
 Row = dict[str, Any]
 MARK = "whole.json"  # written into a checkpoint when everything else in it is: name and size of each file
+PATIENCE = 3  # losses in a row that must be too high: the loss of one step jumps where few tokens count
 
 
 class Watch(TrainerCallback):
@@ -22,7 +24,8 @@ class Watch(TrainerCallback):
     Args:
         steps_before: steps of this recovery that were done elsewhere (block by block); rows and progress count them.
         phase: which loss a step of the trainer has; divergence is judged within one.
-        diverged: nats above the lowest loss of a phase at which the run is stopped; None: only where it is no number.
+        diverged: nats above the lowest loss of a phase; the run is stopped when three losses in a row are higher, or at
+            once where one is no number (None: only there).
         judge: asked at every checkpoint; True stops the recovery, whose outcome is clear.
     """
 
@@ -49,8 +52,13 @@ class Watch(TrainerCallback):
             return
         step, loss, phase = self.steps_before + state.global_step, float(logs["loss"]), self.phase(state.global_step)
         rate = float(logs["learning_rate"])
-        lowest = min((row["loss"] for row in self.rows if row["phase"] == phase), default=math.inf)
-        if not math.isfinite(loss) or (self.diverged is not None and loss > lowest + self.diverged):
+        earlier = [row for row in self.rows if row["phase"] == phase]
+        lowest = min((row["loss"] for row in earlier), default=math.inf)
+        recent = [*earlier[1 - PATIENCE :], {"step": step, "loss": loss}]
+        high = self.diverged is not None and all(row["loss"] > lowest + self.diverged for row in recent)
+        if not math.isfinite(loss) or (high and len(recent) == PATIENCE):
+            first = recent[0]["step"] if math.isfinite(loss) else step  # lost with what the step before it had made
+            drop_checkpoints(Path(args.output_dir), first - self.steps_before - 1)
             raise ValueError(self._diverged(Path(args.output_dir), step, loss, lowest, rate, args.learning_rate))
         self.rows.append(
             {
@@ -79,6 +87,13 @@ class Watch(TrainerCallback):
         write_json(folder / MARK, {"files": _sizes(folder), "rows": self.rows})
         if self.judge is not None and self.judge(model, self.steps_before + state.global_step):
             control.should_training_stop = True
+
+
+def drop_checkpoints(folder: Path, first: int) -> None:
+    """Remove the checkpoints of step `first` and later: a run that goes on must not start from a lost one."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.rpartition("-")[2]) >= first:
+            shutil.rmtree(checkpoint)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
