@@ -141,7 +141,7 @@ def predict(
 
 @app.command()
 def demo(out: Out = None) -> None:
-    """Run the main job on the embedded model: a sweep over the compression depth, no download, about 8 minutes."""
+    """Run the main job on the embedded model: a sweep over the compression depth, no download, about 4 minutes."""
     from tensormix.demo import sweep_file
 
     console.print("A 12-block model is compressed with MixT at every depth, recovered and examined again.")
