@@ -42,8 +42,14 @@ DOBI = "methods/test_dobi_svd.py"
 
 AWARE = "methods/test_mixt_aware.py"
 STRUCTURES = "methods/test_mixt_structures.py"
+RESIDUAL = "test_residual_rotation.py"
 
 FAULTS = (
+    Fault("reparameterise/residual.py", "norm.gain.fill_(1)", "pass", RESIDUAL),
+    Fault("reparameterise/residual.py", "shift / gain) @ basis", "shift) @ basis", RESIDUAL),
+    Fault("reparameterise/residual.py", "(embedding, *positions)", "(embedding,)", RESIDUAL),
+    Fault("reparameterise/residual.py", "    model.config.tie_word_embeddings = False\n", "", RESIDUAL),
+    Fault("reparameterise/residual.py", "if norm.block in wanted:", "if True:", RESIDUAL),
     Fault("methods/mixt_normal.py", "permute(3, 0, 1, 2, 4, 5)", "permute(0, 3, 1, 2, 4, 5)", AWARE),
     Fault("methods/mixt_normal.py", "right @ matrix.T", "right @ matrix", AWARE),
     Fault("methods/mixt_normal.py", "        dense[self.op.out_features :] = 0\n", "", AWARE),

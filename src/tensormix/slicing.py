@@ -18,6 +18,7 @@ from tensormix.fitting import Row
 from tensormix.methods.slice_gpt import SliceGpt, principal_basis
 from tensormix.operators import SlicedBlock
 from tensormix.operators.base import computing_dtype
+from tensormix.reparameterise.residual import read, write
 from tensormix.sites import locate_blocks, macs_per_token
 from tensormix.sliced import block_layers, check_sliceable, ends, final_norm, shrink
 from tensormix.statistics import Gram
@@ -123,27 +124,19 @@ def _turned(model: nn.Module, bases: list[Tensor]) -> dict[str, Tensor]:
                     continue
                 full = f"{root}.{index}.{name}"
                 found[f"{full}.weight"] = (
-                    _read(layer.weight, scale, inputs) if reads else _written(layer.weight, outputs)
-                )
+                    read(layer.weight, scale, inputs) if reads else write(layer.weight, outputs)
+                ).to(layer.weight)
                 if layer.bias is not None:
-                    found[f"{full}.bias"] = layer.bias if reads else _written(layer.bias, outputs)
+                    found[f"{full}.bias"] = layer.bias if reads else write(layer.bias, outputs).to(layer.bias)
             found[f"{root}.{index}.{shortcut}.weight"] = (outputs.T @ inputs).to(scale.dtype)
     names = {module: name for name, module in model.named_modules()}
     embedding, head = ends(model)
     scale = final_norm(model).get_parameter("weight")
     found[f"{names[embedding]}.weight"] = (embedding.weight.to(bases[0]) @ bases[0]).to(embedding.weight)
-    found[f"{names[head]}.weight"] = _read(head.weight, scale, bases[-1])
+    found[f"{names[head]}.weight"] = read(head.weight, scale, bases[-1]).to(head.weight)
     if head.bias is not None:
         found[f"{names[head]}.bias"] = head.bias
     return found
-
-
-def _read(weight: Tensor, scale: Tensor, basis: Tensor) -> Tensor:  # (O, D), (D,), (D, S) -> (O, S)
-    return (weight.to(basis) * scale.to(basis) @ basis).to(weight)
-
-
-def _written(weight: Tensor, basis: Tensor) -> Tensor:  # (D, I) or (D,), (D, S) -> (S, I) or (S,)
-    return (basis.T @ weight.to(basis)).to(weight)
 
 
 def _costs(model: nn.Module) -> Iterator[dict[str, Any]]:
