@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tensormix.compare import comparison_rows
+from tensormix.run.compare import comparison_rows
 
 Row = dict[str, Any]
 

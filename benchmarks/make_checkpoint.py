@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
-from tensormix.checkpoint import INDEX, Piece, check_space, write_shard
-from tensormix.files import write_json
 from tensormix.models import skeleton
+from tensormix.storage.checkpoint import INDEX, Piece, check_space, write_shard
+from tensormix.storage.files import write_json
 
 SHARD = 5_000_000_000  # bytes
 

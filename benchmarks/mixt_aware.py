@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tensormix.files import environment, now
 from tensormix.methods import Mixt
 from tensormix.statistics import Gram
+from tensormix.storage.files import environment, now
 
 RESULTS = Path(__file__).parent / "results" / "mixt_aware.jsonl"
 

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from tensormix.files import environment
 from tensormix.operators import LowRank, MixT
 from tensormix.operators.base import StructuredLinear
+from tensormix.storage.files import environment
 
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
 SHAPES = {  # (in_features, out_features), each once

@@ -73,7 +73,7 @@ def compress(model: Path, work: Path, asked: argparse.Namespace) -> dict[str, An
     import torch
 
     from tensormix.plan import Plan
-    from tensormix.stream import compress_checkpoint
+    from tensormix.streaming.stream import compress_checkpoint
 
     torch.set_num_threads(asked.threads)
     batches = None
@@ -125,7 +125,7 @@ def main() -> None:
     if asked.only:
         print(json.dumps(work_alone(asked.only, asked)))
         return
-    from tensormix.files import environment, now
+    from tensormix.storage.files import environment, now
 
     copied, compressed = measure("copy", asked), measure("compress", asked)
     row = {

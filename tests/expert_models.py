@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tensormix.fused_experts import open_experts
 from tensormix.operators import ExpertStack, LowRank
 from tensormix.sites import Site, find_sites
+from tensormix.sites.fused_experts import open_experts
 from zoo import token_ids
 
 UP, DOWN = "model.layers.2.mlp.experts.gate_up", "model.layers.2.mlp.experts.down"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tensormix.packed import dequantize_fp8, dequantize_mxfp4
+from tensormix.storage.packed import dequantize_fp8, dequantize_mxfp4
 from zoo import make
 
 Tensors = dict[str, Tensor]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tensormix.assembly import Assembly
-from tensormix.checkpoint import Checkpoint
 from tensormix.models import load_model, skeleton
+from tensormix.storage.assembly import Assembly
+from tensormix.storage.checkpoint import Checkpoint
 from zoo import MOE, ZOO, make
 
 

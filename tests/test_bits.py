@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from tensormix.bits import checkpoint_bits, stored_bits
 from tensormix.models import skeleton
 from tensormix.operators import Dense, Quantized, StructuredLinear
 from tensormix.operators.quantized import on_meta
 from tensormix.plan import Plan
+from tensormix.storage.bits import checkpoint_bits, stored_bits
 from tensormix.walk import compress
 from zoo import make, token_ids
 

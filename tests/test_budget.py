@@ -9,9 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from packed_checkpoints import save_packed
 from tensormix.budget import WAYS, Allocation, allocate
-from tensormix.check import check
+from tensormix.budget.survey import Survey, in_place
 from tensormix.evaluate.divergence import divergences
-from tensormix.files import read_json
 from tensormix.methods import (
     Coala,
     DobiSvd,
@@ -31,10 +30,11 @@ from tensormix.models import load_model, skeleton
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
 from tensormix.run import allocation_key, run_recipe, stage_rows
+from tensormix.run.check import check
 from tensormix.settings import Budget
 from tensormix.sites import find_sites
 from tensormix.statistics import Gram, QRFactor
-from tensormix.survey import Survey, in_place
+from tensormix.storage.files import read_json
 from tensormix.walk import Calibration, Home, compress
 from zoo import make, token_ids
 

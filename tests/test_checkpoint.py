@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tensormix.checkpoint import DTYPES, INDEX, Checkpoint, Piece, check_space, file_hash, read_header, write_shard
+from tensormix.storage.checkpoint import (
+    DTYPES,
+    INDEX,
+    Checkpoint,
+    Piece,
+    check_space,
+    file_hash,
+    read_header,
+    write_shard,
+)
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tensormix.compare import comparison_rows, run_comparison
-from tensormix.comparison import Comparison
-from tensormix.files import read_json
+from tensormix.recipe.comparison import Comparison
 from tensormix.report import build_report
 from tensormix.run import stage_rows
+from tensormix.run.compare import comparison_rows, run_comparison
+from tensormix.storage.files import read_json
 
 
 def comparison(tiny, **changes):

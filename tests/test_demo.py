@@ -59,7 +59,7 @@ def test_stories260k_is_swept_over_all_its_blocks_to_a_report(tmp_path):
     """The recipe with fewer steps and a shorter text: every depth has its row, and a page comes out."""
     from tensormix.report import build_report
     from tensormix.run import stage_rows
-    from tensormix.sweep import run_sweep
+    from tensormix.run.sweep import run_sweep
 
     sweep = Sweep.load(Path(__file__).parents[1] / "recipes" / "stories260k_mixt3_sweep.yaml")
     recipe = sweep.recipe

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tensormix.files import read_json, write_json
 from tensormix.models import load_model, load_tokenizer
 from tensormix.operators import LowRank, MixT, Sum
 from tensormix.plan import Plan
@@ -23,6 +22,7 @@ from tensormix.recover.teacher import TeacherLogits
 from tensormix.recover.trainer import TaughtWindows
 from tensormix.recover.watch import Watch, last_whole_checkpoint
 from tensormix.settings import Recover, Source
+from tensormix.storage.files import read_json, write_json
 from tensormix.walk import compress
 
 PLAN = Plan.model_validate([{"blocks": "last 2", "method": {"name": "mixt", "num_branches": 3}}])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tensormix.files import read_json
 from tensormix.recipe import Sweep
 from tensormix.report import build_report
 from tensormix.run import stage_rows
-from tensormix.sweep import run_sweep
+from tensormix.run.sweep import run_sweep
+from tensormix.storage.files import read_json
 
 
 def test_the_trend_and_the_cells_beside_it(tiny, tmp_path):

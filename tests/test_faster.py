@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tensormix.faster import dense_where_faster
+from tensormix.inference.faster import dense_where_faster
 from tensormix.models import load_model
 from tensormix.operators import LowRank, MixT, Sparse
 from tensormix.plan import Plan

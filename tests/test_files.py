@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tensormix.files import environment, read_json, whole_folder, write_json, write_text
+from tensormix.storage.files import environment, read_json, whole_folder, write_json, write_text
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from expert_models import DOWN, UP, logits, open_all, site_at, stacks
-from tensormix.check import counts
-from tensormix.fused_experts import close_experts, experts_per_token, is_fused, open_experts
 from tensormix.operators import DenseStack, Experts
+from tensormix.run.check import counts
 from tensormix.sites import blocks, find_sites, opened
+from tensormix.sites.fused_experts import close_experts, experts_per_token, is_fused, open_experts
 from zoo import MOE, NUM_BLOCKS, make, token_ids
 
 

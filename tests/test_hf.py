@@ -213,6 +213,6 @@ def test_loading_without_the_plugin_fails_loudly(tmp_path):
     folders = [str(tmp_path / name) for name in ("mixt", "drop")]
     for folder, method in zip(folders, [{"name": "mixt", "num_branches": 2}, {"name": "drop_blocks"}], strict=True):
         compressed("llama", Plan.model_validate([{"blocks": "1", "method": method}])).save_pretrained(folder)
-    code = LOAD_TWICE.format(source=str(Path(tensormix.hf.__file__).parents[1]), folders=folders)
+    code = LOAD_TWICE.format(source=str(Path(tensormix.__file__).parents[1]), folders=folders)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines() == ["refused: True"] * 2 + ["loaded"] * 2, done.stderr[-2000:]

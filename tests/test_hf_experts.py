@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tensormix.hf
-from tensormix.fused_experts import is_fused, open_experts
 from tensormix.models import skeleton
 from tensormix.operators import DenseStack, Experts, ExpertStack, LowRank, MixT, StackedLinear, Sum, Zero
 from tensormix.profile import bytes_on_disk, macs_per_token, num_parameters
 from tensormix.sites import find_sites, install
+from tensormix.sites.fused_experts import is_fused, open_experts
 from zoo import MOE, NUM_BLOCKS, make, token_ids
 
 
@@ -282,7 +282,7 @@ def test_loading_without_the_plugin_fails_loudly(tmp_path):
         tensormix.hf.attach(model)
         model.save_pretrained(tmp_path / family)
         folders.append(str(tmp_path / family))
-    code = LOAD_TWICE.format(source=str(Path(tensormix.hf.__file__).parents[1]), folders=folders)
+    code = LOAD_TWICE.format(source=str(Path(tensormix.__file__).parents[1]), folders=folders)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
     wanted = ["refused: True"] * len(families) + ["loaded"] * len(families)
     assert done.stdout.splitlines() == wanted, done.stderr[-2000:]

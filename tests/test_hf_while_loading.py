@@ -18,8 +18,8 @@ import tensormix.hf
 from tensormix.models import load_model
 from tensormix.operators import StructuredLinear
 from tensormix.plan import Plan
+from tensormix.streaming.while_loading import CompressConfig
 from tensormix.walk import compress
-from tensormix.while_loading import CompressConfig
 from zoo import MOE, ZOO, make, token_ids
 
 # One block of each kind of operator; every family has projections with these roles.
@@ -235,7 +235,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from tensormix.plan import Plan
-from tensormix.while_loading import CompressConfig
+from tensormix.streaming.while_loading import CompressConfig
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -283,7 +283,7 @@ print(*peak_of(lambda: AutoModelForCausalLM.from_pretrained({folder!r} + "/big",
 
 def test_the_dense_model_is_never_in_memory(tmp_path):
     """Stored in bf16 and loaded in fp32, so that no weight can stay where the file is mapped."""
-    code = MEASURE.format(source=str(Path(tensormix.hf.__file__).parents[1]), folder=str(tmp_path))
+    code = MEASURE.format(source=str(Path(tensormix.__file__).parents[1]), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     (peak, compressed), (dense_peak, dense) = (map(int, line.split()) for line in done.stdout.splitlines())

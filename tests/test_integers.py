@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tensormix.integers import run_in_integers
+from tensormix.inference.integers import run_in_integers
 from tensormix.methods import Mixt, Rtn, Svd
 from tensormix.plan import Plan, Rule
 from tensormix.walk import compress

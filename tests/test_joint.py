@@ -9,17 +9,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tensormix.hf  # noqa: F401
-from tensormix.check import counts, replace_empty
-from tensormix.fitting import bytes_after
-from tensormix.joint import Group, groups_of
 from tensormix.methods import JointMethod, Svd
 from tensormix.methods.neurons import dense, with_bias
 from tensormix.models import load_model
 from tensormix.plan import Plan
+from tensormix.run.check import counts, replace_empty
 from tensormix.sites import blocks, find_sites
 from tensormix.statistics import Gram, InputMean
-from tensormix.stream import compress_checkpoint
+from tensormix.streaming.stream import compress_checkpoint
 from tensormix.walk import compress
+from tensormix.walk.fitting import bytes_after
+from tensormix.walk.joint import Group, groups_of
 from zoo import ZOO, make, token_ids
 
 BATCHES = [token_ids(rows=6, seed=seed) for seed in range(2)]

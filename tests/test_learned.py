@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tensormix.learned import Training, _loss, learned
+from tensormix.budget.learned import Training, _loss, learned
 from tensormix.methods import DobiSvd
 from tensormix.plan import Plan, Rule
 from tensormix.sites import find_sites

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from expert_models import UP, low_rank, site_at
-from tensormix.bits import stored_bits
 from tensormix.models import load_model, load_tokenizer
 from tensormix.operators import LowRank, MixT, Quantized, StructuredLinear, Sum
 from tensormix.plan import Plan
@@ -19,6 +18,7 @@ from tensormix.recover.lora import Patches
 from tensormix.recover.watch import last_whole_checkpoint
 from tensormix.settings import Lora, Recover, Source
 from tensormix.sites import install
+from tensormix.storage.bits import stored_bits
 from tensormix.walk import compress
 from zoo import MOE, make, token_ids
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from tensormix.packed import FP8, dequantize_fp8, dequantize_mxfp4
+from tensormix.storage.packed import FP8, dequantize_fp8, dequantize_mxfp4
 
 few = settings(deadline=None, max_examples=20)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from packed_checkpoints import fp8_config
-from tensormix.packed import FP8, Pack, dequantize_fp8, dequantize_mxfp4, pack_of
+from tensormix.storage.packed import FP8, Pack, dequantize_fp8, dequantize_mxfp4, pack_of
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 
 from tensormix.cli import app
 from tensormix.models import load_model, load_tokenizer
-from tensormix.predict import SIGNALS, largest_rise, predict, prediction_rows, rank_agreement
 from tensormix.recipe import Sweep
+from tensormix.run.predict import SIGNALS, largest_rise, predict, prediction_rows, rank_agreement
 
 
 def planted(**curves):

@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from tensormix.check import check, counts, replace_empty
 from tensormix.models import load_model
 from tensormix.plan import Plan
 from tensormix.profile import (
@@ -21,6 +20,7 @@ from tensormix.profile import (
     stored_dtype,
 )
 from tensormix.recipe import Recipe
+from tensormix.run.check import check, counts, replace_empty
 from tensormix.walk import compress
 from zoo import ZOO
 

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from expert_models import low_rank, stacks
-from tensormix.check import counts, replace_empty
 from tensormix.operators import ExpertStack
 from tensormix.plan import Plan
 from tensormix.profile import num_parameters
+from tensormix.run.check import counts, replace_empty
 from tensormix.sites import find_sites, install, macs_per_token
 from zoo import MOE, NUM_BLOCKS, make
 

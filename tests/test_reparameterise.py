@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tensormix.fitting import observe
 from tensormix.reparameterise import align_heads, check_equal, sort_neurons
 from tensormix.sites import find_sites
 from tensormix.statistics import Gram
+from tensormix.walk.fitting import observe
 from zoo import ZOO, make, token_ids
 
 

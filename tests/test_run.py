@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-from tensormix import run as run_module
-from tensormix.files import read_json
 from tensormix.models import load_model
 from tensormix.recipe import Recipe
 from tensormix.run import STAGES, run_recipe, stage_rows
+from tensormix.run import run as run_module
+from tensormix.storage.files import read_json
 
 
 def recipe(tiny, **changes):

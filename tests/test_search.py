@@ -12,22 +12,22 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from tensormix import search as search_module
-from tensormix.check import check
+from tensormix.budget import search as search_module
+from tensormix.budget.search import candidates, plan_of, scorer, search_sites
 from tensormix.cli import app
 from tensormix.data import packed_source
 from tensormix.evaluate import evaluate_choices, perplexity
 from tensormix.exam import exam
 from tensormix.examine import exam_prompts
-from tensormix.files import read_json
-from tensormix.memory import available_memory
 from tensormix.methods import Laser
 from tensormix.models import load_model, load_tokenizer
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
 from tensormix.run import run_recipe, stage_rows
-from tensormix.search import candidates, plan_of, scorer, search_sites
+from tensormix.run.check import check
 from tensormix.settings import Evaluate, Exam, Search, Source
+from tensormix.storage.files import read_json
+from tensormix.storage.memory import available_memory
 from tensormix.walk import compress
 from zoo import make, token_ids
 
@@ -134,7 +134,7 @@ def test_the_text_that_judges_is_not_the_one_that_chose_and_agrees(found, folder
 
 def test_a_finished_search_is_not_repeated_and_its_plan_can_be_run_by_hand(found, folders, monkeypatch):
     asked = recipe_on(folders)
-    monkeypatch.setattr("tensormix.run.search_sites", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr("tensormix.run.run.search_sites", lambda *_: pytest.fail("searched again"))
     run_recipe(asked, found)
     assert Recipe.model_validate(read_json(found / "recipe.json")) == asked
     by_hand = recipe_on(folders, plan=read_json(found / "allocate.json")["plan"], search=None)

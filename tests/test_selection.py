@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tensormix.check import check
 from tensormix.cli import show_check
 from tensormix.methods import DropBlocks, Svd
 from tensormix.methods.block_distances import BlockDistances
@@ -19,10 +18,11 @@ from tensormix.models import load_model
 from tensormix.operators import Bypass
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
+from tensormix.run.check import check
 from tensormix.sites import blocks
-from tensormix.stream import compress_checkpoint
+from tensormix.streaming.stream import compress_checkpoint
+from tensormix.streaming.while_loading import CompressConfig
 from tensormix.walk import compress
-from tensormix.while_loading import CompressConfig
 from zoo import MOE, ZOO, make, token_ids
 
 BATCHES = [token_ids(seed=1), token_ids(seed=2, length=7)]

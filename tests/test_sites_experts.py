@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from expert_models import DOWN, UP, logits, low_rank, open_all, site_at, stacks
-from tensormix.fused_experts import is_fused
 from tensormix.operators import DenseStack, Experts, ExpertStack, Zero
 from tensormix.plan import Plan
 from tensormix.sites import dense_at, find_sites, install
+from tensormix.sites.fused_experts import is_fused
 from zoo import MOE, NUM_BLOCKS, make
 
 WIDTH = {"mixtral": 48, "gpt_oss": 48, "olmoe": 48}  # of one expert; 24 elsewhere

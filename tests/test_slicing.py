@@ -11,16 +11,16 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tensormix.hf  # noqa: F401
-from tensormix.bits import stored_bits
-from tensormix.check import counts, replace_empty
 from tensormix.methods import SliceGpt
 from tensormix.methods.slice_gpt import principal_basis
 from tensormix.models import load_model
 from tensormix.operators import SlicedBlock, SlicedNorm
 from tensormix.plan import Plan
+from tensormix.run.check import counts, replace_empty
 from tensormix.sites import blocks, find_sites
-from tensormix.sliced import width_of
-from tensormix.stream import compress_checkpoint
+from tensormix.sites.sliced import width_of
+from tensormix.storage.bits import stored_bits
+from tensormix.streaming.stream import compress_checkpoint
 from tensormix.walk import compress
 from zoo import make, token_ids
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tensormix.calls import Activations
-from tensormix.checkpoint import INDEX, Checkpoint
 from tensormix.methods import DropBlocks, MeanOutput, Mixt, Svd
 from tensormix.models import load_model
 from tensormix.plan import Plan, Rule
-from tensormix.stream import compress_checkpoint
+from tensormix.sites.calls import Activations
+from tensormix.storage.checkpoint import INDEX, Checkpoint
+from tensormix.streaming.stream import compress_checkpoint
 from tensormix.walk import compress
 from zoo import MOE, NUM_BLOCKS, ZOO, make, token_ids
 

@@ -59,7 +59,7 @@ from tensormix.methods import LinearMethod, MeanOutput, Mixt
 from tensormix.operators import LowRank
 from tensormix.plan import Plan, Rule
 from tensormix.statistics import Gram
-from tensormix.stream import compress_checkpoint
+from tensormix.streaming.stream import compress_checkpoint
 import transformers.models.llama.modeling_llama, transformers.models.qwen3_moe.modeling_qwen3_moe, tensormix.hf
 
 class Cheap(LinearMethod):

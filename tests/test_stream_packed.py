@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from packed_checkpoints import save_packed
-from tensormix.checkpoint import Checkpoint
 from tensormix.methods import MeanOutput, Svd
 from tensormix.models import load_model
 from tensormix.plan import Plan, Rule
-from tensormix.stream import compress_checkpoint
+from tensormix.storage.checkpoint import Checkpoint
+from tensormix.streaming.stream import compress_checkpoint
 from tensormix.walk import compress
 from zoo import token_ids
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensormix import disk
-from tensormix.checkpoint import file_hash
-from tensormix.fitting import replace
-from tensormix.journal import Journal
 from tensormix.methods import DropBlocks, MeanOutput, Mixt, SvdLlm
 from tensormix.plan import Plan, Rule
-from tensormix.stream import compress_checkpoint
+from tensormix.storage.checkpoint import file_hash
+from tensormix.storage.journal import Journal
+from tensormix.streaming import disk
+from tensormix.streaming.stream import compress_checkpoint
+from tensormix.walk.fitting import replace
 from zoo import NUM_BLOCKS, make, token_ids
 
 PLANS = {
@@ -67,7 +67,9 @@ def test_interrupted_and_taken_up_again(tmp_path, folder, plan):
 
 def test_finished_blocks_are_not_fitted_again(tmp_path, folder, monkeypatch):
     fitted = []
-    monkeypatch.setattr("tensormix.walk.replace", lambda m, site, *a: fitted.append(site.name) or replace(m, site, *a))
+    monkeypatch.setattr(
+        "tensormix.walk.walk.replace", lambda m, site, *a: fitted.append(site.name) or replace(m, site, *a)
+    )
     plan = PLANS["calibrated"]
     with pytest.raises(KeyboardInterrupt):  # the dropped block is the eighth; its file is not written then
         compress_checkpoint(folder, tmp_path / "out", plan, BATCHES, stop_at(8))
@@ -283,7 +285,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tensormix.stream import compress_checkpoint
+from tensormix.streaming.stream import compress_checkpoint
 from test_stream_resume import BATCHES, PLANS
 
 def kill_again_and_again(folder, out, plan):

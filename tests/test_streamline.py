@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from tensormix.bits import stored_bits
-from tensormix.check import check
 from tensormix.methods import Streamline, Svd
 from tensormix.models import load_model
 from tensormix.operators import Bypass, ResidualMLP, build
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
+from tensormix.run.check import check
 from tensormix.sites import blocks, macs_per_token
-from tensormix.stream import compress_checkpoint
+from tensormix.storage.bits import stored_bits
+from tensormix.streaming.stream import compress_checkpoint
 from tensormix.walk import compress
 from zoo import MOE, ZOO, make, token_ids
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tensormix.files import read_json
 from tensormix.recipe import Cell, Recipe, Sweep
 from tensormix.run import stage_rows
-from tensormix.sweep import boundary_rows, cell_name, cell_recipe, cost, run_sweep, within
+from tensormix.run.sweep import boundary_rows, cell_name, cell_recipe, cost, run_sweep, within
+from tensormix.storage.files import read_json
 
 
 def sweep(tiny, **changes):
@@ -83,7 +83,7 @@ def test_a_wider_sweep_keeps_the_cells_that_are_there(finished, tiny):
 
 def test_the_boundary_comes_from_the_accuracies_of_the_cells(tmp_path):
     """Planted: 0.9 up to depth 3, chance from depth 4 on."""
-    from tensormix.files import write_json
+    from tensormix.storage.files import write_json
 
     def plant(name, accuracy, drift):
         row = {"kind": "accuracy", "subject": "all", "value": accuracy, "num_questions": 400}

@@ -5,10 +5,10 @@ import math
 import pytest
 
 from tensormix.diagnose.verdict import Verdict
-from tensormix.files import read_json
 from tensormix.recipe import Sweep
 from tensormix.run import run_recipe, stage_rows
-from tensormix.sweep import run_sweep
+from tensormix.run.sweep import run_sweep
+from tensormix.storage.files import read_json
 
 
 def sweep(tiny, **changes):
@@ -23,8 +23,8 @@ def sweep(tiny, **changes):
 
 def test_bisection_recovers_few_depths_and_finds_the_planted_boundary(tiny, tmp_path, monkeypatch):
     """Accuracy is planted (0.9 up to depth 10 of 16); which cells are asked for is the search's own doing."""
-    import tensormix.sweep as module
-    from tensormix.files import write_json
+    import tensormix.run.sweep as module
+    from tensormix.storage.files import write_json
 
     made = []
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from tensormix.calls import record_calls
 from tensormix.methods import DropBlocks, LinearMethod, MeanOutput, Mixt, Svd, ZeroMethod
 from tensormix.operators import Bypass, LowRank
 from tensormix.plan import Plan, Rule
 from tensormix.sites import blocks, find_sites
+from tensormix.sites.calls import record_calls
 from tensormix.statistics import Gram
 from tensormix.walk import compress
 from zoo import NUM_BLOCKS, ZOO, make, token_ids

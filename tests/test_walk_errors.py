@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from tensormix.fitting import observe
 from tensormix.methods import LinearMethod, MeanOutput, Mixt, ZeroMethod
 from tensormix.operators import LowRank, StructuredLinear
 from tensormix.plan import Plan, Rule
 from tensormix.sites import blocks, find_sites
 from tensormix.statistics import InputMean
 from tensormix.walk import compress
+from tensormix.walk.fitting import observe
 from zoo import NUM_BLOCKS, make, token_ids
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tensormix.check import counts, replace_empty
-from tensormix.fitting import new_statistics, observe
 from tensormix.methods import MeanOutput, SvdLlm
 from tensormix.operators import Experts
 from tensormix.plan import Plan
+from tensormix.run.check import counts, replace_empty
 from tensormix.sites import find_sites
 from tensormix.statistics import InputMean
 from tensormix.walk import compress
+from tensormix.walk.fitting import new_statistics, observe
 from zoo import MOE, make, token_ids
 
 UP, DOWN = "model.layers.2.mlp.experts.gate_up", "model.layers.2.mlp.experts.down"

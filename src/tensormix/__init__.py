@@ -17,30 +17,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CompressConfig": "tensormix.while_loading",
+    "CompressConfig": "tensormix.streaming.while_loading",
     "Plan": "tensormix.plan",
     "Recipe": "tensormix.recipe",
     "build_report": "tensormix.report",
     "compress": "tensormix.walk",
-    "compress_checkpoint": "tensormix.stream",
-    "dense_where_faster": "tensormix.faster",
+    "compress_checkpoint": "tensormix.streaming.stream",
+    "dense_where_faster": "tensormix.inference.faster",
     "load_model": "tensormix.models",
     "load_tokenizer": "tensormix.models",
     "run_recipe": "tensormix.run",
-    "run_sweep": "tensormix.sweep",
+    "run_sweep": "tensormix.run.sweep",
 }
 
 if TYPE_CHECKING:
-    from tensormix.faster import dense_where_faster
+    from tensormix.inference.faster import dense_where_faster
     from tensormix.models import load_model, load_tokenizer
     from tensormix.plan import Plan
     from tensormix.recipe import Recipe
     from tensormix.report import build_report
     from tensormix.run import run_recipe
-    from tensormix.stream import compress_checkpoint
-    from tensormix.sweep import run_sweep
+    from tensormix.run.sweep import run_sweep
+    from tensormix.streaming.stream import compress_checkpoint
+    from tensormix.streaming.while_loading import CompressConfig
     from tensormix.walk import compress
-    from tensormix.while_loading import CompressConfig
 
 __all__ = [
     "CompressConfig", "Plan", "Recipe", "build_report", "compress", "compress_checkpoint",

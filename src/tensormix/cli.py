@@ -35,8 +35,8 @@ THINGS = ("methods", "operators", "statistics", "diagnostics", "stages", "subjec
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], as_json: Json = False) -> None:
     """Say what a recipe would do, from the model's config alone: sites, sizes, parameters, MACs, bytes. No weights."""
-    from tensormix.check import check as check_recipe
     from tensormix.recipe import Recipe
+    from tensormix.run.check import check as check_recipe
 
     result = check_recipe(Recipe.load(recipe))
     if as_json:
@@ -80,7 +80,7 @@ def sweep(
     from tensormix.progress import cell_bars
     from tensormix.recipe import Sweep
     from tensormix.report import build_report
-    from tensormix.sweep import run_sweep
+    from tensormix.run.sweep import run_sweep
 
     loaded, folder = Sweep.load(settings), out or Path("runs") / settings.stem
     check_out(folder, "sweep.json", overwrite)
@@ -98,10 +98,10 @@ def compare(
     overwrite: Overwrite = False,
 ) -> None:
     """Run methods under the same budgets, null baselines always among them. Stopped? The same command goes on."""
-    from tensormix.compare import run_comparison
-    from tensormix.comparison import Comparison
     from tensormix.progress import cell_bars
+    from tensormix.recipe.comparison import Comparison
     from tensormix.report import build_report
+    from tensormix.run.compare import run_comparison
 
     loaded, folder = Comparison.load(settings), out or Path("runs") / settings.stem
     check_out(folder, "comparison.json", overwrite)
@@ -118,8 +118,8 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Say at which depth a sweep will break, before anything is recovered: cheap signals of every depth."""
-    from tensormix.predict import predict as predict_sweep
     from tensormix.recipe import Sweep
+    from tensormix.run.predict import predict as predict_sweep
 
     if direction not in ("last", "first"):
         raise ValueError(f"predict: direction must be last or first, got {direction!r}")
@@ -181,7 +181,7 @@ def listing(what: str) -> list[dict[str, Any]]:
         ValueError: there is no such table.
     """
     if what == "methods":
-        from tensormix.check import list_methods
+        from tensormix.run.check import list_methods
 
         return list_methods()
     tables: dict[str, Callable[[], Any]] = {

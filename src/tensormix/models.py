@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tensormix.checkpoint import Checkpoint
-from tensormix.files import read_json
+from tensormix.storage.checkpoint import Checkpoint
+from tensormix.storage.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

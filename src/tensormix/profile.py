@@ -20,10 +20,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tensormix.bits import stored_bits
 from tensormix.models import quiet
 from tensormix.operators.quantized import Packed
 from tensormix.sites import macs_per_token
+from tensormix.storage.bits import stored_bits
 
 Row = dict[str, Any]
 DTYPES = ("float32", "bfloat16")  # that sizes are told in

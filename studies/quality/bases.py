@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from tensormix.data import calibration_batches
-from tensormix.files import environment, now
-from tensormix.fitting import observe
 from tensormix.methods import Mixt
 from tensormix.models import load_model, load_tokenizer
 from tensormix.reparameterise import align_heads, check_equal, sort_neurons
 from tensormix.settings import Source
 from tensormix.sites import find_sites
 from tensormix.statistics import Gram
+from tensormix.storage.files import environment, now
+from tensormix.walk.fitting import observe
 
 ROWS = Path(__file__).with_name("bases.jsonl")
 

@@ -27,8 +27,6 @@ import torch
 from torch import Tensor
 
 from tensormix.data import calibration_batches
-from tensormix.files import environment, now
-from tensormix.fitting import observe
 from tensormix.methods import (
     LinearMethod,
     Mixt,
@@ -45,6 +43,8 @@ from tensormix.models import load_model, load_tokenizer
 from tensormix.settings import Source
 from tensormix.sites import Site, find_sites
 from tensormix.statistics import Gram
+from tensormix.storage.files import environment, now
+from tensormix.walk.fitting import observe
 
 ROWS = Path(__file__).with_name("structures.jsonl")
 WINDOW, WINDOWS, STEPS = 256, 16, 100  # tokens; of calibration, and as many for the test; of L-BFGS

@@ -26,13 +26,13 @@ from tensormix.data import Mixture, packed_source, separator_of
 from tensormix.demo import sweep_file
 from tensormix.evaluate import evaluate_choices, perplexity
 from tensormix.examine import exam_prompts
-from tensormix.files import environment, now
 from tensormix.methods.base import LinearMethod
 from tensormix.models import load_model, load_tokenizer
 from tensormix.plan import Plan
 from tensormix.recover import recover
 from tensormix.settings import Exam, Recover, Source
 from tensormix.sites import blocks, find_sites, macs_per_token
+from tensormix.storage.files import environment, now
 from tensormix.walk import compress
 
 HERE = Path(__file__).parent

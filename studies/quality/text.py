@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from tensormix.files import write_text
+from tensormix.storage.files import write_text
 
 C4_HELD_OUT = 40  # documents
 STORIES_HELD_OUT = 100

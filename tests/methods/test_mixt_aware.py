@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensormix.fitting import replace
 from tensormix.methods import Mixt
 from tensormix.methods.mixt_normal import MixtNormal
 from tensormix.operators import MixT
 from tensormix.operators.mixt import largest_num_branches
 from tensormix.sites import Site
 from tensormix.statistics import Gram
+from tensormix.walk.fitting import replace
 
 
 def seen(x):  # (N, I)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tensormix.bits import stored_bits
 from tensormix.operators import LowRank, Remapped, build
+from tensormix.storage.bits import stored_bits
 
 SHAPES = [(80, 48), (48, 80), (48, 48)]  # (O, I)
 

@@ -37,9 +37,9 @@ class DobiSvd(LinearMethod):
     linear layer has no place for a mean. The published code runs the PCA over singular vectors of single sequences,
     which counts weak directions of a sequence like strong ones.
 
-    Each site's rank is meant to be learned: `tensormix.learned.learned` gives them for a whole model, one rule with
-    its `rank` for each site. `storage` "remapped" (see Remapped) keeps about (I + O) / max(I, O) times the rank for
-    the same bits, where bitsandbytes' map of 8 bits is replaced by evenly spaced integers.
+    Each site's rank is meant to be learned: `tensormix.budget.learned.learned` gives them for a whole model, one
+    rule with its `rank` for each site. `storage` "remapped" (see Remapped) keeps about (I + O) / max(I, O) times the
+    rank for the same bits, where bitsandbytes' map of 8 bits is replaced by evenly spaced integers.
     """
 
     source = "arXiv 2502.02723"

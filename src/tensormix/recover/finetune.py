@@ -25,7 +25,6 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
 from tensormix.data import Mixture
-from tensormix.files import read_json
 from tensormix.models import fingerprint, load_model, load_tokenizer
 from tensormix.recover.local import distill_blocks, learning_blocks
 from tensormix.recover.lora import Patches, Turns, patched
@@ -34,6 +33,7 @@ from tensormix.recover.teacher import TeacherLogits, check_vocabulary, tokenizer
 from tensormix.recover.trainer import DistillTrainer, TaughtWindows
 from tensormix.recover.watch import MARK, PATIENCE, Row, Watch, last_whole_checkpoint
 from tensormix.settings import Recover
+from tensormix.storage.files import read_json
 
 NUM_LOSS_ROWS = 60
 Judge = Callable[[Any, int], bool]

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from tensormix.calls import Activations, Call, record_calls
-from tensormix.files import new_file, read_json, write_json
 from tensormix.recover.rates import compressed_parameters, parameter_groups
 from tensormix.sites import blocks
+from tensormix.sites.calls import Activations, Call, record_calls
+from tensormix.storage.files import new_file, read_json, write_json
 
 Row = dict[str, Any]
 

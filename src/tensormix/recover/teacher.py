@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tensormix.files import new_file, read_json, write_json
 from tensormix.recover.losses import top_k_of
+from tensormix.storage.files import new_file, read_json, write_json
 
 WINDOWS_PER_FILE = 64
 

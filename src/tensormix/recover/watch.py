@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tensormix.files import read_json, write_json
+from tensormix.storage.files import read_json, write_json
 
 Row = dict[str, Any]
 MARK = "whole.json"  # written into a checkpoint when everything else in it is: name and size of each file

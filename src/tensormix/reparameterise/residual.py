@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tensormix.methods.slice_gpt import principal_basis
 from tensormix.reparameterise.layers import set_values
 from tensormix.sites import Site, is_dense, locate_blocks, role_of
-from tensormix.sliced import WRITES, ends
+from tensormix.sites.sliced import WRITES, ends
 from tensormix.statistics import Gram
 
 _ROOT_MEAN_SQUARE = {"input_layernorm": ("self_attn.",), "post_attention_layernorm": ("mlp.",)}

@@ -1,0 +1,269 @@
+"""Save and load through transformers, as a quantizer plugin. It needs operators only, never methods.
+
+Importing this module registers the quantization method "tensormix": `save_pretrained` of a compressed model writes the
+operators' specs into config.json, and `from_pretrained` rebuilds the skeleton from them before the weights are read.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tensormix.hf.packed import PackedQuantizer
+from tensormix.operators import Experts, SlicedBlock, StackedLinear, StandIn, StructuredLinear, build
+from tensormix.sites import dense_at, fill_dense, install
+from tensormix.sites.fused_experts import close_experts
+from tensormix.sites.sliced import shrink, width_of
+from tensormix.storage.packed import pack_of
+
+NAME = "tensormix"
+FORMAT_VERSION = 1
+
+
+class StructuredConfig(QuantizationConfigMixin):
+    """What config.json holds: for each replaced module its name and the spec of its operator.
+
+    Args:
+        operators: module name -> spec, with a key "bias" that says whether the site has one.
+        format_version: of these keys; a higher one than ours is refused.
+        packed: the source's own quantization_config, if tensors beside the operators are stored packed as they were
+            there. They become plain weights when they are loaded, and this key is gone.
+        sliced: the number of channels of the residual stream, if it is narrower than the config's.
+
+    Raises:
+        ValueError: a key is unknown, the format is newer than this tensormix, or the pack is none that can be read.
+    """
+
+    def __init__(
+        self,
+        operators: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = NAME,
+        packed: dict[str, Any] | None = None,
+        sliced: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        if quant_method != NAME:
+            raise ValueError(f"quantization_config: quant_method must be {NAME!r}, got {quant_method!r}")
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"quantization_config: the checkpoint has format_version {format_version!r}, this tensormix reads "
+                f"{FORMAT_VERSION}; install the version of tensormix that wrote it"
+            )
+        if unknown:
+            raise ValueError(
+                f"quantization_config: unknown key {', '.join(map(repr, sorted(unknown)))}. "
+                "Known: quant_method, format_version, operators, packed, sliced."
+            )
+        self.quant_method = NAME  # pyright: ignore[reportAttributeAccessIssue]
+        self.format_version = format_version
+        self.operators = operators or {}
+        self.packed, self.sliced = packed, sliced
+        pack_of(packed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if value is not None}
+
+
+class StructuredQuantizer(PackedQuantizer):
+    """Puts empty operators into the skeleton before loading; afterwards the model is an ordinary float model.
+
+    Tensors beside the operators that are stored packed become plain weights on the way.
+    """
+
+    requires_calibration = True  # a dense checkpoint is compressed while it is loaded by `while_loading`, not by this
+
+    def __init__(self, quantization_config: StructuredConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, pack_of(quantization_config.packed), **kwargs)
+
+    @property
+    def _operators(self) -> dict[str, dict[str, Any]]:
+        return cast(StructuredConfig, self.quantization_config).operators
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        refuse_tensor_parallelism(model)
+        install_all(model, cast(StructuredConfig, self.quantization_config))
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        unmark(model)
+        self.forget_pack(model)
+        cast(StructuredConfig, self.quantization_config).packed = None
+        if not self._operators and cast(StructuredConfig, self.quantization_config).sliced is None:
+            self.remove_quantization_config(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Every operator becomes the dense layer that the architecture has there, opened experts the fused module.
+
+        Raises ValueError for dropped blocks, and for a bias that the architecture has no place for.
+        """
+        if width_of(model) is not None:
+            raise ValueError("the residual stream is sliced: this model has no dense form")
+        if isinstance(dtype, str):  # as save_pretrained leaves it in the config that it comes from
+            dtype = getattr(torch, dtype)
+        with torch.device("meta"):
+            skeleton = type(model)(copy.deepcopy(model.config))
+        opened = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+        for name in opened:
+            close_experts(model, name, dtype)
+        for name in self._operators:
+            if name.rpartition(".")[0] in opened:
+                continue
+            operator, dense = model.get_submodule(name), skeleton.get_submodule(name)
+            if not isinstance(operator, StructuredLinear):
+                raise ValueError(f"{name} was dropped and its weights are gone: this model has no dense form")
+            if operator.bias is not None and getattr(dense, "bias", None) is None:
+                raise ValueError(
+                    f"{name} holds a constant output, but the architecture has no bias there: "
+                    "this model has no dense form"
+                )
+            fill_dense(dense, operator.to_dense().to(dtype), operator.bias)
+            dense.train(operator.training)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, dense)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Operators are ordinary float weights; without this the Trainer refuses them."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+register_quantization_config(NAME)(StructuredConfig)
+register_quantizer(NAME)(StructuredQuantizer)
+
+
+def refuse_tensor_parallelism(model: nn.Module) -> None:
+    """Raise ValueError if the model is being loaded with a tp_plan."""
+    parallel = getattr(getattr(model, "config", None), "distributed_config", None)
+    if getattr(parallel, "tp_plan", None) is not None:
+        raise ValueError(
+            "tp_plan: structured operators cannot be split over devices by tensor parallelism; "
+            "load without tp_plan (device_map works)"
+        )
+
+
+def unmark(model: nn.Module) -> None:
+    """Make transformers forget that the model is quantized.
+
+    Otherwise .half() and .float() raise, and the Trainer asks for adapters.
+    """
+    model.is_quantized = False  # pyright: ignore[reportArgumentType]
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if getattr(config, "_is_quantized", False):
+            config._is_quantized = False  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def read_packed(config: Any) -> None:
+    """Change the config of a model whose checkpoint is packed by others so that loading makes plain weights of it.
+
+    Raises ValueError if it is packed in a way that cannot be read.
+    """
+    found = _as_dict(getattr(config, "quantization_config", None))
+    if found and found.get("quant_method") != NAME:
+        found = config.quantization_config = StructuredConfig(packed=found).to_dict()
+    if found.get("packed"):
+        config.dtype = config.dtype or torch.bfloat16  # the first tensor on disk may be fp8
+
+
+def _as_dict(quantization_config: Any) -> dict[str, Any]:
+    found = quantization_config or {}
+    return found if isinstance(found, dict) else found.to_dict()
+
+
+def install_all(model: nn.Module, config: StructuredConfig) -> None:
+    """Make a dense skeleton what `config` says: its residual stream sliced, and empty operators where they belong.
+
+    Raises ValueError as `shrink` and `install_empty` do.
+    """
+    if config.sliced is not None:
+        shrink(model, config.sliced)
+    install_empty(model, config.operators)
+
+
+def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
+    """Put an empty operator, on meta, at every module named in `operators`: module name -> spec with "bias".
+
+    Raises ValueError if a name is not in the model, or a spec cannot be built or does not fit there.
+    """
+    for name, entry in operators.items():
+        try:
+            old = dense_at(model, name)
+        except AttributeError:
+            raise ValueError(
+                f"quantization_config: operators names {name!r}, which a {type(model).__name__} does not have"
+            ) from None
+        spec = {key: value for key, value in entry.items() if key != "bias"}
+        with torch.device("meta"):
+            dtype = next(old.parameters()).dtype
+            operator = build(spec).to(dtype)
+            if entry.get("bias") and getattr(old, "bias", None) is None:
+                rows = (operator.num_experts,) if isinstance(operator, StackedLinear) else ()
+                operator.bias = nn.Parameter(torch.empty(*rows, operator.out_features, dtype=dtype))
+        install(model, name, operator)
+    _record_bypassed(model)
+
+
+def _record_bypassed(model: nn.Module) -> None:
+    """Let `output_hidden_states` see dropped blocks too: transformers looks for blocks by their class."""
+    try:
+        from transformers.utils.output_capturing import install_output_capuring_hook as record
+    except ImportError:  # releases that collect the states elsewhere
+        return
+    for block in model.modules():
+        if isinstance(block, StandIn | SlicedBlock) and not block._forward_hooks:
+            record(block, "hidden_states", 0)
+
+
+def attach(model: nn.Module) -> None:
+    """Make `model.save_pretrained` write what `from_pretrained` needs, for all operators in the model.
+
+    A model without operators is left an ordinary dense one; of a skeleton, what is packed on disk stays packed. Raises
+    ValueError if it is quantized by something else.
+    """
+    config: Any = model.config
+    existing = _as_dict(getattr(config, "quantization_config", None))
+    method = existing.get("quant_method")
+    if existing and method != NAME:
+        raise ValueError(
+            f"the model is quantized by {method!r} already, and a checkpoint has one quantization_config: "
+            "load it without quantization to compress it"
+        )
+    operators, sliced = operators_of(model), width_of(model)
+    if not operators and sliced is None:
+        return
+    _record_bypassed(model)
+    config.quantization_config = StructuredConfig(operators=operators, packed=existing.get("packed"), sliced=sliced)
+    model.hf_quantizer = StructuredQuantizer(config.quantization_config)  # pyright: ignore[reportArgumentType]
+    model.is_quantized = False  # pyright: ignore[reportArgumentType]
+
+
+def operators_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The spec of every outermost operator: module name -> spec with "bias"."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in entries):
+            continue
+        if isinstance(module, StructuredLinear | StackedLinear):
+            entries[name] = {**module.spec, "bias": module.bias is not None}
+        elif isinstance(module, StandIn):
+            entries[name] = module.spec
+    return entries

@@ -1,0 +1,1 @@
+"""A compressed model made faster to run, its function kept."""

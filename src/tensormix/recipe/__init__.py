@@ -1,0 +1,5 @@
+"""Everything that defines a run, a sweep or a comparison: plain frozen data, read from YAML."""
+
+from tensormix.recipe.recipe import Baselines, Cell, Direction, MixtureFile, Recipe, Sweep
+
+__all__ = ["Baselines", "Cell", "Direction", "MixtureFile", "Recipe", "Sweep"]

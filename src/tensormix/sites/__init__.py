@@ -1,0 +1,43 @@
+"""Where a model can be compressed: the only folder that knows how architectures name, fuse and call weights."""
+
+from tensormix.sites.sites import (
+    FUSED,
+    ROLES,
+    Site,
+    blocks,
+    check_shape,
+    dense_at,
+    fill_dense,
+    find_sites,
+    head_counts,
+    install,
+    is_conv1d,
+    is_dense,
+    locate_blocks,
+    macs_per_token,
+    opened,
+    returns_tuple,
+    role_of,
+    takes_turns,
+)
+
+__all__ = [
+    "FUSED",
+    "ROLES",
+    "Site",
+    "blocks",
+    "check_shape",
+    "dense_at",
+    "fill_dense",
+    "find_sites",
+    "head_counts",
+    "install",
+    "is_conv1d",
+    "is_dense",
+    "locate_blocks",
+    "macs_per_token",
+    "opened",
+    "returns_tuple",
+    "role_of",
+    "takes_turns",
+]

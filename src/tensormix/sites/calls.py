@@ -1,0 +1,122 @@
+"""How a model calls its blocks, recorded once, so that each block can be run alone afterwards.
+
+Shape letters: B sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensormix.sites.sites import blocks, returns_tuple
+
+
+@dataclass
+class Call:
+    """How the model calls one block for one batch: hidden (B, T, D) and everything that it passes beside it."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        out = block(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes how the model calls it, computes nothing."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: the model must not see it
+        self.calls: list[Call] = []
+
+    def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, e.g. attention_type
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        self.calls.append(Call(hidden_states, args, kwargs))
+        return (hidden_states, None) if returns_tuple(self.__dict__["block"]) else hidden_states
+
+
+@torch.no_grad()
+def record_calls(
+    model: nn.Module, batches: Iterable[Tensor], keep: Callable[[Tensor], Tensor] = lambda hidden: hidden
+) -> list[list[Call]]:  # (B, T) each
+    """Per block, per batch: how the model itself calls it.
+
+    Masks, positions and caches differ between the blocks of one model, so one block's arguments do not serve another.
+    Those that are the same for several batches are there once.
+
+    Args:
+        keep: `hidden` is what it returns for what enters the first block, in all calls of a batch.
+
+    Raises ValueError if a batch is not (B, T) token ids.
+    """
+    layers = blocks(model)
+    real = list(layers)
+    recorders = [_Recorder(block) for block in real]
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    without_head = getattr(model, "base_model", model)  # of transformers: logits are of no use here, and large
+    try:
+        for index, recorder in enumerate(recorders):
+            layers[index] = recorder
+        for batch in batches:
+            if batch.dim() != 2 or batch.is_floating_point():
+                shape = tuple(batch.shape)
+                raise ValueError(f"a calibration batch must be token ids of shape (B, T), got {batch.dtype} {shape}")
+            without_head(batch.to(device), use_cache=False)
+            hidden = keep(recorders[0].calls[-1].hidden)
+            for call, known in ((recorder.calls[-1], recorder.calls[-2:][0]) for recorder in recorders):
+                call.hidden = hidden
+                call.args, call.kwargs = _once(call.args, known.args), _once(call.kwargs, known.kwargs)
+        return [recorder.calls for recorder in recorders]
+    finally:
+        for index, block in enumerate(real):
+            layers[index] = block
+
+
+def _once(new: Any, known: Any) -> Any:
+    """`new`, where every tensor that equals the one at its place in `known` is that one."""
+    if type(new) is not type(known):
+        return new
+    if isinstance(new, Tensor):
+        same = new.dtype == known.dtype and new.device == known.device and torch.equal(new, known)
+        return known if same else new
+    if type(new) is dict:
+        return {key: _once(value, known.get(key)) for key, value in new.items()}
+    if type(new) is tuple and len(new) == len(known):
+        return tuple(_once(a, b) for a, b in zip(new, known, strict=True))
+    return new
+
+
+class Activations:
+    """Keeps the hidden states between blocks: in memory, or in files of `folder`, whose pages the kernel may drop.
+
+    A file has no name from the moment it is mapped, so that it is gone with its tensor, whatever happens.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self._numbers = folder, count()
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        if self.folder is None:
+            return hidden
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{next(self._numbers)}.bin"
+        with file.open("wb") as handle:  # a hole in the file would be found out by a signal, when the disk is full
+            os.posix_fallocate(handle.fileno(), 0, max(1, hidden.numel() * hidden.element_size()))
+        kept = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+        file.unlink()
+        return kept.copy_(hidden)

@@ -1,0 +1,325 @@
+"""Where a model can be compressed: the only module that knows how architectures name and call weights.
+
+Shape letters: O out_features, I in_features, E experts. A weight is always read as (O, I), and a stack of them as
+(E, O, I), however the architecture stores it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tensormix.operators import DenseStack, Experts, SlicedBlock, StackedLinear, StandIn
+from tensormix.operators.base import StructuredLinear
+from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
+
+# What a role is made of, for the architectures that multiply several projections at once.
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", *FUSED)
+
+# Matched against the end of a site's name, in this order.
+_ROLE_NAMES = (
+    (r"\bq_proj", "q"),
+    (r"\bk_proj", "k"),
+    (r"\bv_proj", "v"),
+    (r"\b(qkv_proj|c_attn|query_key_value|Wqkv)", "qkv"),
+    (r"\b(o_proj|out_proj|(attn|attention)\.c_proj|(self_)?attention\.dense)", "o"),
+    (r"\bgate_up_proj", "gate_up"),
+    (r"\bgate_proj", "gate"),
+    (r"\b(up_proj|fc1|fc_in|c_fc|dense_h_to_4h)", "up"),
+    (r"\b(down_proj|fc2|fc_out|mlp\.c_proj|dense_4h_to_h)", "down"),
+)
+
+# What decides where a token goes is small, and a small error there sends the token elsewhere.
+_ROUTER = re.compile(r"router\b|\bshared_expert_gate$")
+
+# Blocks that return (hidden, attention weights) instead of the hidden state alone, as of transformers 5.
+_TUPLE_BLOCKS = frozenset({"BloomBlock", "CodeGenBlock", "FalconDecoderLayer", "GPTJBlock", "GPTNeoBlock", "MptBlock"})
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place whose weight a method may replace.
+
+    `kind` is "linear" (a matrix inside a block), "experts" (a stack of them, one for each expert) or "block" (a whole
+    decoder block). `role` says what a matrix does (one of `ROLES`, or None for one we have no word for); `block` is
+    the index of the decoder block. `module` holds the weight; of a stack that is not opened it holds the others too.
+    A linear layer counts as one expert that every token visits.
+    """
+
+    name: str
+    kind: str
+    role: str | None
+    block: int | None
+    module: nn.Module
+    experts_per_token: int = 1
+
+    @property
+    def weight(self) -> Tensor:  # (O, I), of experts (E, O, I): a view, nothing is copied
+        if self.kind == "experts":
+            return self._stack.weight.detach()
+        weight = self.module.get_parameter("weight").detach()
+        return weight.t() if is_conv1d(self.module) else weight
+
+    def expert_weight(self, expert: int) -> Tensor:  # (O, I), a view
+        return self.weight[expert] if self.kind == "experts" else self.weight
+
+    @property
+    def bias(self) -> Tensor | None:  # (O,), of experts (E, O)
+        bias = getattr(self._stack if self.kind == "experts" else self.module, "bias", None)
+        return None if bias is None else bias.detach()
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight.shape[0] if self.kind == "experts" else 1
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[-2]
+
+    @property
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates of the dense weight for one token, at the experts that it visits."""
+        return self.in_features * self.out_features * self.experts_per_token
+
+    @property
+    def _stack(self) -> DenseStack:
+        if isinstance(self.module, DenseStack):
+            return self.module
+        return dense_stack(self.module, self.name.rpartition(".")[2])
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the transposed linear layer of GPT-2, recognised by name so that transformers is not imported."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+def is_dense(module: nn.Module) -> bool:
+    # Subclasses of nn.Linear (packed 4-bit weights, adapters) do not hold a plain (O, I) matrix.
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def role_of(name: str) -> str | None:
+    """The role of the matrix called `name`; None if the name is not one we know."""
+    return next((role for pattern, role in _ROLE_NAMES if re.search(pattern + "$", name)), None)
+
+
+def locate_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and the list of the decoder blocks: the longest list of modules that is not inside another one.
+
+    Raises ValueError if the model holds no list of modules.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    names = [name for name, _ in lists]
+    outer = [(n, m) for n, m in lists if len(m) and not any(n.startswith(f"{other}.") for other in names)]
+    if not outer:
+        raise ValueError(
+            f"{type(model).__name__} has no list of decoder blocks; tensormix needs a transformer that keeps its "
+            "blocks in an nn.ModuleList, such as model.layers or transformer.h"
+        )
+    return max(outer, key=lambda item: len(item[1]))
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks, in the order in which they are called."""
+    return locate_blocks(model)[1]
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every site that is still dense: each block, followed by the linear layers and stacks of experts inside it.
+
+    Embeddings, the head, norms and routers are never sites; what is compressed already is no longer one.
+    """
+    root, layers = locate_blocks(model)
+    sites = []
+    for index, block in enumerate(layers):
+        if isinstance(block, StandIn):
+            continue
+        prefix = f"{root}.{index}"
+        if not isinstance(block, SlicedBlock):  # without it the channels of the next block would be missed
+            sites.append(Site(prefix, "block", None, index, block))
+        for name, module in block.named_modules(prefix=prefix):
+            if is_dense(module) and not _ROUTER.search(name):
+                sites.append(Site(name, "linear", role_of(name), index, module))
+            elif is_fused(module) or isinstance(module, Experts):
+                sites += _stacks(name, index, module)
+    return sites
+
+
+def _stacks(name: str, block: int, experts: nn.Module) -> list[Site]:
+    """The dense stacks of the experts `name`, whether they are opened or not."""
+    if isinstance(experts, Experts):
+        stacks: dict[str, nn.Module] = {
+            n: stack for n, stack in experts.stacks.items() if isinstance(stack, DenseStack)
+        }
+        visits = experts.experts_per_token
+    else:
+        stacks, visits = dict.fromkeys(stack_names(experts), experts), experts_per_token(experts)
+    return [Site(f"{name}.{stack}", "experts", stack, block, module, visits) for stack, module in stacks.items()]
+
+
+@contextmanager
+def opened(model: nn.Module, sites: Collection[Site]) -> Iterator[dict[str, nn.Module]]:
+    """For each site, by name, the module that is called with its inputs; fused experts are open while this is.
+
+    A linear layer is called with (x), a stack of experts with (x, expert) for each expert that gets tokens: forward
+    pre-hooks see them. Nothing may be installed meanwhile.
+    """
+    fused: dict[str, nn.Module] = {}
+    try:
+        for name in {site.name.rpartition(".")[0] for site in sites if site.kind == "experts"}:
+            experts = model.get_submodule(name)
+            if is_fused(experts):
+                open_experts(model, name)
+                fused[name] = experts
+        yield {site.name: model.get_submodule(site.name) for site in sites}
+    finally:
+        for name, experts in fused.items():
+            model.set_submodule(name, experts)
+
+
+def returns_tuple(block: nn.Module) -> bool:
+    """Whether a decoder block returns (hidden, ...) instead of the hidden state alone."""
+    return block.returns == "tuple" if isinstance(block, StandIn) else type(block).__name__ in _TUPLE_BLOCKS
+
+
+def install(model: nn.Module, name: str, operator: nn.Module, *, move_bias: bool = True) -> None:
+    """Put `operator` where the module `name` was.
+
+    A bias moves over, unless `move_bias` is false: it becomes the operator's, or is added to the one that the method
+    fitted. A stand-in goes on telling the key-value cache how many tokens passed, because models ask the cache of one
+    block for all of them.
+
+    Fused experts are opened first when `name` is one of their stacks.
+
+    Raises:
+        ValueError: nothing dense is at `name`, or the shapes or numbers of experts differ.
+    """
+    parent, _, child = name.rpartition(".")
+    old = dense_at(model, name)
+    if isinstance(operator, StructuredLinear | StackedLinear):
+        check_shape(old, name, operator)
+        if is_fused(model.get_submodule(parent)):
+            open_experts(model, parent)
+        if move_bias:
+            _move_bias(old, operator)
+    elif isinstance(operator, StandIn):
+        operator.register_forward_pre_hook(partial(_count_tokens, int(child)), with_kwargs=True)
+    operator.train(old.training)
+    setattr(model.get_submodule(parent), child, operator)
+
+
+def dense_at(model: nn.Module, name: str) -> nn.Module:
+    """The module called `name`; if it is a stack of fused experts, the one that opening them would put there.
+
+    Raises AttributeError if the model has none.
+    """
+    parent, _, child = name.rpartition(".")
+    experts = model.get_submodule(parent)
+    if is_fused(experts) and child in stack_names(experts):
+        return dense_stack(experts, child).train(experts.training)
+    return model.get_submodule(name)
+
+
+def _count_tokens(index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give the cache one number per token for block `index`, so that lengths, positions and masks stay right."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past", args[1] if len(args) > 1 else None))
+    if hasattr(cache, "update"):
+        cache.update(*hidden.new_zeros(2, len(hidden), 1, hidden.shape[1], 1), index)
+
+
+def check_shape(old: nn.Module, name: str, operator: StructuredLinear | StackedLinear) -> None:
+    """Raise ValueError unless `operator` has the shape of the dense matrix, or stack of them, that it replaces."""
+    made, stacked = type(operator).__name__, isinstance(operator, StackedLinear)
+    if isinstance(old, DenseStack) and not stacked:
+        raise ValueError(
+            f"{name} holds the matrices of {old.num_experts} experts, but a {made} replaces only one; "
+            f"put {old.num_experts} of them into an ExpertStack"
+        )
+    if not (isinstance(old, DenseStack) if stacked else is_dense(old)):
+        wanted = "dense stack of experts" if stacked else "dense linear layer"
+        raise ValueError(f"{name} is a {type(old).__name__}, not a {wanted}: nothing can be installed there")
+    site = Site(name, "experts" if stacked else "linear", None, None, old)
+    (holds, for_each), (brings, of_each) = (
+        (f"{part.out_features}x{part.in_features}", f" for each of {part.num_experts} experts" if stacked else "")
+        for part in (site, cast(Any, operator))
+    )
+    if (holds, for_each) != (brings, of_each):
+        raise ValueError(f"{name} holds a {holds} matrix{for_each}, but the {made} made for it is {brings}{of_each}")
+
+
+def _move_bias(old: nn.Module, operator: StructuredLinear | StackedLinear) -> None:
+    bias = getattr(old, "bias", None)
+    if bias is None:
+        return
+    if operator.bias is None:
+        operator.bias = bias
+    else:
+        with torch.no_grad():
+            operator.bias.add_(bias.to(operator.bias))
+
+
+def head_counts(model: nn.Module) -> tuple[int, int, int] | None:
+    """How many heads the attention has for queries, how many for keys and values, and their size; None if unknown."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
+    if heads is None or width is None:
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or width // heads
+
+
+def takes_turns(model: nn.Module, site: Site) -> bool:
+    """Whether the rows of a fused qkv take turns, head by head, instead of being all of q, then of k, then of v.
+
+    Raises ValueError if the layout is not known.
+    """
+    leaf, block = site.name.rpartition(".")[2], type(blocks(model)[site.block or 0]).__name__
+    if leaf == "query_key_value":
+        return True
+    if leaf not in ("qkv_proj", "c_attn", "Wqkv") or block == "CodeGenBlock":
+        raise ValueError(f"{site.name}: how q, k and v lie in it is not known; leave it out")
+    return False
+
+
+def macs_per_token(model: nn.Module) -> int:
+    """Multiply-accumulates for one token: linear layers, routers, operators, and the experts that a token visits."""
+    total, inside = 0, set()
+    for module in model.modules():
+        if module in inside:
+            continue
+        if isinstance(module, StructuredLinear | Experts | StandIn):
+            total += module.macs_per_token
+            inside.update(module.modules())  # what it holds is in its own count
+        elif is_fused(module):
+            total += sum(site.macs_per_token for site in _stacks("", 0, module))
+        elif isinstance(module, nn.Linear) or is_conv1d(module) or _is_router(module):
+            total += module.get_parameter("weight").numel()
+    return total
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether it is the router of transformers' mixtures of experts: a bare matrix with a row for each expert."""
+    weight = module._parameters.get("weight")
+    return weight is not None and hasattr(module, "top_k") and weight.shape[:1] == (getattr(module, "num_experts", 0),)
+
+
+def fill_dense(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:  # (O, I), (O,)
+    """Give an empty dense layer its values, in the orientation in which the architecture stores them."""
+    stored = weight.t() if is_conv1d(module) else weight
+    module.register_parameter("weight", nn.Parameter(stored.detach().clone().contiguous()))
+    module.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))

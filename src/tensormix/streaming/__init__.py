@@ -1,0 +1,1 @@
+"""Models larger than memory: compressed from disk to disk, or while transformers loads them."""
