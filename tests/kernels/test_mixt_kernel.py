@@ -11,7 +11,9 @@ from tensormix.kernels.mixt import cpu, mixt, mixt_cores, reference
 from tensormix.operators import MixT
 from tensormix.profile import LiveBytes
 
-NUM_TOKENS = (0, 1, cpu.FEW, cpu.FEW + 1, cpu.M, cpu.M + 1, cpu.B * cpu.M + 3, 2 * cpu.B * cpu.M + cpu.M + 1)
+BLOCK = cpu.BLOCK // 8  # tokens of a block in float64
+NUM_TOKENS = (0, 1, cpu.FEW, cpu.FEW + 1, BLOCK, BLOCK + 1, cpu.B * BLOCK, 2 * cpu.B * BLOCK + 2 * BLOCK + 1)
+NUM_TOKENS += (cpu.DEPTH // 8 + 3, cpu.CHUNK + 1, 8 * cpu.MANY - 1, 8 * cpu.MANY)
 
 
 def problem(num_tokens, I=40, O=56, *, K=3, d=2, Q=16, P=12, dtype=torch.float64):
@@ -40,6 +42,46 @@ def test_any_size_gives_the_reference(K, d, Q, P, num_tokens, data):
     torch.testing.assert_close(mixt(x, cores, d, O), reference.mixt(x, cores, d, O), rtol=1e-12, atol=1e-11)
     grads = mixt_cores(dy, x, (Q, P), K, d)
     torch.testing.assert_close(grads, reference.mixt_cores(dy, x, (Q, P), K, d), rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_lie_anywhere_in_memory_give_the_reference(dtype):
+    """Columns of a wider matrix, every other token, an address that no unit of features divides, one row for all."""
+    x, cores, dy, d = problem(80, 48, 56, K=3, Q=14, P=12, dtype=dtype)
+    storage = torch.empty(1 + x.numel(), dtype=dtype)
+    odd = storage[1:].view(80, 48).copy_(x)
+    for rows in (torch.cat([x, x], 1)[:, :48], x.repeat_interleave(2, 0)[::2], odd, x.t().contiguous().t()):
+        torch.testing.assert_close(mixt(rows, cores, d, 56), mixt(x, cores, d, 56))
+        torch.testing.assert_close(mixt_cores(dy, rows, (14, 12), 3, d), mixt_cores(dy, x, (14, 12), 3, d))
+    ones = dy.new_ones(1, 1).expand(80, 56)  # what the sum of a layer's outputs hands back
+    given_ = mixt_cores(ones, x, (14, 12), 3, d)
+    torch.testing.assert_close(given_, mixt_cores(ones.contiguous(), x, (14, 12), 3, d))
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_few_branches_and_many_tokens_give_the_reference(K):
+    x, cores, _, d = problem(8 * cpu.MANY, 4, 6, K=K, Q=6, P=4)
+    torch.testing.assert_close(mixt(x, cores, d, 6), reference.mixt(x, cores, d, 6), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_many_tokens_are_summed_wide():
+    """Of positive numbers, so that each part that is added rounds a larger sum."""
+    x, _, dy, _ = problem(4096, 48, 56, K=3, Q=14, P=12)
+    x, dy = x.abs().bfloat16(), dy.abs().bfloat16()
+    truth, plain = (
+        reference.mixt_cores(dy.double(), x.double(), (14, 12), 3, 2),
+        reference.mixt_cores(dy, x, (14, 12), 3, 2),
+    )
+    assert (mixt_cores(dy, x, (14, 12), 3, 2) - truth).norm() <= 2 * (plain - truth).norm()
+
+
+def test_a_large_core_is_taken_part_by_part_and_gives_the_same(monkeypatch):
+    x, cores, _, d = problem(3, 24 * 4, 64 * 4, K=3, Q=64, P=24, dtype=torch.float32)
+    whole = mixt(x, cores, d, 256)
+    monkeypatch.setattr(cpu, "LARGE", 1)
+    torch.testing.assert_close(mixt(x, cores, d, 256), whole)
+    turned = [core.t().contiguous().t() for core in cores]
+    torch.testing.assert_close(mixt(x, turned, d, 256), whole)
 
 
 def test_the_reference_is_the_dense_product():
@@ -121,13 +163,24 @@ def peak(call, *alive):
 
 
 def test_scratch_memory_does_not_grow_with_the_tokens():
-    """Beside its output, which a dense layer makes too: one buffer for the inputs of B blocks and one for outputs."""
+    """Beside its output, which a dense layer makes too: a tile of inputs, one of outputs, and two branches as one."""
     I, O = 128, 64
     op = MixT.from_dense(torch.randn(O, I), num_branches=4)
     for num_tokens in (512, 2048):
         x = torch.randn(num_tokens, I)
         beside_output = peak(lambda x=x: cpu.mixt(x, op.cores, 2, O), x, *op.cores) - 4 * num_tokens * O
-        assert beside_output == 4 * cpu.B * cpu.M * (I + O)
+        assert beside_output == cpu.B * cpu.BLOCK * (I + O) + 4 * op.num_params
+
+
+@pytest.mark.parametrize(("I", "O"), [(126, 64), (128, 70), (90, 100)])
+def test_nor_does_it_where_sizes_are_padded(I, O):
+    op = MixT.from_dense(torch.randn(O, I), num_branches=4)
+
+    def beside_output(num_tokens):
+        x = torch.randn(num_tokens, I)
+        return peak(lambda: cpu.mixt(x, op.cores, 2, O), x, *op.cores) - 4 * num_tokens * O
+
+    assert beside_output(4 * cpu.CHUNK) == beside_output(2 * cpu.CHUNK)
 
 
 def test_training_keeps_the_input_and_nothing_else():
