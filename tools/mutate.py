@@ -43,8 +43,16 @@ DOBI = "methods/test_dobi_svd.py"
 AWARE = "methods/test_mixt_aware.py"
 STRUCTURES = "methods/test_mixt_structures.py"
 RESIDUAL = "test_residual_rotation.py"
+REWRITTEN = "test_reparameterise.py"
 
 FAULTS = (
+    Fault("reparameterise/heads.py", "turns = num_kv_heads if", "turns = 1 if", REWRITTEN),
+    Fault("reparameterise/heads.py", "g * attention.group + alike", "g + alike", REWRITTEN),
+    Fault("reparameterise/pairs.py", "torch.linalg.inv(one).T", "one", REWRITTEN),
+    Fault("reparameterise/pairs.py", ".view(2, -1).T", ".view(-1, 2)", REWRITTEN),
+    Fault("reparameterise/pairs.py", "[-sin, cos]", "[sin, -cos]", REWRITTEN),
+    Fault("reparameterise/values.py", "values.clamp_min(FLOOR * largest)", "values.clamp_min(0)", REWRITTEN),
+    Fault("reparameterise/values.py", "scale = values.flip(0) ** 0.25", "scale = values.flip(0) ** 0.5", REWRITTEN),
     Fault("reparameterise/residual.py", "norm.gain.fill_(1)", "pass", RESIDUAL),
     Fault("reparameterise/residual.py", "shift / gain) @ basis", "shift) @ basis", RESIDUAL),
     Fault("reparameterise/residual.py", "(embedding, *positions)", "(embedding,)", RESIDUAL),
