@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": set(),
     "operators": {"kernels"},
     "storage": {"operators"},
-    "inference": {"operators"},
+    "inference": {"operators", "sites"},
     "methods": {"allocate", "operators", "statistics"},
     # models
     "sites": {"operators"},

@@ -31,6 +31,8 @@ class Fault(NamedTuple):
 CONTRACT = "operators/test_operator_contract.py"
 MIXT = "operators/test_mixt.py"
 KERNEL = "kernels/test_mixt_kernel.py"
+SIBLINGS = "kernels/test_mixt_siblings.py"
+FUSED = "test_fused_siblings.py"
 MATCHING = "operators/test_mixt_matching.py"
 METHOD = "methods/test_method_contract.py"
 SELECTION = "test_selection.py"
@@ -97,6 +99,23 @@ FAULTS = (
     Fault("kernels/mixt/op.py", "[core.t() for core in cores]", "list(cores)", CONTRACT),
     Fault("kernels/mixt/op.py", "ctx.save_for_backward(x, *cores)", "ctx.save_for_backward(x + 0, *cores)", KERNEL),
     Fault("operators/mixt.py", "[core.to(dtype) for core in cores]", "cores", KERNEL),
+    Fault(
+        "kernels/mixt/siblings.py", "flatten(1)[:, : target.shape[1]]", "flatten(1)[:, -target.shape[1] :]", SIBLINGS
+    ),
+    Fault("kernels/mixt/siblings.py", "size - part.shape[1]))", "size - part.shape[1]), value=1.0)", SIBLINGS),
+    Fault("kernels/mixt/op.py", "x.new_zeros(x.shape[0], O)", "x.new_ones(x.shape[0], O)", SIBLINGS),
+    Fault("kernels/mixt/op.py", "ctx.core_bonds), x, *cores)", "ctx.core_bonds), *ctx.saved_tensors)", FUSED),
+    Fault("operators/siblings.py", "else core.detach().clone()", "else core.detach()", "operators/test_siblings.py"),
+    Fault(
+        "operators/siblings.py", "            if value is None:", "            if False:", "operators/test_siblings.py"
+    ),
+    Fault("inference/siblings.py", "if self.x is not x or index", "if index", FUSED),
+    Fault("inference/siblings.py", "core.data = value.detach().clone()", "core.data = value.detach()", FUSED),
+    Fault("inference/siblings.py", "core.data = core.data.new_empty(0)", "pass", FUSED),
+    Fault("inference/siblings.py", "if _is_watched(self._sibling):", "if False:", FUSED),
+    Fault("inference/siblings.py", "if together >= separate:", "if together < separate:", FUSED),
+    Fault("inference/siblings.py", "if all(isinstance(sibling, Sibling) for sibling in siblings):", "if True:", FUSED),
+    Fault("recover/rates.py", "StructuredLinear | ExpertStack | Siblings", "StructuredLinear | ExpertStack", FUSED),
     Fault("inference/faster.py", "setattr(parent, child, operator)", "pass", "test_faster.py"),
     Fault("inference/faster.py", "dense.bias = operator.bias", "dense.bias = None", "test_faster.py"),
     Fault(

@@ -24,6 +24,7 @@ _HOMES = {
     "compress": "tensormix.walk",
     "compress_checkpoint": "tensormix.streaming.stream",
     "dense_where_faster": "tensormix.inference.faster",
+    "fuse_siblings": "tensormix.inference.siblings",
     "load_model": "tensormix.models",
     "load_tokenizer": "tensormix.models",
     "run_recipe": "tensormix.run",
@@ -32,6 +33,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from tensormix.inference.faster import dense_where_faster
+    from tensormix.inference.siblings import fuse_siblings
     from tensormix.models import load_model, load_tokenizer
     from tensormix.plan import Plan
     from tensormix.recipe import Recipe
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompressConfig", "Plan", "Recipe", "build_report", "compress", "compress_checkpoint",
-    "dense_where_faster", "load_model",
+    "dense_where_faster", "fuse_siblings", "load_model",
     "load_tokenizer", "run_recipe", "run_sweep",
 ]  # fmt: skip
 

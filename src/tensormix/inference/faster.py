@@ -45,7 +45,7 @@ def dense_where_faster(model: nn.Module, *, num_tokens: int, repeats: int = 15) 
             x = dense.matrix.new_ones(num_tokens, operator.in_features)
             kind = f"{json.dumps(operator.spec)} {x.dtype} {x.device}"
             if kind not in known:
-                known[kind] = _milliseconds(operator, dense, x, repeats)
+                known[kind] = milliseconds(operator, dense, x, repeats)
             ours, theirs = known[kind]
             rows.append(
                 {
@@ -85,7 +85,10 @@ def _dense(operator: StructuredLinear) -> Dense:
     return dense
 
 
-def _milliseconds(one: nn.Module, other: nn.Module, x: Tensor, repeats: int) -> tuple[float, float]:
+def milliseconds(
+    one: Callable[[Tensor], Any], other: Callable[[Tensor], Any], x: Tensor, repeats: int
+) -> tuple[float, float]:
+    """Medians of `repeats` calls of each with x, in turns."""
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(repeats + 2):
         for module, seconds in zip((one, other), times, strict=True):

@@ -21,6 +21,7 @@ from tensormix.operators.placed import Placed
 from tensormix.operators.quantized import Quantized
 from tensormix.operators.remapped import Remapped
 from tensormix.operators.residual_mlp import ResidualMLP
+from tensormix.operators.siblings import Sibling, Siblings, why_apart
 from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
@@ -45,6 +46,8 @@ __all__ = [
     "Quantized",
     "Remapped",
     "ResidualMLP",
+    "Sibling",
+    "Siblings",
     "SlicedBlock",
     "SlicedNorm",
     "Sparse",
@@ -54,6 +57,7 @@ __all__ = [
     "Sum",
     "Zero",
     "build",
+    "why_apart",
 ]
 
 OPERATORS: dict[str, type[StructuredLinear] | type[StackedLinear] | type[StandIn]] = {

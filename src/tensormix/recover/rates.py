@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from tensormix.operators import ExpertStack, StructuredLinear
+from tensormix.operators import ExpertStack, Siblings, StructuredLinear
 
 
 def compressed_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -25,7 +25,7 @@ def rate_factors(model: nn.Module) -> dict[nn.Parameter, float]:
     return {
         parameter: operator.in_features / parameter.shape[-1]
         for operator in model.modules()
-        if isinstance(operator, StructuredLinear | ExpertStack)
+        if isinstance(operator, StructuredLinear | ExpertStack | Siblings)
         for parameter in operator.parameters(recurse=False)
         if parameter is not operator.bias and parameter.dim() >= 2
     }

@@ -8,6 +8,7 @@ Shape letters (this folder):
 
 from __future__ import annotations
 
-from tensormix.kernels.mixt.op import mixt, mixt_cores
+from tensormix.kernels.mixt.op import mixt, mixt_cores, mixt_siblings
+from tensormix.kernels.mixt.siblings import part_of_cores, stack_cores
 
-__all__ = ["mixt", "mixt_cores"]
+__all__ = ["mixt", "mixt_cores", "mixt_siblings", "part_of_cores", "stack_cores"]

@@ -1,0 +1,161 @@
+"""Mixtures that are stored and multiplied as one: what they compute, their gradients, what is saved and loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tensormix.kernels.mixt import cpu, siblings, stack_cores
+from tensormix.operators import MixT, Sibling, Siblings
+from tensormix.operators.mixt import largest_num_branches
+from tensormix.profile import LiveBytes
+
+
+def layers(I, out_features, num_branches=3, dtype=torch.float64, **sizes):
+    generator = torch.Generator().manual_seed(0)
+    made = [MixT(I, O, num_branches=num_branches, **sizes).to(dtype) for O in out_features]
+    for layer in made:
+        layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=dtype))
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, generator=generator)
+    return made
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(16, 50), st.lists(st.integers(16, 50), min_size=2, max_size=3), st.integers(1, 3), st.data())
+def test_siblings_are_the_separate_layers_and_so_are_their_gradients(I, out_features, num_branches, data):
+    padding = data.draw(st.sampled_from(["multiple", "power"]))
+    num_branches = min([num_branches, *(largest_num_branches(I, O, padding=padding) for O in out_features)])
+    alone = layers(I, out_features, num_branches, padding=padding)
+    x = torch.randn(data.draw(st.sampled_from([1, 5, 14])), I, dtype=torch.float64, requires_grad=True)
+    together = Siblings(alone)
+    ys, wanted = together(x), [layer.multiply(x) for layer in alone]
+    torch.testing.assert_close(ys, wanted, rtol=1e-12, atol=1e-11)
+    cores = [core for layer in alone for core in layer.cores]
+    dx, *grads = torch.autograd.grad(torch.stack([y.square().sum() for y in wanted]).sum(), [x, *cores])
+    each = [list(grads[n : n + num_branches]) for n in range(0, len(grads), num_branches)]
+    found = torch.autograd.grad(torch.stack([y.square().sum() for y in ys]).sum(), [x, *together.cores])
+    torch.testing.assert_close(found, (dx, *stack_cores(each, 2)), rtol=1e-10, atol=1e-8)
+
+
+def test_gradients_are_right():
+    together = Siblings(layers(20, (16, 30)))
+    x = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: together(x), (x, *together.cores), fast_mode=True)
+
+
+@pytest.fixture
+def family():
+    alone = layers(20, (32, 16, 30))
+    together = Siblings(alone)
+    return alone, together, nn.ModuleList(Sibling(layer, together, n) for n, layer in enumerate(alone))
+
+
+def test_a_sibling_is_the_layer_that_it_stands_for(family):
+    alone, _, parts = family
+    x = torch.randn(2, 5, 20, dtype=torch.float64)
+    for layer, part in zip(alone, parts, strict=True):
+        assert torch.equal(part(x), layer(x)) and torch.equal(part.to_dense(), layer.to_dense())
+        assert (part.spec, part.num_params, part.num_bits) == (layer.spec, layer.num_params, layer.num_bits)
+        assert part.macs_per_token == layer.macs_per_token
+    ordinary = nn.ModuleList(alone)
+    assert sum(p.numel() for p in parts.parameters()) == sum(p.numel() for p in ordinary.parameters())
+
+
+def test_what_is_saved_is_the_ordinary_checkpoint(family):
+    alone, _, parts = family
+    saved, ordinary = parts.state_dict(), nn.ModuleList(alone).state_dict()
+    assert saved.keys() == ordinary.keys() and all(torch.equal(saved[key], ordinary[key]) for key in saved)
+    assert parts.state_dict(keep_vars=True)["1.core_0"].requires_grad and not saved["1.core_0"].requires_grad
+
+
+def test_what_is_loaded_is_the_ordinary_checkpoint(family):
+    _, together, parts = family
+    other = nn.ModuleList(layers(20, (32, 16, 30))[::-1][n] for n in (2, 1, 0))
+    for parameter in other.parameters():
+        nn.init.normal_(parameter)
+    parts.load_state_dict(other.state_dict())
+    x = torch.randn(5, 20, dtype=torch.float64)
+    for y, part, layer in zip(together(x), parts, other, strict=True):
+        torch.testing.assert_close(y + part.bias, layer(x))
+
+
+def test_what_is_missing_or_does_not_fit_is_named(family):
+    *_, parts = family
+    state = parts.state_dict()
+    del state["1.core_2"]
+    state["2.core_0"] = state["2.core_0"][:3]
+    state["0.core_9"] = state["0.core_0"]
+    with pytest.raises(RuntimeError) as error:
+        parts.load_state_dict(state)
+    assert 'Missing key(s) in state_dict: "1.core_2"' in str(error.value)
+    assert 'Unexpected key(s) in state_dict: "0.core_9"' in str(error.value)
+    assert "size mismatch for 2.core_0: the checkpoint has (3, 8), not (8, 8)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (lambda: MixT(24, 32, num_branches=3), "in_features is 32 and 24"),
+        (lambda: MixT(32, 32, num_branches=2), "num_branches is 3 and 2"),
+        (lambda: MixT(32, 48, num_branches=1, bond=3), "num_branches is 3 and 1"),
+        (lambda: MixT(32, 32, num_branches=3).bfloat16(), "dtype is torch.float32 and torch.bfloat16"),
+        (lambda: MixT(32, 32, num_branches=3).requires_grad_(False), "requires_grad is True and False"),
+        (
+            lambda: MixT(32, 32, num_branches=4),
+            "with num_branches=4 a 32x32 layer has no core-out bond: its branches share bonds",
+        ),
+    ],
+)
+def test_what_cannot_be_one_product_is_refused(other, reason):
+    with pytest.raises(ValueError, match=f"^Siblings: {reason}$"):
+        Siblings([MixT(32, 48, num_branches=3), other()])
+
+
+def test_bonds_of_different_dimension_stay_apart():
+    with pytest.raises(ValueError, match=r"^Siblings: bond is 2 and 3$"):
+        Siblings([MixT(72, 72, num_branches=2), MixT(72, 72, num_branches=2, bond=3)])
+
+
+def test_paddings_to_different_sizes_stay_apart():
+    with pytest.raises(ValueError, match=r"^Siblings: core_in is 12 and 16$"):
+        Siblings([MixT(48, 48, num_branches=3), MixT(48, 48, num_branches=3, padding="power")])
+
+
+def test_a_wrong_number_of_features_is_refused(family):
+    with pytest.raises(ValueError, match=r"^Siblings: the layers take 20 features, got 40$"):
+        family[1](torch.randn(2, 40, dtype=torch.float64))
+
+
+def test_autocast_is_that_of_the_separate_layers():
+    alone = layers(32, (32, 16), dtype=torch.float32)
+    x = torch.randn(5, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for y, layer in zip(Siblings(alone)(x), alone, strict=True):
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y, layer.multiply(x))
+
+
+def peak(call, *alive):
+    """Bytes alive at the worst moment beside those of `alive`; what the kernel allocates inside itself is seen."""
+    with torch.no_grad(), LiveBytes() as mode:
+        mode.known |= {tensor.untyped_storage()._cdata for tensor in alive}
+        outputs = call()
+    del outputs
+    return mode.peak
+
+
+def test_memory_beside_the_outputs_does_not_grow_with_the_tokens():
+    """A dense layer makes the outputs too. The rest is what the kernel takes for one piece of the tokens."""
+    I, out_features = 128, (128, 64, 64)
+    cores = Siblings(layers(I, out_features, dtype=torch.float32)).cores
+    x = torch.randn(siblings.TOKENS, I)
+    one_piece = peak(lambda: cpu.mixt(x, cores, 2, sum(out_features)), x, *cores)
+    sizes = 2, (8, 4, 4), out_features
+    for pieces in (2, 5):
+        x = torch.randn(pieces * siblings.TOKENS, I)
+        used = peak(lambda x=x: siblings.mixt_siblings(x, cores, *sizes, cpu.mixt, siblings.TOKENS), x, *cores)
+        assert used - 4 * len(x) * sum(out_features) == one_piece
