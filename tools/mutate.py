@@ -42,6 +42,7 @@ FLAT = "methods/test_flat_llm.py"
 SOLA = "methods/test_sola.py"
 DOBI = "methods/test_dobi_svd.py"
 
+BROWSER = "report/test_report_browser.py"
 AWARE = "methods/test_mixt_aware.py"
 STRUCTURES = "methods/test_mixt_structures.py"
 RESIDUAL = "test_residual_rotation.py"
@@ -373,6 +374,11 @@ FAULTS = (
     Fault("run/predict.py", "total += errors.get(block, 0.0)", "total += 1", "test_predict.py"),
     Fault("run/run.py", '["key"] != keys[stage]', '["key"] == ""', "test_run.py"),
     Fault("run/sweep.py", 'where = f"{cell.direction} {cell.depth}"', 'where = f"last {cell.depth}"', "test_sweep.py"),
+    Fault("report/page.css", "font-size: 14.8px", "font-size: 12.5px", BROWSER),
+    Fault("report/page.css", "max-width: 100%; width: fit-content", "width: fit-content", BROWSER),
+    Fault("report/page.js", 'event.pointerType === "mouse" && hide()', "hide()", BROWSER),
+    Fault("report/page.js", "at + step + order.length", "at + order.length", BROWSER),
+    Fault("report/svg.py", 'role="img" tabindex="0"', 'role="img"', BROWSER),
     Fault("report/tradeoffs.py", "-0.90 + 4.87", "-0.90 + 4.78", "report/test_report_papers.py"),
     Fault("report/tradeoffs.py", "1.20 - 1.30", "1.30 - 1.20", "report/test_report_papers.py"),
     Fault("report/measures.py", "(own - embedding)", "own", "report/test_report_papers.py"),
