@@ -40,13 +40,24 @@ GROUPS = {  # model, layers -> in_features, the out_features of each
     ("Qwen3-8B", "gate, up"): (4096, (12288, 12288)),
 }
 TOKENS = {"cold": (1, 8), "warm": (1, 8, 128, 1024)}
+OTHERS = 0.25  # of a core that other processes may use while a case is measured
 QWEN = {**LLAMA, "intermediate_size": 12288, "num_key_value_heads": 8, "head_dim": 128}
 EXPERTS = {"hidden": 2048, "intermediate": 1024, "keep": 0.25}  # the widths of OLMoE
 
 
+def quietest(calls: dict[str, Call], seconds: float) -> tuple[dict[str, list[float]], float]:
+    """As `take_turns`; again, up to three times in all, while others used more than `OTHERS` of a core."""
+    best = take_turns(calls, seconds)
+    for _ in range(2):
+        if best[1] <= OTHERS:
+            break
+        best = min(best, take_turns(calls, seconds), key=lambda found: found[1])
+    return best
+
+
 def quartiles(case: Row, calls: dict[str, Call], against: str, seconds: float = 1.0) -> Iterator[Row]:
     """One row for each contestant; `speedup` is over `against`."""
-    times, others = take_turns(calls, seconds)
+    times, others = quietest(calls, seconds)
     base = statistics.median(times[against])
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -168,7 +179,7 @@ def memory_of(layers: list[Any], x: Tensor) -> dict[str, int]:
         return [cpu.mixt(x, layer.cores, 2, layer.out_features) for layer in layers]
 
     def together() -> list[Tensor]:
-        return siblings.mixt_siblings(x, stacked.cores, *sizes, cpu.mixt, siblings.TOKENS)
+        return siblings.mixt_siblings(x, stacked.cores, *sizes, cpu.mixt, siblings.MOST)
 
     cores = [core for layer in layers for core in layer.cores]
     return {"separate": peak(separate, x, *cores), "together": peak(together, x, *stacked.cores)}
@@ -226,11 +237,11 @@ def in_turns(case: Row, model: Any, forms: dict[str, Any], call: Callable[[str],
     for _ in range(5):
         for name, options in forms.items():
             if options is None:
-                found, others = take_turns({name: lambda n=name: call(n)}, seconds=0.5)
+                found, others = quietest({name: lambda n=name: call(n)}, seconds=0.5)
             else:
                 with fuse_siblings(model, **options) as rows:
                     counts[name] = sum(row["chosen"] == "together" for row in rows)
-                    found, others = take_turns({name: lambda n=name: call(n)}, seconds=0.5)
+                    found, others = quietest({name: lambda n=name: call(n)}, seconds=0.5)
             times[name] += found[name]
             used = max(used, others)
     base = statistics.median(times["separate"])

@@ -25,16 +25,18 @@ def family(num_tokens, core_bonds, *, K=3, d=2, P=12, cut=0, dtype=torch.float64
     st.integers(2, 3),
     st.lists(st.integers(1, 5), min_size=2, max_size=3),
     st.integers(1, 9),
-    st.sampled_from([0, 1, 7, 30, siblings.TOKENS + 3]),
+    st.sampled_from([0, 1, 7, 30]),
     st.data(),
 )
 def test_together_they_are_what_each_is_alone(K, d, core_bonds, P, num_tokens, data):
     S = d ** (K - 1)
     x, each = family(num_tokens, core_bonds, K=K, d=d, P=P, cut=data.draw(st.integers(0, P * S - 1)))
     out_features = [data.draw(st.integers(1, S * c * S)) for c in core_bonds]
-    together = mixt_siblings(x, stack_cores(each, d), d, core_bonds, out_features)
-    for y, cores, O in zip(together, each, out_features, strict=True):
-        torch.testing.assert_close(y, reference.mixt(x, cores, d, O), rtol=1e-12, atol=1e-11)
+    stacked = stack_cores(each, d)
+    for most in (0, siblings.MOST):  # one by one, and as one product
+        found = siblings.mixt_siblings(x, stacked, d, core_bonds, out_features, cpu.mixt, most)
+        for y, cores, O in zip(found, each, out_features, strict=True):
+            torch.testing.assert_close(y, reference.mixt(x, cores, d, O), rtol=1e-12, atol=1e-11)
 
 
 def test_the_stack_is_cut_into_the_very_cores():
@@ -84,13 +86,14 @@ def test_the_error_is_at_most_twice_that_of_plain_pytorch(dtype):
         assert (y - truth).norm() <= 2 * (plain - truth).norm()
 
 
-def test_one_call_reads_the_input_once():
-    x, each = family(siblings.TOKENS, (2, 1, 1), dtype=torch.float32)
+def test_one_product_up_to_so_many_outputs_and_one_each_beyond():
+    x, each = family(6, (2, 1, 1), dtype=torch.float32)
     calls = []
 
-    def counted(rows, *rest):
-        calls.append(len(rows))
-        return cpu.mixt(rows, *rest)
+    def counted(rows, cores, bond, out_features):
+        calls.append(out_features)
+        return cpu.mixt(rows, cores, bond, out_features)
 
-    siblings.mixt_siblings(x, stack_cores(each, 2), 2, (2, 1, 1), (32, 16, 16), counted, siblings.TOKENS)
-    assert calls == [siblings.TOKENS]
+    for most in (6 * 64, 6 * 64 - 1):
+        siblings.mixt_siblings(x, stack_cores(each, 2), 2, (2, 1, 1), (32, 16, 15), counted, most)
+    assert calls == [64, 32, 16, 15]

@@ -148,14 +148,15 @@ def peak(call, *alive):
     return mode.peak
 
 
-def test_memory_beside_the_outputs_does_not_grow_with_the_tokens():
-    """A dense layer makes the outputs too. The rest is what the kernel takes for one piece of the tokens."""
-    I, out_features = 128, (128, 64, 64)
+@pytest.mark.parametrize("num_tokens", [1, 64, 2048])
+def test_memory_is_that_of_the_dense_layers_and_scratch_that_does_not_grow_with_the_tokens(num_tokens):
+    """Dense layers make the outputs too. The rest: the outputs once more while they are few, or cores, and scratch."""
+    I, out_features = 1024, (1024, 512, 512)
     cores = Siblings(layers(I, out_features, dtype=torch.float32)).cores
-    x = torch.randn(siblings.TOKENS, I)
-    one_piece = peak(lambda: cpu.mixt(x, cores, 2, sum(out_features)), x, *cores)
-    sizes = 2, (8, 4, 4), out_features
-    for pieces in (2, 5):
-        x = torch.randn(pieces * siblings.TOKENS, I)
-        used = peak(lambda x=x: siblings.mixt_siblings(x, cores, *sizes, cpu.mixt, siblings.TOKENS), x, *cores)
-        assert used - 4 * len(x) * sum(out_features) == one_piece
+    x = torch.randn(num_tokens, I)
+    used = peak(
+        lambda: siblings.mixt_siblings(x, cores, 2, (64, 32, 32), out_features, cpu.mixt, siblings.MOST), x, *cores
+    )
+    kernel = peak(lambda: cpu.mixt(x, cores, 2, sum(out_features)), x, *cores) - 4 * num_tokens * sum(out_features)
+    scratch = max(4 * siblings.MOST, sum(core.nbytes for core in cores))
+    assert used - 4 * num_tokens * sum(out_features) <= scratch + kernel

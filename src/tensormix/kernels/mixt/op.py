@@ -6,6 +6,7 @@ again one of the first two, and no dense matrix is ever formed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -45,7 +46,7 @@ mixt_cores.register_kernel("cpu")(cpu.mixt_cores)
 def _(
     x: Tensor, cores: Sequence[Tensor], bond: int, core_bonds: Sequence[int], out_features: Sequence[int]
 ) -> list[Tensor]:
-    return siblings.mixt_siblings(x, cores, bond, core_bonds, out_features, cpu.mixt, siblings.TOKENS)
+    return siblings.mixt_siblings(x, cores, bond, core_bonds, out_features, cpu.mixt, siblings.MOST)
 
 
 if find_spec("triton") is not None:  # not part of every PyTorch; without it a GPU takes the reference
@@ -62,7 +63,7 @@ if find_spec("triton") is not None:  # not part of every PyTorch; without it a G
     ) -> list[Tensor]:
         from tensormix.kernels.mixt import gpu
 
-        return siblings.mixt_siblings(x, cores, bond, core_bonds, out_features, gpu.mixt, max(1, len(x)))
+        return siblings.mixt_siblings(x, cores, bond, core_bonds, out_features, gpu.mixt, sys.maxsize)
 
 
 @mixt.register_fake

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tensormix.kernels.mixt.reference import mixt, windows
 
-TOKENS = 128  # multiplied at a time on a CPU, so that what is cut apart, and lies twice, does not grow with the tokens
+MOST = 2**21  # outputs up to which one product wins on a CPU: cutting more apart takes longer than cutting the cores
 
 Mixture = Callable[[Tensor, Sequence[Tensor], int, int], Tensor]
 
@@ -48,16 +48,31 @@ def mixt_siblings(
     core_bonds: Sequence[int],
     out_features: Sequence[int],
     mixture: Mixture,
-    tokens: int,
+    most: int,
 ) -> list[Tensor]:  # each (N, O)
-    """The outputs of all siblings by calls of `mixture`, each of at most `tokens` rows of x."""
+    """The outputs of all siblings: up to `most` numbers by one call of `mixture`, more by one for each of them."""
     S = bond ** (len(cores) - 1)
+    width = S * sum(core_bonds) * S
+    if len(x) * width > most:
+        return _one_by_one(mixture, x, cores, bond, core_bonds, out_features)
     outputs = [x.new_empty(len(x), O) for O in out_features]
-    for start in range(0, len(x), tokens):
-        rows = slice(start, start + tokens)
-        targets = [output[rows] for output in outputs]
-        _cut_apart(mixture(x[rows], cores, bond, S * sum(core_bonds) * S), S, core_bonds, targets)
+    _cut_apart(mixture(x, cores, bond, width), S, core_bonds, outputs)
     return outputs
+
+
+def _one_by_one(
+    mixture: Mixture,
+    x: Tensor,
+    cores: Sequence[Tensor],
+    bond: int,
+    core_bonds: Sequence[int],
+    out_features: Sequence[int],
+) -> list[Tensor]:
+    starts = accumulate(core_bonds, initial=0)
+    return [
+        mixture(x, part_of_cores(cores, bond, start, size), bond, O)
+        for start, size, O in zip(starts, core_bonds, out_features, strict=False)
+    ]
 
 
 def _cut_apart(whole: Tensor, S: int, core_bonds: Sequence[int], targets: Sequence[Tensor]) -> None:
@@ -74,11 +89,7 @@ def reference_siblings(
     x: Tensor, cores: Sequence[Tensor], bond: int, core_bonds: Sequence[int], out_features: Sequence[int]
 ) -> list[Tensor]:  # (N, I), K x (S C, P) -> each (N, O)
     """The same, each mixture by itself: any device, any dtype, differentiable."""
-    starts = accumulate(core_bonds, initial=0)
-    return [
-        mixt(x, part_of_cores(cores, bond, start, size), bond, O)
-        for start, size, O in zip(starts, core_bonds, out_features, strict=False)
-    ]
+    return _one_by_one(mixt, x, cores, bond, core_bonds, out_features)
 
 
 def put_together(
