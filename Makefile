@@ -14,7 +14,6 @@ help:
 	@echo "make demo    set up and run the sweep on the embedded model; ends with the path of the report"
 	@echo "make test    set up and run the whole test suite (offline)"
 	@echo "make check   ruff, the type checker and the import directions"
-	@echo "make test EXTRAS=dev,eval   in a fresh checkout: with lm-eval, whose tests are left out without it"
 	@echo "make mutate  break the code line by line and demand that the tests notice"
 
 setup: $(VENV)/.ready

@@ -2,6 +2,7 @@
 
     python tools/mutate.py            every fault
     python tools/mutate.py mixt       the faults in files whose path contains "mixt"
+    python tools/mutate.py 40:60      those faults of the table
 
 Works on a copy of the repository, so the working tree is never touched. Exit code 1 when a fault is missed, when its
 line no longer exists, or when the tests are red before any fault.
@@ -42,6 +43,7 @@ FLAT = "methods/test_flat_llm.py"
 SOLA = "methods/test_sola.py"
 DOBI = "methods/test_dobi_svd.py"
 
+BROWSER = "report/test_report_browser.py"
 AWARE = "methods/test_mixt_aware.py"
 STRUCTURES = "methods/test_mixt_structures.py"
 RESIDUAL = "test_residual_rotation.py"
@@ -131,7 +133,7 @@ FAULTS = (
     Fault("methods/soft_truncation.py", "places = torch.arange", "places = 1 + torch.arange", DOBI),
     Fault("methods/soft_truncation.py", "(across * mask) @ vh + ", "", DOBI),
     Fault("methods/soft_truncation.py", "(1 - q) * TERMS > 1, ", "(1 - q) > 0, ", DOBI),
-    Fault("methods/dobi_svd.py", "_BITS * longest + 32", "_BITS * longest", DOBI),
+    Fault("methods/dobi_svd.py", "max(in_features, out_features) + 32 if", "max(in_features, out_features) if", DOBI),
     Fault("operators/remapped.py", "(q @ u * s.sqrt()).T", "(q @ u * s).T", "operators/test_remapped.py"),
     Fault(
         "operators/remapped.py",
@@ -172,9 +174,7 @@ FAULTS = (
     Fault("operators/low_rank.py", "self.rank}", "self.rank - 1}", CONTRACT),
     Fault("operators/padded.py", "[..., : self.out_features]", "[..., 1 : self.out_features + 1]", CONTRACT),
     Fault("operators/sum.py", "for term in others:", "for term in others[1:]:", CONTRACT),
-    Fault(
-        "operators/bypass.py", '(hidden_states, None) if self.returns == "tuple" else', "", "operators/test_bypass.py"
-    ),
+    Fault("operators/bypass.py", '(out, None) if self.returns == "tuple" else', "", "operators/test_bypass.py"),
     Fault("operators/placed.py", "return F.pad(y, (0, ", "return F.pad(y, (1, ", CONTRACT),
     Fault("operators/placed.py", "[..., :kept].flatten(-2)", "[..., -kept:].flatten(-2)", CONTRACT),
     Fault("operators/concat.py", "y = y + part.multiply(piece)", "y = part.multiply(piece)", CONTRACT),
@@ -197,8 +197,8 @@ FAULTS = (
     Fault("methods/sola.py", "magnitudes.topk(num_prime)", "(-magnitudes).topk(num_prime)", SOLA),
     Fault("operators/sliced.py", "keepdim=True) / self.full", "keepdim=True) / x.shape[-1]", "test_slicing.py"),
     Fault("walk/slicing.py", "outputs.T @ inputs", "inputs.T @ outputs", "test_slicing.py"),
-    Fault("walk/slicing.py", "* scale.to(basis) @ basis", "@ basis", "test_slicing.py"),
-    Fault("walk/slicing.py", "layer.bias if reads else _written(layer.bias, outputs)", "layer.bias", "test_slicing.py"),
+    Fault("reparameterise/residual.py", "* gain.to(basis) @ basis", "@ basis", "test_slicing.py"),
+    Fault("walk/slicing.py", "write(layer.bias, outputs).to(layer.bias)", "layer.bias", "test_slicing.py"),
     Fault("sites/sliced.py", "loaded.config.tie_word_embeddings = False", "pass", "test_slicing.py"),
     Fault("methods/slice_gpt.py", "[:, -width:].flip(1)", "[:, :width].flip(1)", "test_slicing.py"),
     Fault("walk/joint.py", "if turns else 1", "if False else 1", "test_joint.py"),
@@ -246,7 +246,7 @@ FAULTS = (
     ),
     Fault("walk/walk.py", "if index < self.last_observed:", "if True:", "test_walk.py"),
     Fault("walk/walk.py", "module.training = modes[name]", "module.training = True", "test_walk.py"),
-    Fault("walk/walk.py", "        _check_sizes(self.sites, chosen)\n", "", "test_walk_errors.py"),
+    Fault("walk/walk.py", "        _check_sizes(model, self.sites, chosen)\n", "", "test_walk_errors.py"),
     Fault("walk/walk.py", 'return "dense" in self.asked', "return False", "test_stream_resume.py"),
     Fault("walk/walk.py", 'if kind.stream == "walk" else', "if True else", "methods/test_svd_llm.py test_stream.py"),
     Fault("sites/calls.py", "(hidden_states, None) if returns_tuple", "hidden_states if returns_tuple", "test_walk.py"),
@@ -312,7 +312,7 @@ FAULTS = (
     Fault("hf/plugin.py", 'if entry.get("bias") and', "if False and", "test_hf.py"),
     Fault("hf/plugin.py", 'record(block, "hidden_states", 0)', "pass", "test_hf.py"),
     Fault("models.py", 'if missing := sorted(report["missing_keys"]):', "if missing := []:", "test_models.py"),
-    Fault("recipe/recipe.py", 'placed["model"] = _placed(model, folder)', "pass", "test_recipe.py"),
+    Fault("recipe/recipe.py", "placed[key] = _placed(placed[key], folder)", "pass", "test_recipe.py"),
     Fault("recipe/recipe.py", "(folder / model).exists()", "False", "test_recipe.py"),
     Fault(
         "evaluate/perplexity.py", "        scored = end\n", "        scored = begin\n", "evaluate/test_perplexity.py"
@@ -368,11 +368,21 @@ FAULTS = (
     Fault("run/sweep.py", "and c.depth < cell.depth]", "]", "test_sweep_search.py"),
     Fault("run/sweep.py", "bisect_boundary(measure, self.num_blocks)", "measure(0)", "test_sweep_search.py"),
     Fault("diagnose/verdict.py", "step > self.num_steps / 2", "True", "test_sweep_search.py"),
-    Fault("run/run.py", "recipe.start or recipe.model", "recipe.model", "test_sweep_search.py"),
+    Fault(
+        "run/run.py",
+        "            recipe.start or recipe.model,\n",
+        "            recipe.model,\n",
+        "test_sweep_search.py",
+    ),
     Fault("run/predict.py", "(after - before, depth)", "(before - after, depth)", "test_predict.py"),
     Fault("run/predict.py", "total += errors.get(block, 0.0)", "total += 1", "test_predict.py"),
     Fault("run/run.py", '["key"] != keys[stage]', '["key"] == ""', "test_run.py"),
     Fault("run/sweep.py", 'where = f"{cell.direction} {cell.depth}"', 'where = f"last {cell.depth}"', "test_sweep.py"),
+    Fault("report/page.css", "font-size: 14.8px", "font-size: 12.5px", BROWSER),
+    Fault("report/page.css", "max-width: 100%; width: fit-content", "width: fit-content", BROWSER),
+    Fault("report/page.js", 'event.pointerType === "mouse" && hide()', "hide()", BROWSER),
+    Fault("report/page.js", "at + step + order.length", "at + order.length", BROWSER),
+    Fault("report/svg.py", 'role="img" tabindex="0"', 'role="img"', BROWSER),
     Fault("report/tradeoffs.py", "-0.90 + 4.87", "-0.90 + 4.78", "report/test_report_papers.py"),
     Fault("report/tradeoffs.py", "1.20 - 1.30", "1.30 - 1.20", "report/test_report_papers.py"),
     Fault("report/measures.py", "(own - embedding)", "own", "report/test_report_papers.py"),
@@ -440,7 +450,7 @@ FAULTS = (
         "return super().dense_bits(site)",
         "test_budget.py",
     ),
-    Fault("walk/fitting.py", ".to(site.weight.dtype)\n    bias", "\n    bias", "test_stream.py"),
+    Fault("walk/fitting.py", "out_features).to(site.weight.dtype)", "out_features)", "test_stream.py"),
     Fault("budget/sensitivity.py", "means[site.block or 0]", "means[0]", "test_budget.py"),
     Fault(
         "evaluate/divergence.py", "p * (log_p - log_q), 0)", "p * (log_p - log_q), p)", "evaluate/test_divergence.py"
@@ -454,7 +464,11 @@ FAULTS = (
 
 def main() -> int:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    faults = [fault for fault in FAULTS if wanted in fault.file]
+    first, colon, last = wanted.partition(":")
+    if colon:
+        faults = list(FAULTS[int(first or 0) : int(last or len(FAULTS))])
+    else:
+        faults = [fault for fault in FAULTS if wanted in fault.file]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=LEFT_OUT)

@@ -1,60 +1,179 @@
-"""The page in a real browser: no error in its console, data in every figure, values on hover and by keyboard."""
+"""The pages in a real browser (Debian's chromium through playwright): from disk, by pointer and keyboard, on a phone,
+in the dark and on paper."""
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+from contest_folder import write_contest
 from measured import measure_everything
-from report_folders import fall, write_sweep
+from report_folders import fall, write_run, write_sweep
 
 from tensormix.report import build_report
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --enable-logging=stderr --v=0").split()  # fmt: skip
-PROBE = """<script>
-const key = (panel, name) => panel.dispatchEvent(new KeyboardEvent("keydown", {key: name}));
-const tip = document.getElementById("tip"), said = {}, silent = [], empty = [];
-for (const figure of document.querySelectorAll("figure")) {
-  for (const panel of figure.querySelectorAll("svg.panel")) {
-    if (![...panel.querySelectorAll("[data-x]")].some((mark) => mark.getBoundingClientRect().width)) empty.push(figure.id);
-    panel.focus();
-    key(panel, "ArrowRight");
-    if (document.activeElement !== panel || tip.hidden || !tip.textContent) silent.push(figure.id);
-    said[figure.id] ??= tip.textContent;
-    key(panel, "Escape");
-    if (!tip.hidden) silent.push(figure.id);
-  }
-}
-const point = document.querySelector("#accuracy svg.panel [data-x][data-tip]");
-point.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
-Object.assign(document.body.dataset, {
-  probe: said["accuracy"], hover: tip.hidden ? "" : tip.textContent, silent: silent.join(" "), empty: empty.join(" "),
-  figures: document.querySelectorAll("figure").length, width: innerWidth,
-  overflow: document.documentElement.scrollWidth > innerWidth,
-  small: Math.min(...[...document.querySelectorAll("figcaption, td, p")].map((e) => parseFloat(getComputedStyle(e).fontSize))),
-  links: [...document.querySelectorAll("a[download]")].filter((a) => !a.href.startsWith("data:")).length,
-  loaded: performance.getEntriesByType("resource").filter((entry) => !entry.name.startsWith("data:")).length,
-});
-</script></body>"""  # noqa: E501
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed"),
+    pytest.mark.skipif(find_spec("playwright") is None, reason="playwright is not installed (pip install -e '.[dev]')"),
+]
+PAGES = ("sweep", "run", "runs", "comparison")
+NARROW = {"width": 390, "height": 844}  # a phone
+SMALLEST = 11  # pixels of a letter, subscripts aside
+Open = Callable[..., AbstractContextManager[Any]]
+
+PROBES = Path(__file__).with_name("probes.js").read_text(encoding="utf-8")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium is installed")
-def test_page_in_a_browser(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "sweep", depths=(1, 4, 8))
-    measure_everything(folder, {f"mixt-last-{d}": (fall("mixt", "last", d), d) for d in (1, 4, 8)})
-    path = build_report([folder])
-    path.write_text(path.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
-    command = [str(BROWSER), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,900", "--dump-dom"]
-    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=60, check=True)
-    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    body = re.findall(r"<body ([^>]*)>", done.stdout)[0]
-    seen = dict(re.findall(r'data-(\w+)="([^"]*)"', body))
-    assert seen["empty"] == seen["silent"] == "" and int(seen["figures"]) >= 16
-    assert "dense model: accuracy" in seen["probe"] and "accuracy" in seen["hover"]
-    assert seen["overflow"] == "false" and int(seen["width"]) <= 500
-    assert float(seen["small"]) >= 12 and seen["links"] == seen["loaded"] == "0"
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    depths = (1, 4, 8)
+    sweep = write_sweep(folder / "sweep", depths=depths)
+    measure_everything(sweep, {f"mixt-last-{d}": (fall("mixt", "last", d), d) for d in depths})
+    runs = [sweep / "mixt-last-4", sweep / "mixt-last-8", write_run(folder / "alone")]
+    return {
+        "sweep": build_report([sweep]),
+        "run": build_report(runs[:1], folder / "run.html"),
+        "runs": build_report(runs, folder / "runs.html"),
+        "comparison": build_report([write_contest(folder / "comparison")]),
+    }
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: Any, pages: dict[str, Path]) -> Open:
+    """A page from disk; afterwards nothing may stand in its console and nothing may have been asked of a network."""
+
+    @contextmanager
+    def visit(name: str, **options: Any) -> Iterator[Any]:
+        context = browser.new_context(reduced_motion="reduce", **options)
+        context.set_default_timeout(10_000)
+        page, said, asked = context.new_page(), [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(pages[name].as_uri())
+        page.evaluate(PROBES)
+        try:
+            yield page
+        finally:
+            context.close()
+        assert not said
+        assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
+
+    return visit
+
+
+def open_details(page: Any) -> None:
+    page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_figure_has_data(opened: Open, name: str) -> None:
+    with opened(name) as page:
+        assert page.evaluate("probe.empty()") == []
+        assert page.locator("figure").count() >= {"sweep": 16, "run": 5, "runs": 5, "comparison": 2}[name]
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.evaluate("probe.covered()") == []
+
+
+def test_values_under_the_pointer(opened: Open) -> None:
+    with opened("sweep") as page:
+        page.locator("#accuracy").scroll_into_view_if_needed()
+        mark, tip = page.locator("#accuracy svg.panel").first.locator("[data-tip]").last, page.locator("#tip")
+        assert not tip.is_visible()
+        mark.hover()
+        assert (
+            tip.is_visible() and "accuracy" in tip.inner_text() and tip.inner_text() == mark.get_attribute("data-tip")
+        )
+        page.mouse.move(2, 2)
+        assert not tip.is_visible()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_keyboard_reaches_every_control(opened: Open, name: str) -> None:
+    """Tab visits all of them in the order of the page, and each shows that it has the focus."""
+    with opened(name) as page:
+        open_details(page)
+        num_controls = page.evaluate("probe.watch()")
+        for _ in range(num_controls):
+            page.keyboard.press("Tab")
+        assert page.evaluate("probe.seen.map(([place]) => place)") == list(range(num_controls))
+        assert page.evaluate("probe.seen.filter(([place, outline]) => outline === 'none')") == []
+
+
+def test_what_the_keys_do(opened: Open) -> None:
+    with opened("sweep") as page:
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")  # "Skip to the results"
+        assert page.url.endswith("#" + page.locator("main section").first.get_attribute("id"))
+        assert page.evaluate("probe.silent()") == []
+        panel, tip, said = page.locator("svg.panel").first, page.locator("#tip"), []
+        for key in ("ArrowRight", "ArrowRight", "ArrowLeft"):
+            panel.press(key)
+            assert tip.is_visible()
+            said.append(tip.inner_text())
+        assert said[0] == said[2] != said[1]
+        page.keyboard.press("Escape")
+        assert not tip.is_visible()
+        summary = page.locator("figure summary").first
+        for is_open in (True, False):
+            summary.press("Enter")
+            assert page.locator("figure details").first.evaluate("(one) => one.open") == is_open
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_on_a_phone(opened: Open, name: str) -> None:
+    with opened(name, viewport=NARROW, device_scale_factor=2, is_mobile=True, has_touch=True) as page:
+        open_details(page)
+        assert page.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [NARROW["width"]] * 2
+        texts = page.evaluate("probe.texts()")
+        assert len(texts) > 50
+        assert [(text, size) for text, size, *_ in texts if size < SMALLEST] == []
+        assert [text for text, _, left, right, scrolls in texts if not scrolls and (left < -1 or right > 391)] == []
+        assert page.evaluate("probe.covered()") == []
+        mark, tip = page.locator("svg.panel").first.locator("[data-tip]").last, page.locator("#tip")
+        mark.scroll_into_view_if_needed()
+        at = mark.bounding_box()
+        page.touchscreen.tap(at["x"] - 3, at["y"] - 3)  # a finger misses the mark, but not by much
+        assert tip.inner_text() == mark.get_attribute("data-tip")
+        box = tip.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= NARROW["width"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_the_ground(opened: Open, scheme: str) -> None:
+    """WCAG AA: a contrast of at least 4.5."""
+    with opened("sweep", color_scheme=scheme) as page:
+        assert page.evaluate("probe.faint()") == []
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        assert dark == (scheme == "dark")
+
+
+@pytest.mark.parametrize("name", ["sweep", "comparison"])
+def test_on_paper(opened: Open, name: str) -> None:
+    """Black on white at A4 width, with every figure and table and without what only a screen can use."""
+    with opened(name, viewport={"width": 718, "height": 1000}, color_scheme="dark") as page:
+        page.emulate_media(media="print")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        for useless in ("nav", "details", ".download"):
+            assert not any(one.is_visible() for one in page.locator(useless).all()), useless
+        assert all(one.is_visible() for one in page.locator("svg.panel").all())
+        texts = page.evaluate("probe.texts()")
+        assert [(text, size) for text, size, _, _, table in texts if not table and size < 9] == []
+        assert page.pdf(format="A4")[:5] == b"%PDF-"

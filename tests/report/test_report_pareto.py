@@ -1,9 +1,9 @@
 """The page of a comparison: means over seeds, the frontier as by definition, nothing hidden."""
 
-import json
 import re
 
 import pytest
+from contest_folder import VALUES, evaluate, write, write_contest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,43 +11,10 @@ from tensormix.report import build_report
 from tensormix.report.pareto import Entry, Spread, entries, frontier
 from tensormix.report.read import read_contest
 
-VALUES = {  # label, keep -> bits, perplexity of each seed
-    ("low", 0.5): (600, (9.0, 11.0)),
-    ("low", 0.25): (350, (40.0, 44.0)),
-    ("small", 0.5): (590, (5.0, 5.5)),
-    ("small", 0.25): (340, (70.0, 71.0)),
-    ("drop_blocks", 0.5): (580, (20.0, 20.0)),
-}
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data))
-
-
-def evaluate(perplexity, kl=None):
-    rows = [{"kind": "perplexity", "text": "book <1>", "value": perplexity}]
-    return {"rows": rows + ([] if kl is None else [{"kind": "kl", "text": "book <1>", "value": kl}])}
-
 
 @pytest.fixture
 def folder(tmp_path):
-    cells = []
-    for (label, keep), (bits, seeds) in VALUES.items():
-        for seed, value in enumerate(seeds):
-            name = f"{label}-{keep:g}-s{seed}"
-            row = {"cell": name, "folder": name, "label": label, "method": label, "null": label == "drop_blocks"}
-            row |= {"keep": keep, "seed": seed, "bits": bits, "achieved_keep": keep - 0.01, "missed_by": -0.01}
-            cells.append(row)
-            write(tmp_path / name / "evaluate.json", evaluate(value, value / 10))
-            speed = {"kind": "latency", "model": "compressed", "tokens": 1, "median_ms": 2.0, "speedup": 1.5 - keep}
-            write(tmp_path / name / "profile.json", {"rows": [speed]})
-    cells.append(
-        {"cell": "low-0.01-s0", "folder": "low-0.01-s0", "label": "low", "keep": 0.01, "impossible": "no & no"}
-    )
-    write(tmp_path / "dense" / "evaluate.json", evaluate(4.0))
-    write(tmp_path / "comparison.json", {"settings": {}, "dense": {"bits": 1000}, "cells": cells})
-    return tmp_path
+    return write_contest(tmp_path)
 
 
 def test_seeds_are_together_with_their_spread(folder):
