@@ -40,6 +40,7 @@ SELECTION = "test_selection.py"
 SEARCH = "test_search.py"
 STREAMLINE = "test_streamline.py"
 FLAT = "methods/test_flat_llm.py"
+NARROW = "methods/test_narrow.py"
 SOLA = "methods/test_sola.py"
 DOBI = "methods/test_dobi_svd.py"
 
@@ -180,6 +181,15 @@ FAULTS = (
     Fault("operators/concat.py", "y = y + part.multiply(piece)", "y = part.multiply(piece)", CONTRACT),
     Fault("operators/concat.py", "matrix.chunk(self.groups)", "matrix.chunk(1)", CONTRACT),
     Fault("operators/per_head.py", '"...hr,hcr->...hc"', '"...hr,gcr->...hc"', CONTRACT),
+    Fault("methods/narrow.py", "weight[chosen], grams[role]", "weight[: len(chosen)], grams[role]", NARROW),
+    Fault("methods/narrow.py", "eigenvectors[..., -rank:]", "eigenvectors[..., :rank]", NARROW),
+    Fault("methods/narrow.py", "root.mT @ made_of @ root", "root.mT @ root", NARROW),
+    Fault("methods/narrow.py", "refit_left(wide, left, every, root)", "left", NARROW),
+    Fault("methods/narrow.py", "energy = wide.square().sum(0) * ", "energy = wide.square().sum(0) + 0 * ", NARROW),
+    Fault(
+        "methods/narrow.py", "refitted(weight, gram, torch.arange(P, device=weight.device))", "weight[:, :P]", NARROW
+    ),
+    Fault("methods/narrow.py", "self.keep / width * count", "self.keep * count", NARROW),
     Fault("methods/flat_llm.py", ".eigenvectors[..., -rank:]", ".eigenvectors[..., :rank]", FLAT),
     Fault("methods/flat_llm.py", "(G, H // G)).sum(1)", "(G, H // G))[:, 0]", FLAT),
     Fault("methods/flat_llm.py", "values / (values + damping)", "values", FLAT),

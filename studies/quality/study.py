@@ -28,12 +28,15 @@ from tensormix.evaluate import evaluate_choices, perplexity
 from tensormix.examine import exam_prompts
 from tensormix.methods.base import LinearMethod
 from tensormix.models import load_model, load_tokenizer
+from tensormix.operators import StructuredLinear
 from tensormix.plan import Plan
 from tensormix.recover import recover
+from tensormix.reparameterise import residual_basis, rotate_residual
 from tensormix.settings import Exam, Recover, Source
 from tensormix.sites import blocks, find_sites, macs_per_token
 from tensormix.storage.files import environment, now
 from tensormix.walk import compress
+from tensormix.walk.joint import groups_of
 
 HERE = Path(__file__).parent
 LABELS = ("model", "variant", "depth", "steps", "seed")
@@ -45,11 +48,13 @@ def stored(model: Any, plan: Plan) -> int:
     """Numbers that the plan's operators would store."""
     sites = {site.name: site for site in find_sites(model)}
     chosen = plan.resolve(list(sites.values()), len(blocks(model)))
-    return sum(
-        method.empty(sites[name].in_features, sites[name].out_features).num_params
-        for name, method in chosen.items()
-        if isinstance(method, LinearMethod)
-    )
+    operators: dict[str, StructuredLinear] = {}
+    for group in groups_of(model, sites, chosen).values():
+        operators |= group.empty()
+    for name, method in chosen.items():
+        if isinstance(method, LinearMethod):
+            operators[name] = method.empty(sites[name].in_features, sites[name].out_features)
+    return sum(operator.num_params for operator in operators.values())
 
 
 def plan_of(method: dict[str, Any], depth: int, branches: int) -> Plan:
@@ -58,14 +63,14 @@ def plan_of(method: dict[str, Any], depth: int, branches: int) -> Plan:
     return Plan.model_validate([{"blocks": f"last {depth}", "method": method}])
 
 
-def equal_keep(model: Any, depth: int, branches: int) -> float:
-    """The `keep` at which whitened low rank stores the number nearest to what MixT stores in the same blocks."""
+def equal_keep(model: Any, depth: int, branches: int, method: dict[str, Any]) -> float:
+    """The `keep` at which the method stores the number nearest to what MixT stores in the same blocks."""
     wanted = stored(model, plan_of({"name": "mixt"}, depth, branches))
 
     def miss(keep: float) -> float:
         try:
-            return abs(stored(model, plan_of({"name": "svd_llm", "keep": keep}, depth, branches)) - wanted)
-        except ValueError:  # no rank is left
+            return abs(stored(model, plan_of(method | {"keep": keep}, depth, branches)) - wanted)
+        except ValueError:  # nothing is left of some layer
             return math.inf
 
     return min((step / 1000 for step in range(10, 400)), key=miss)
@@ -99,7 +104,7 @@ class Study:
         model: Any = load_model(path, dtype="float32")
         method = dict(variant["method"])
         if method.get("keep") == "KEEP":
-            method["keep"] = equal_keep(model, labels["depth"], about["branches"])
+            method["keep"] = equal_keep(model, labels["depth"], about["branches"], method)
         try:
             plan = plan_of(method, labels["depth"], about["branches"])
         except (ValidationError, ValueError):
@@ -110,7 +115,11 @@ class Study:
         sources, seed = self.sources(labels["model"]), labels["seed"]
         window = about["recovery"]["window"]
         calibration = Mixture(tokenizer, sources[:1], window=window, num_windows=CALIBRATION_WINDOWS, seed=seed + 1000)
-        fitted = compress(model, plan, [calibration[i]["input_ids"][None] for i in range(CALIBRATION_WINDOWS)])
+        batches = [calibration[i]["input_ids"][None] for i in range(CALIBRATION_WINDOWS)]
+        if variant.get("rotate"):
+            last = range(len(blocks(model)) - labels["depth"], len(blocks(model)))
+            rotate_residual(model, residual_basis(model, batches, last))
+        fitted = compress(model, plan, batches)
         row["stored"] = sum(fit["parameters"] for fit in fitted)
         row |= {"parameters": sum(p.numel() for p in model.parameters()), "macs_per_token": macs_per_token(model)}
         row["before"] = self.evaluate(labels["model"], model, tokenizer)

@@ -30,6 +30,7 @@ from tensormix.methods import (
     MixtSparse,
     ModelMethod,
     MonarchMethod,
+    Narrow,
     Rtn,
     Sola,
     Svd,
@@ -148,6 +149,9 @@ SHAPES = {
 JOINT = [
     FlatLlm(keep=0.7),
     FlatLlm(keep=1.0),
+    Narrow(keep=0.3),
+    Narrow(keep=0.3, width=0.5),
+    Narrow(keep=1.0),
     Sola(ranks=Ranks(q=3, k=4, o=5, gate=6, up=7, down=8)),
     Sola(ranks=Ranks(q=3, up=7), prime=0.0),
     Sola(keep=1.0, prime=0.5),

@@ -19,6 +19,7 @@ from tensormix.methods.mixt import Mixt
 from tensormix.methods.mixt_chain import MixtChain, MixtRotated
 from tensormix.methods.mixt_hybrid import MixtLowRank, MixtSparse, split_search
 from tensormix.methods.monarch import MonarchMethod
+from tensormix.methods.narrow import Narrow
 from tensormix.methods.null import MeanOutput, ZeroMethod
 from tensormix.methods.rtn import Rtn
 from tensormix.methods.slice_gpt import SliceGpt
@@ -47,6 +48,7 @@ __all__ = [
     "MixtSparse",
     "ModelMethod",
     "MonarchMethod",
+    "Narrow",
     "Rtn",
     "SliceGpt",
     "Sola",
@@ -79,6 +81,7 @@ METHODS: dict[str, type[Method]] = {
     "sola": Sola,
     "streamline": Streamline,
     "flat_llm": FlatLlm,
+    "narrow": Narrow,
     "slice_gpt": SliceGpt,
 }
 
