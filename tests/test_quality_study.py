@@ -44,10 +44,11 @@ def test_what_is_held_out_is_in_nothing_that_is_learned_from(study):
 def test_the_rival_stores_what_mixt_stores(study):
     model = skeleton(sweep_file().parent / "model")
     plan = study["study"].plan_of
-    keep = study["study"].equal_keep(model, 1, 4)
     ours = study["study"].stored(model, plan({"name": "mixt"}, 1, 4))
-    theirs = study["study"].stored(model, plan({"name": "svd_llm", "keep": keep}, 1, 4))
-    assert abs(theirs / ours - 1) < 0.1  # ranks are whole numbers, here 2 to 5
+    for name in ("svd_llm", "narrow", "flat_llm"):
+        keep = study["study"].equal_keep(model, 1, 4, {"name": name})
+        theirs = study["study"].stored(model, plan({"name": name, "keep": keep}, 1, 4))
+        assert abs(theirs / ours - 1) < 0.1  # ranks, neurons and channels are whole numbers, here from 2 on
 
 
 def test_every_row_that_is_asked_for_can_be_understood(study):
