@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import COLD_BYTES, LLAMA, Call, Row, filled, machine, take_turns
+from contestants import COLD_BYTES, filled
+from speed import LLAMA, Call, Row, machine, take_turns
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from speed import MODELS, SHAPES, TOKENS
+from profile_page import NOTHING, choices, memory, profile, shape
+from speed import COMPILED_TOKENS, MODELS, SHAPES, TOKENS
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "speed.jsonl"
@@ -34,10 +35,6 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)) + "\n"
 
 
-def shape(row: Row) -> str:
-    return f"{row['in_features']} -> {row['out_features']}"
-
-
 def milliseconds(row: Row) -> str:
     digits = 3 if row["median_ms"] < 10 else 1
     low, median, high = (f"{row[key]:.{digits}f}" for key in ("low_ms", "median_ms", "high_ms"))
@@ -54,7 +51,7 @@ def by_layer(rows: list[Row]) -> list[dict[str, Row]]:
 
 def targets(rows: list[Row]) -> str:
     body, missed = [], []
-    for case in by_layer([row for row in rows if row["kind"] == "layer" and row["dtype"] == "float32"]):
+    for case in by_layer([row for row in rows if row["kind"] == "layer" and row["part"] in SHAPES]):
         row = case["mixt"]
         wanted = TARGETS.get((row["pass"], row["tokens"]))
         if wanted is None:
@@ -64,27 +61,8 @@ def targets(rows: list[Row]) -> str:
         cells = [row["model"], shape(row), row["pass"], str(row["tokens"]), row["weights"], f"{wanted:g}"]
         body.append([*cells, f"{row['speedup']:.3f}", "met" if met else "**missed**"])
     head = ["model", "layer", "pass", "tokens", "weights", "target", "measured", ""]
-    return table(head, body) + "\n" + profile(missed)
-
-
-def profile(missed: list[Row]) -> str:
-    """Where the time goes in the cases whose target was missed."""
-    lines = [
-        f"{len(missed)} missed. Where their time goes (of one call, by PyTorch's own operations):\n"
-        if missed
-        else "All met.\n"
-    ]
-    for row in missed:
-        spent = sorted(row.get("shares", {}).items(), key=lambda item: -item[1])[:6]
-        parts = ", ".join(f"{called(name)} {100 * share:.0f} %" for name, share in spent)
-        where = f"{shape(row)}, {row['tokens']} tokens, {row['pass']}, {row['weights']} weights"
-        lines.append(f"* {where}: {row['median_ms']:.2f} ms, {100 * row['of_roofline']:.0f} % of the roofline. {parts}")
-    return "\n".join(lines) + "\n"
-
-
-def called(operation: str) -> str:
-    """The profiler puts what Python does between the operations under the operator's own name."""
-    return "Python" if operation == "tensormix::mixt" else operation.removeprefix("aten::")
+    counted = f"{len(missed)} missed. Where their time goes:\n\n" if missed else "All met.\n"
+    return table(head, body) + "\n" + counted + profile(missed)
 
 
 def speeds(rows: list[Row], wanted: Callable[[Row], bool], names: list[str]) -> str:
@@ -99,7 +77,8 @@ def speeds(rows: list[Row], wanted: Callable[[Row], bool], names: list[str]) -> 
         cells += [f"{100 * case[name]['of_roofline']:.0f}" for name in ("dense", "mixt")]
         body.append(cells)
     head = ["layer", "pass", "tokens", "weights", "dense ms [quartiles]", *names]
-    return table([*head, "mixt ms [quartiles]", "dense, % of roofline", "mixt, % of roofline"], body)
+    head += ["mixt ms [quartiles]", "dense, % of roofline", "mixt, % of roofline"]
+    return table(head, body) if body else NOTHING
 
 
 def models(rows: list[Row]) -> str:
@@ -118,15 +97,28 @@ def models(rows: list[Row]) -> str:
     return table(["pass", "tokens", "blocks compressed", "parameters", "ms [quartiles]", "speedup"], body)
 
 
+def slower(rows: list[Row]) -> str:
+    """The cases in bfloat16 in which MixT is slower than dense, and where their time goes."""
+    cases = [row for row in rows if row["kind"] == "layer" and row["part"] == "bfloat16" and row["layer"] == "mixt"]
+    behind = [row for row in cases if row["speedup"] < 1]
+    if not behind:
+        return f"MixT is faster than dense in each of these {len(cases)} cases.\n"
+    return (
+        f"MixT is slower than dense in {len(behind)} of these {len(cases)} cases. Where their time goes:\n\n"
+        + profile(behind)
+    )
+
+
 def unmeasured(rows: list[Row]) -> str:
-    """The layers and tokens of the benchmark of which there is no row of a forward pass in float32."""
-    done = {(row["in_features"], row["out_features"], row["tokens"]) for row in rows if row["kind"] == "layer"}
+    """The cases of the benchmark in float32 of which there is no row."""
+    layers = [row for row in rows if row["kind"] == "layer" and row["dtype"] == "float32"]
+    done = {(row["in_features"], row["out_features"], row["pass"], row["tokens"]) for row in layers}
     gaps = []
     for part, shapes in SHAPES.items():
-        for I, O in shapes:
-            tokens = [str(n) for n in TOKENS if (I, O, n) not in done]
+        for (I, O), kind in ((sizes, kind) for sizes in shapes for kind in ("forward", "forward and backward")):
+            tokens = [str(n) for n in TOKENS if (I, O, kind, n) not in done]
             if tokens:
-                gaps.append(f"{MODELS[part]} {I} -> {O} at {', '.join(tokens)} tokens")
+                gaps.append(f"{MODELS[part]} {I} -> {O}, {kind}, at {', '.join(tokens)} tokens")
     return f"**Not measured yet:** {'; '.join(gaps)}.\n" if gaps else ""
 
 
@@ -139,7 +131,7 @@ def page(rows: list[Row]) -> str:
         for row in machines
     )
     commits = ", ".join(sorted({row["environment"]["commit"] for row in rows}))
-    llama, qwen, half = (speeds(rows, lambda row, p=part: row["part"] == p, names) for part, names in NAMES.items())
+    tables = {part: speeds(rows, lambda row, p=part: row["part"] == p, names) for part, names in NAMES.items()}
     return TEXT.format(
         processor=first["hardware"]["processor"],
         threads=first["hardware"]["threads"],
@@ -150,17 +142,20 @@ def page(rows: list[Row]) -> str:
         peaks=peaks,
         gaps=unmeasured(rows),
         targets=targets(rows),
-        llama=llama,
-        qwen=qwen,
-        half=half,
+        **tables,
+        slower=slower(rows),
+        compiled_tokens=" and ".join(str(tokens) for tokens in COMPILED_TOKENS),
+        memory=memory(rows, table),
+        choices=choices(rows, table),
         models=models(rows),
     )
 
 
 NAMES = {
-    "llama": ["mixt", "low rank", "int8 dynamic"],
-    "qwen": ["mixt", "low rank", "int8 dynamic"],
-    "bfloat16": ["mixt", "low rank"],
+    "llama": ["mixt", "low rank", "int8 dynamic", "int8 torchao"],
+    "qwen": ["mixt", "low rank", "int8 dynamic", "int8 torchao"],
+    "bfloat16": ["mixt", "low rank", "int8 torchao", "int4 torchao"],
+    "compiled": ["mixt", "mixt compiled", "reference compiled"],
 }
 TEXT = """# How fast it is
 
@@ -176,13 +171,20 @@ Triton's interpreter, and its speed is unknown; CUDA graphs were not tried eithe
 Columns named after a layer give its speed over dense: 2 is twice as fast. `mixt` is MixT with 4 branches, bond 2,
 padding `multiple`: 1/16 of the dense numbers and half of its multiply-accumulates, so at most 16 times as fast where
 reading weights is the cost and 2 times where multiplying is. `low rank` has as many parameters as `mixt`, and 1/8 of
-its multiply-accumulates: it is faster, but no full-rank map. `int8 dynamic` is PyTorch's own quantised linear layer
-(torchao was not tried). `cold` weights are read from memory as in a model, `warm` ones from the cache.
+its multiply-accumulates: it is faster, but no full-rank map. `int8 dynamic` is PyTorch's own quantised linear layer,
+`int8 torchao` torchao's: both quantise their inputs at each call. `int4 torchao` stores groups of 128 weights; its
+kernel is made for few tokens in bfloat16 (in float32 it took 40 times as long as dense) and was timed up to 128 tokens.
+`cold` weights are read from memory as in a model, `warm` ones from the cache.
 
 ## Targets (CPU, float32, one layer)
 
 {gaps}
 {targets}
+What keeps the targets of one token out of reach: the 16 times is a ratio of bytes, but each branch is a product of 8
+rows, which reads its core more slowly than a dense layer of one row reads its matrix, and four products, three
+rearrangements of x and four additions to y begin one after the other. Layers as narrow as 4096 -> 1024 are done before
+that is over.
+
 ## LLaMA-2-7B layers, float32
 
 {llama}
@@ -193,7 +195,26 @@ its multiply-accumulates: it is faster, but no full-rank map. `int8 dynamic` is 
 {qwen}
 ## LLaMA-2-7B layers, bfloat16
 
-{half}
+{bfloat16}
+{slower}
+`tensormix.dense_where_faster` measures both forms of every layer on the machine at hand and runs the faster one. What
+it measured and chose in bfloat16:
+
+{choices}
+## Compiled
+
+`torch.compile` at {compiled_tokens} tokens (float32): of the operator, which it calls as it is, and of the operator's
+meaning in plain PyTorch, of which it makes kernels of its own.
+
+{compiled}
+## Memory
+
+How far one call raises the resident memory of the process: output, scratch, gradients, and what libraries allocate
+inside. A forward pass of MixT keeps a tile of the inputs and one of the outputs, of 128 tokens in float32, and from 512
+tokens on one joined core of as many numbers as all its cores; none of it grows with the tokens. Training saves nothing
+but the input, as a dense layer does, and its gradients are as small as its cores.
+
+{memory}
 ## Whole model
 
 Blocks of the shape of LLaMA-2-7B with random weights in float32, as many as memory allowed, with embedding and tied

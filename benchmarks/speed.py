@@ -1,15 +1,13 @@
 """How fast the structured layers are, beside the dense layer of the same shape, in one run on one machine.
 
-    python benchmarks/speed.py                     # every part; or --parts llama model bfloat16 qwen
+    python benchmarks/speed.py                     # every part; or --parts llama bfloat16 --shapes 4096x4096
     python benchmarks/performance_page.py          # makes docs/performance.md of the rows
 
-The contestants of a case take turns of 5 ms or one call, so that all see the same machine: `dense` is F.linear,
-`low rank` has as many parameters as `mixt` (N_T = 4, d = 2, padding "multiple"), `int8 dynamic` is torch's own layer
-(fbgemm): int8 weights, inputs quantised at each call. With `cold` weights each call takes the next of so many copies
-that the last cache cannot hold them, as in a model; with `warm` weights the same every time. The roofline of a row is
-the larger of its multiply-accumulates over the best matrix product and its bytes over the best reading speed, both
-measured in this run. `others_cpu` says how many cores other processes used meanwhile.
-Rows go to benchmarks/results/speed.jsonl.
+The contestants of a case (contestants.py) take turns of 5 ms or one call, so that all see the same machine. With `cold`
+weights each call takes the next of so many copies that the last cache cannot hold them, as in a model; with `warm`
+weights the same every time. The roofline of a row is the larger of its multiply-accumulates over the best matrix
+product and its bytes over the best reading speed, both measured in this run. `others_cpu` says how many cores other
+processes used meanwhile. Rows go to benchmarks/results/speed.jsonl.
 """
 
 from __future__ import annotations
@@ -17,22 +15,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
+from contestants import Contestant, contestants, filled
+from gauges import Call, OthersCPU, peak_bytes, shares
+from torch import nn
 
-from tensormix.operators import LowRank, MixT
-from tensormix.operators.base import StructuredLinear
+from tensormix.inference.faster import dense_where_faster
+from tensormix.operators import MixT
 from tensormix.storage.files import environment
 
 RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
@@ -40,37 +38,19 @@ SHAPES = {  # (in_features, out_features), each once
     "llama": [(4096, 4096), (4096, 11008), (11008, 4096)],
     "qwen": [(4096, 1024), (4096, 12288), (12288, 4096)],  # q and o are 4096x4096 as in LLaMA
 }
-MODELS = {"llama": "LLaMA-2-7B", "qwen": "Qwen3-8B", "bfloat16": "LLaMA-2-7B"}
+MODELS = {"llama": "LLaMA-2-7B", "qwen": "Qwen3-8B"}
 LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 TOKENS = (1, 8, 128, 1024, 4096)
 COLD_TOKENS = 8  # up to which the weights are also taken cold
-COLD_BYTES = 640 * 2**20  # of one contestant: more than the last cache of the machines we measured on
+COMPILED_TOKENS = (1, 128)
+MEMORY_TOKENS = (1024, 4096)
+CHOICE_TOKENS = (1, 8, 128, 1024)
 SECONDS = 1.0  # of taking turns in one case, after which no new round begins
 MIN_ROUNDS, MAX_ROUNDS = 3, 40
+OTHERS = 0.15  # of a core that other processes may use while a case is measured
 TURN = 0.005  # seconds for which a contestant is called again and again: what is measured is the layer, not its start
 
-Call = Callable[[], Any]
 Row = dict[str, Any]
-
-
-class OthersCPU:
-    """How many cores other processes keep busy between entering and leaving."""
-
-    def __enter__(self) -> OthersCPU:
-        self.start = self._read()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        wall, others = (b - a for a, b in zip(self.start, self._read(), strict=True))
-        self.cores = max(0.0, others / wall)
-
-    @staticmethod
-    def _read() -> tuple[float, float]:
-        with open("/proc/stat") as lines:
-            fields = [int(field) for field in lines.readline().split()[1:9]]
-        busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-        own = os.times()
-        return time.perf_counter(), busy - own.user - own.system
 
 
 def take_turns(calls: dict[str, Call], seconds: float = SECONDS) -> tuple[dict[str, list[float]], float]:
@@ -94,11 +74,19 @@ def take_turns(calls: dict[str, Call], seconds: float = SECONDS) -> tuple[dict[s
     return times, others.cores
 
 
+def quietest(calls: dict[str, Call], seconds: float = SECONDS) -> tuple[dict[str, list[float]], float]:
+    """As `take_turns`; again, up to three times in all, while others used more than `OTHERS` of a core."""
+    found = [take_turns(calls, seconds)]
+    while found[-1][1] > OTHERS and len(found) < 3:
+        found.append(take_turns(calls, seconds))
+    return min(found, key=lambda turns: turns[1])
+
+
 def machine(dtype: torch.dtype) -> Row:
     """The best matrix product in GMAC/s and the best reading speed in GB/s, for the roofline."""
     a, b = torch.randn(2, 2048, 2048).to(dtype).unbind()
     large = torch.zeros(2**28)  # 1 GiB
-    times, others = take_turns({"product": lambda: a @ b, "reading": large.sum}, seconds=3)
+    times, others = quietest({"product": lambda: a @ b, "reading": large.sum}, seconds=3)
     return {
         "kind": "machine",
         "dtype": str(dtype).removeprefix("torch."),
@@ -108,120 +96,76 @@ def machine(dtype: torch.dtype) -> Row:
     }
 
 
-def filled(operator: StructuredLinear, dtype: torch.dtype) -> StructuredLinear:
-    for parameter in operator.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return operator.to(dtype)
+def shapes(part: str) -> list[tuple[int, int]]:
+    return SHAPES["qwen" if part == "qwen" else "llama"]
 
 
-def int8_dynamic(weight: Tensor) -> Callable[[Tensor], Tensor]:  # (O, I)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it will be replaced by torchao some day
-        scales, zeros = weight.abs().amax(1) / 127, torch.zeros(len(weight), dtype=torch.long)
-        packed = torch.ops.quantized.linear_prepack(
-            torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8), None
-        )
-    return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
-
-
-def layers(I: int, O: int, dtype: torch.dtype, cold: bool) -> dict[str, tuple[Iterator[Any], int, int]]:
-    """For each contestant: its next layer for ever, the MACs of a token and the bytes of a layer."""
-    mixt = filled(MixT(I, O, num_branches=4), dtype)
-    rank = round(mixt.num_params / (I + O))
-    size = mixt.core_0.element_size()
-
-    def copies(make: Callable[[], Any], num_bytes: int) -> Iterator[Any]:
-        return itertools.cycle([make() for _ in range(-(-COLD_BYTES // num_bytes) if cold else 1)])
-
-    def dense() -> Tensor:
-        return torch.randn(O, I, dtype=dtype)
-
-    one = dense()
-    found = {
-        "dense": (copies(one.clone, one.nbytes), I * O, one.nbytes),
-        "mixt": (
-            copies(lambda: filled(MixT(I, O, num_branches=4), dtype), size * mixt.num_params),
-            mixt.macs_per_token,
-            size * mixt.num_params,
-        ),
-        "low rank": (
-            copies(lambda: filled(LowRank(I, O, rank=rank), dtype), size * rank * (I + O)),
-            rank * (I + O),
-            size * rank * (I + O),
-        ),
-    }
-    if dtype == torch.float32:
-        found["int8 dynamic"] = (copies(lambda: int8_dynamic(one), I * O), I * O, I * O)
-    return found
-
-
-def forward_call(name: str, layer: Iterator[Any], x: Tensor) -> Call:
-    if name == "dense":
-        return lambda: F.linear(x, next(layer))
-    return lambda: next(layer)(x)
-
-
-def training_call(name: str, layer: Iterator[Any], x: Tensor, dy: Tensor) -> Call:
-    x = x.clone().requires_grad_()
-
-    def call() -> None:
-        one = next(layer)
-        parameters = [one.requires_grad_()] if name == "dense" else list(one.parameters())
-        y = F.linear(x, one) if name == "dense" else one(x)
-        torch.autograd.grad(y, [x, *parameters], dy)
-
-    return call
-
-
-def shares(call: Call) -> dict[str, float]:
-    """Of the time of a call, the share of each of PyTorch's own operations, and of what lies between them."""
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        start = time.perf_counter()
-        call()
-        wall = 1e6 * (time.perf_counter() - start)
-    spent = {event.key: event.self_cpu_time_total / wall for event in trace.key_averages()}
-    return {name: round(share, 4) for name, share in spent.items() if share >= 0.01}
+def case_of(part: str, I: int, O: int, tokens: int, dtype: torch.dtype) -> Row:
+    case = {"kind": "layer", "model": MODELS.get(part, MODELS["llama"]), "in_features": I, "out_features": O}
+    return case | {"tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def layer_rows(part: str, dtype: torch.dtype, best: Row) -> Iterator[Row]:
-    for I, O in SHAPES["qwen" if part == "qwen" else "llama"]:
+    for I, O in shapes(part):
         for cold in (True, False):
-            contestants = layers(I, O, dtype, cold)
-            for tokens in TOKENS if not cold else [n for n in TOKENS if n <= COLD_TOKENS]:
-                x, dy = torch.randn(tokens, I, dtype=dtype), torch.randn(tokens, O, dtype=dtype)
-                case = {"kind": "layer", "model": MODELS[part], "in_features": I, "out_features": O, "tokens": tokens}
-                case |= {"dtype": best["dtype"], "weights": "cold" if cold else "warm"}
-                with torch.no_grad():
-                    calls = {name: forward_call(name, layer, x) for name, (layer, _, _) in contestants.items()}
-                    yield from measured({**case, "pass": "forward"}, calls, contestants, (tokens, 1, I + O), best)
-                if cold or (part == "bfloat16" and tokens > 1024):
+            field = contestants(I, O, dtype, cold=cold, compiled=part == "compiled")
+            for tokens in COMPILED_TOKENS if part == "compiled" else TOKENS:
+                if cold and tokens > COLD_TOKENS:
                     continue
-                calls = {
-                    name: training_call(name, layer, x, dy)
-                    for name, (layer, _, _) in contestants.items()
-                    if name != "int8 dynamic"
-                }
+                x, dy = torch.randn(tokens, I, dtype=dtype), torch.randn(tokens, O, dtype=dtype)
+                case = case_of(part, I, O, tokens, dtype) | {"weights": "cold" if cold else "warm"}
+                with torch.no_grad():
+                    taking = {name: one for name, one in field.items() if tokens <= (one.max_tokens or tokens)}
+                    calls = {name: one.call(x) for name, one in taking.items()}
+                    yield from measured({**case, "pass": "forward"}, calls, taking, (tokens, 1, I + O), best)
+                if cold or part == "compiled" or (part == "bfloat16" and tokens > 1024):
+                    continue
+                taking = {name: one for name, one in field.items() if one.trains}
+                calls = {name: one.training_call(x, dy) for name, one in taking.items()}
                 work = (tokens, 3, I + O)
-                yield from measured({**case, "pass": "forward and backward"}, calls, contestants, work, best)
+                yield from measured({**case, "pass": "forward and backward"}, calls, taking, work, best)
 
 
 def measured(
-    case: Row, calls: dict[str, Call], contestants: dict[str, Any], work: tuple[int, int, int], best: Row
+    case: Row, calls: dict[str, Call], taking: dict[str, Contestant], work: tuple[int, int, int], best: Row
 ) -> Iterator[Row]:
     """One row for each contestant of a case; `work` is tokens, products and features read and written for each."""
     tokens, products, features = work
-    times, others = take_turns(calls)
+    times, others = quietest(calls)
     dense = statistics.median(times["dense"])
     for name, values in times.items():
-        _, macs, num_bytes = contestants[name]
-        moved = products * (num_bytes + getattr(torch, best["dtype"]).itemsize * tokens * features)
-        floor = 1000 * max(products * tokens * macs / best["gmacs_per_second"], moved / best["gbytes_per_second"]) / 1e9
+        one = taking[name]
+        moved = products * (one.num_bytes + getattr(torch, case["dtype"]).itemsize * tokens * features)
+        rates = products * tokens * one.macs / best["gmacs_per_second"], moved / best["gbytes_per_second"]
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         row = {**case, "layer": name, "median_ms": median, "low_ms": low, "high_ms": high, "calls": len(values)}
-        row |= {"speedup": dense / median, "of_roofline": floor / median, "others_cpu": others}
+        row |= {"speedup": dense / median, "of_roofline": max(rates) / 1e6 / median, "others_cpu": others}
         if name == "mixt":
             row["shares"] = shares(calls[name])
         yield row
+
+
+def memory_rows(part: str, dtype: torch.dtype, _: Row) -> Iterator[Row]:
+    """What one call takes beside weights and inputs, gradients included, and what the weights take."""
+    for I, O in shapes(part):
+        field = contestants(I, O, dtype, cold=False)
+        for tokens, name in itertools.product(MEMORY_TOKENS, ("dense", "mixt")):
+            x, dy = torch.randn(tokens, I, dtype=dtype), torch.randn(tokens, O, dtype=dtype)
+            one, case = field[name], case_of(part, I, O, tokens, dtype)
+            calls = {"forward": torch.no_grad()(one.call(x)), "forward and backward": one.training_call(x, dy)}
+            for kind, call in calls.items():
+                sizes = {"peak_bytes": peak_bytes(call), "weight_bytes": one.num_bytes}
+                yield {**case, "kind": "memory", "pass": kind, "layer": name, **sizes, "others_cpu": 0.0}
+
+
+def choice_rows(part: str, dtype: torch.dtype, _: Row) -> Iterator[Row]:
+    """What `tensormix.dense_where_faster` measures and chooses."""
+    for (I, O), tokens in itertools.product([*SHAPES["llama"], SHAPES["qwen"][0]], CHOICE_TOKENS):
+        model = nn.Sequential(filled(MixT(I, O, num_branches=4), dtype))
+        with OthersCPU() as others, dense_where_faster(model, num_tokens=tokens) as rows:
+            chosen = {key: rows[0][key] for key in ("structured_ms", "dense_ms", "chosen")}
+        case = case_of(part, I, O, tokens, dtype) | {"kind": "choice", "layer": "mixt"}
+        yield {**case, **chosen, "others_cpu": others.cores}
 
 
 def model_rows(num_blocks: int, num_compressed: int) -> Iterator[Row]:
@@ -259,7 +203,7 @@ def _model_times(models: dict[str, Any], num_blocks: int, num_compressed: int) -
                 calls[name] = lambda m=model, c=cache, i=ids: m(input_ids=i[:, :1], past_key_values=c, use_cache=True)
             else:
                 calls[name] = lambda m=model, i=ids: m(input_ids=i, use_cache=False, logits_to_keep=1)
-        times, others = take_turns(calls, seconds=8)
+        times, others = quietest(calls, seconds=8)
         dense = statistics.median(times["dense"])
         for name, values in times.items():
             low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -267,26 +211,38 @@ def _model_times(models: dict[str, Any], num_blocks: int, num_compressed: int) -
             yield row | {"high_ms": high, "calls": len(values), "speedup": dense / median, "others_cpu": others}
 
 
+PARTS: dict[str, tuple[torch.dtype, Callable[..., Iterator[Row]]]] = {
+    "llama": (torch.float32, layer_rows),
+    "bfloat16": (torch.bfloat16, layer_rows),
+    "qwen": (torch.float32, layer_rows),
+    "compiled": (torch.float32, layer_rows),
+    "memory": (torch.float32, memory_rows),
+    "choice": (torch.bfloat16, choice_rows),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["llama", "model", "bfloat16", "qwen"])
+    parser.add_argument("--parts", nargs="+", default=[*PARTS, "model"], choices=[*PARTS, "model"])
+    parser.add_argument("--shapes", nargs="+", metavar="IxO", help="of the layers; all of the part if left out")
     parser.add_argument("--blocks", type=int, default=4, help="blocks of the whole model")
     parser.add_argument("--compressed", type=int, default=2, help="of these, the last so many as MixT")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.shapes:
+        wanted = {tuple(int(size) for size in shape.split("x")) for shape in options.shapes}
+        SHAPES.update({part: [shape for shape in known if shape in wanted] for part, known in SHAPES.items()})
     torch.manual_seed(0)
     stamp = {"benchmark": "speed", "measured": datetime.now(UTC).isoformat(timespec="seconds")}
+    where = environment()
+    where["versions"]["torchao"] = metadata.version("torchao") if find_spec("torchao") else None
     with options.out.open("a", encoding="utf-8") as out:
         for part in options.parts:
-            best = machine(torch.bfloat16 if part == "bfloat16" else torch.float32)
-            model = part == "model"
-            rows = (
-                model_rows(options.blocks, options.compressed)
-                if model
-                else layer_rows(part, getattr(torch, best["dtype"]), best)
-            )
-            for row in itertools.chain([best], rows):
-                out.write(json.dumps({**stamp, "part": part, **row, "environment": environment()}) + "\n")
+            dtype, make_rows = PARTS.get(part, (torch.float32, None))
+            best = machine(dtype)
+            made = make_rows(part, dtype, best) if make_rows else model_rows(options.blocks, options.compressed)
+            for row in itertools.chain([best], made):
+                out.write(json.dumps({**stamp, "part": part, **row, "environment": where}) + "\n")
                 out.flush()
                 print({key: row[key] for key in row if key not in ("kind", "shares", "parameters")}, flush=True)
 

@@ -43,4 +43,23 @@ def test_a_newer_row_replaces_an_older_one_and_a_missed_target_is_told(script):
 def test_what_was_not_measured_is_named(script):
     lines = script.ROWS.read_text(encoding="utf-8").splitlines()
     left = [line for line in lines if (row := json.loads(line))["kind"] != "layer" or row["in_features"] != 11008]
-    assert "LLaMA-2-7B 11008 -> 4096 at 1, 8, 128, 1024, 4096 tokens" in script.page(script.newest(left))
+    page = script.page(script.newest(left))
+    assert "LLaMA-2-7B 11008 -> 4096, forward, at 1, 8, 128, 1024, 4096 tokens" in page
+
+
+def test_a_profile_adds_up_to_the_whole_time(script):
+    row = {"in_features": 4, "out_features": 6, "tokens": 128, "pass": "forward", "median_ms": 2.0, "of_roofline": 0.6}
+    row["shares"] = {"aten::baddbmm": 0.5, "aten::addmm": 0.25, "aten::copy_": 0.1, "tensormix::mixt": 0.05}
+    assert script.profile([row]) == (
+        "* 4 -> 6, 128 tokens, forward: 2.00 ms, 60 % of the roofline. matrix products 75 %, moving numbers between "
+        "layouts 10 %, Python and dispatch 15 %; the products alone run at 80 % of the best rate\n"
+    )
+
+
+def test_memory_says_which_is_higher(script):
+    case = {"kind": "memory", "in_features": 4, "out_features": 6, "pass": "forward", "tokens": 128}
+    rows = [
+        {**case, "layer": name, "peak_bytes": size * 2**20, "weight_bytes": 2**20}
+        for name, size in (("dense", 3), ("mixt", 4))
+    ]
+    assert "| 3.0 | 4.0 | higher | 1.0 | 1.0 |" in script.memory(rows, script.table)
