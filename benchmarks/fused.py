@@ -6,7 +6,7 @@
 Contestants take turns and weights are cold or warm as in speed.py. `dense` is F.linear for each layer; `separate` and
 `together` are MixT (N_T = 4, d = 2, padding "multiple"), the latter as `tensormix.fuse_siblings` runs it; `low rank`
 has as many parameters, and `low rank together` multiplies the right factors of all layers as one matrix.
-Rows go to benchmarks/results/fused.jsonl.
+Rows go to benchmarks/results/fused.jsonl. A case that other processes disturbed has none: run `--missing` for those.
 """
 
 from __future__ import annotations
@@ -42,6 +42,13 @@ GROUPS = {  # model, layers -> in_features, the out_features of each
 TOKENS = {"cold": (1, 8), "warm": (1, 8, 128, 1024)}
 SECONDS = 0.5  # of taking turns in one case
 OTHERS = 0.25  # of a core that other processes may use while a case is measured
+DONE: set[str] = set()  # cases that need not be measured again
+CASE = {  # the keys of a case, by its kind
+    "siblings": ("kind", "model", "layers", "in_features", "out_features", "tokens", "weights", "pass"),
+    "model": ("kind", "model", "blocks", "pass", "tokens"),
+    "experts": ("kind", "experts", "visited", "tokens", "hidden", "intermediate", "keep"),
+    "low rank": ("kind", "in_features", "out_features", "rank", "tokens", "weights"),
+}
 QWEN = {**LLAMA, "intermediate_size": 12288, "num_key_value_heads": 8, "head_dim": 128}
 EXPERTS = {"hidden": 2048, "intermediate": 1024, "keep": 0.25}  # the widths of OLMoE
 
@@ -53,8 +60,13 @@ def quietest(calls: dict[str, Call], seconds: float) -> tuple[dict[str, list[flo
 
 
 def quartiles(case: Row, calls: dict[str, Call], against: str, seconds: float = SECONDS) -> Iterator[Row]:
-    """One row for each contestant; `speedup` is over `against`."""
+    """One row for each contestant; `speedup` is over `against`. None if the case is done, or was disturbed."""
+    if str(case) in DONE:
+        return
     times, others = quietest(calls, seconds)
+    if others > OTHERS:
+        print(f"disturbed by {others:.2f} of a core: {case}", flush=True)
+        return
     base = statistics.median(times[against])
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -140,17 +152,25 @@ def trained(call: Callable[[], tuple[list[Tensor], list[Tensor]]], x: Tensor) ->
     return step
 
 
+def passes(case: Row) -> list[str]:
+    trained = case["tokens"] == 1024 and case["layers"] == "q, k, v"
+    return ["forward", "forward and backward"] if trained else ["forward"]
+
+
 def sibling_rows() -> Iterator[Row]:
     for (model, names), (I, out_features) in GROUPS.items():
         for weights, counts in TOKENS.items():
-            contestants = Contestants(I, out_features, weights == "cold")
-            for tokens in counts:
-                x = torch.randn(tokens, I)
-                case = {"kind": "siblings", "model": model, "layers": names, "in_features": I}
-                case |= {"out_features": list(out_features), "tokens": tokens, "weights": weights}
+            group: Row = {"kind": "siblings", "model": model, "layers": names, "in_features": I}
+            group["out_features"] = list(out_features)
+            rest = [{**group, "tokens": tokens, "weights": weights} for tokens in counts]
+            rest = [case for case in rest if not {str({**case, "pass": kind}) for kind in passes(case)} <= DONE]
+            contestants = Contestants(I, out_features, weights == "cold") if rest else None
+            for case in rest:
+                assert contestants is not None
+                x = torch.randn(case["tokens"], I)
                 with torch.no_grad():
                     yield from quartiles({**case, "pass": "forward"}, {**contestants.calls(x)}, "dense")
-                if tokens == 1024 and names == "q, k, v":
+                if len(passes(case)) > 1:
                     calls = contestants.calls(x.requires_grad_())
                     steps = {name: trained(call, x) for name, call in calls.items() if not name.startswith("low")}
                     yield from quartiles({**case, "pass": "forward and backward"}, steps, "dense")
@@ -235,7 +255,9 @@ def model_rows(num_blocks: int = 8) -> Iterator[Row]:
 
 
 def in_turns(case: Row, model: Any, forms: dict[str, Any], call: Callable[[str], Any]) -> Iterator[Row]:
-    """The same model in several forms, five times each in turns of ten calls."""
+    """The same model in several forms, five times each in turns."""
+    if str(case) in DONE:
+        return
     times: dict[str, list[float]] = {name: [] for name in forms}
     counts: dict[str, int] = {}
     used = 0.0
@@ -249,6 +271,9 @@ def in_turns(case: Row, model: Any, forms: dict[str, Any], call: Callable[[str],
                     found, others = quietest({name: lambda n=name: call(n)}, seconds=0.3)
             times[name] += found[name]
             used = max(used, others)
+    if used > OTHERS:
+        print(f"disturbed by {used:.2f} of a core: {case}", flush=True)
+        return
     base = statistics.median(times["separate"])
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -364,11 +389,15 @@ def low_rank_rows(best: Row) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["siblings", "memory", "model", "experts", "low_rank"])
+    parser.add_argument("--missing", action="store_true", help="only cases of which there is no row yet")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.manual_seed(0)
     stamp = {"benchmark": "fused", "measured": datetime.now(UTC).isoformat(timespec="seconds")}
     makers = {"siblings": sibling_rows, "memory": memory_rows, "model": model_rows, "experts": expert_rows}
+    if options.missing and options.out.exists():
+        rows = map(json.loads, options.out.read_text(encoding="utf-8").splitlines())
+        DONE.update(str({key: row[key] for key in CASE[row["kind"]]}) for row in rows if row["kind"] in CASE)
     with options.out.open("a", encoding="utf-8") as out:
         for part in options.parts:
             best = machine(torch.float32)
