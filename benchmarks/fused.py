@@ -1,7 +1,7 @@
-"""Layers that read the same input, as one product and one by one; experts grouped and one by one; low rank's own limit.
+"""Layers that read the same input, as one product and one by one; compressed experts grouped and one by one.
 
-    python benchmarks/fused.py                     # every part; or --parts siblings memory model experts low_rank
-    python benchmarks/performance_page.py          # makes its section of docs/performance.md of the rows
+    python benchmarks/fused.py                     # every part; or --parts siblings memory model experts
+    python benchmarks/fused_page.py                # makes docs/siblings.md of the rows
 
 Contestants take turns and weights are cold or warm as in speed.py. `dense` is F.linear for each layer; `separate` and
 `together` are MixT (N_T = 4, d = 2, padding "multiple"), the latter as `tensormix.fuse_siblings` runs it; `low rank`
@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,7 +48,6 @@ CASE = {  # the keys of a case, by its kind
     "siblings": ("kind", "model", "layers", "in_features", "out_features", "tokens", "weights", "pass"),
     "model": ("kind", "model", "blocks", "pass", "tokens"),
     "experts": ("kind", "experts", "visited", "tokens", "hidden", "intermediate", "keep"),
-    "low rank": ("kind", "in_features", "out_features", "rank", "tokens", "weights"),
 }
 QWEN = {**LLAMA, "intermediate_size": 12288, "num_key_value_heads": 8, "head_dim": 128}
 EXPERTS = {"hidden": 2048, "intermediate": 1024, "keep": 0.25}  # the widths of OLMoE
@@ -365,30 +365,31 @@ def expert_rows() -> Iterator[Row]:
             for name in ("low rank, grouped_mm", "low rank, bmm"):
                 torch.testing.assert_close(calls[name](), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
             case = {"kind": "experts", "experts": num_experts, "visited": visited, "tokens": tokens, **EXPERTS}
-            yield from quartiles(case, calls, "low rank, one by one")
+            yield from in_cpu_time(case, calls, "low rank, one by one")
 
 
-@torch.no_grad()
-def low_rank_rows(best: Row) -> Iterator[Row]:
-    """Low rank beside its own roofline: the larger of its bytes and its multiply-accumulates at the measured best."""
-    for I, O in ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024)):
-        rank = round(MixT(I, O, num_branches=4).num_params / (I + O))
-        for weights, counts in TOKENS.items():
-            copies = -(-COLD_BYTES // (4 * rank * (I + O))) if weights == "cold" else 1
-            layers = itertools.cycle([filled(LowRank(I, O, rank=rank), torch.float32) for _ in range(copies)])
-            for tokens in counts:
-                x = torch.randn(tokens, I)
-                case = {"kind": "low rank", "in_features": I, "out_features": O, "rank": rank, "tokens": tokens}
-                moved = 4 * (rank * (I + O) + tokens * (I + O + 2 * rank))
-                floor = max(tokens * rank * (I + O) / best["gmacs_per_second"], moved / best["gbytes_per_second"]) / 1e6
-                calls: dict[str, Call] = {"low rank": lambda x=x, one=layers: next(one)(x)}
-                for row in quartiles({**case, "weights": weights}, calls, "low rank", 0.2):
-                    yield row | {"of_roofline": floor / row["median_ms"]}
+def in_cpu_time(case: Row, calls: dict[str, Call], against: str, rounds: int = 9) -> Iterator[Row]:
+    """CPU time of one thread, in turns: other processes lengthen the wall clock, and this one hardly."""
+    if str(case) in DONE:
+        return
+    threads, times = torch.get_num_threads(), {name: [] for name in calls}
+    torch.set_num_threads(1)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            times[name].append(1000 * (time.process_time() - start))
+    torch.set_num_threads(threads)
+    base = statistics.median(times[against])
+    for name, values in times.items():
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        row = {**case, "layer": name, "median_ms": median, "low_ms": low, "high_ms": high, "calls": len(values)}
+        yield row | {"speedup": base / median, "clock": "CPU time, one thread"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["siblings", "memory", "model", "experts", "low_rank"])
+    parser.add_argument("--parts", nargs="+", default=["siblings", "memory", "model", "experts"])
     parser.add_argument("--missing", action="store_true", help="only cases of which there is no row yet")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -400,9 +401,8 @@ def main() -> None:
         DONE.update(str({key: row[key] for key in CASE[row["kind"]]}) for row in rows if row["kind"] in CASE)
     with options.out.open("a", encoding="utf-8") as out:
         for part in options.parts:
-            best = machine(torch.float32)
-            rows = low_rank_rows(best) if part == "low_rank" else makers[part]()
-            for row in itertools.chain([best], rows):
+            best = [machine(torch.float32)] if part == "siblings" else []
+            for row in itertools.chain(best, makers[part]()):
                 out.write(json.dumps({**stamp, "part": part, **row, "environment": environment()}) + "\n")
                 out.flush()
                 print(row, flush=True)
