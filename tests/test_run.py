@@ -8,8 +8,8 @@ import torch
 
 from tensormix.models import load_model
 from tensormix.recipe import Recipe
-from tensormix.run import STAGES, run_recipe, stage_rows
-from tensormix.run import run as run_module
+from tensormix.run import STAGES, run_recipe, stage_keys, stage_rows
+from tensormix.run import stages as run_module
 from tensormix.storage.files import read_json
 
 
@@ -138,10 +138,10 @@ def test_a_null_baseline_runs_the_same_way(tiny, tmp_path, finished):
 def test_a_changed_model_folder_is_noticed(tiny, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(tiny, copy)
-    before = run_module.stage_keys(recipe(copy), None)
+    before = stage_keys(recipe(copy), None)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    after = run_module.stage_keys(recipe(copy), None)
+    after = stage_keys(recipe(copy), None)
     assert all(before[stage] != after[stage] for stage in before)
 
 

@@ -1,25 +1,19 @@
-"""Everything that defines a run, and a sweep of runs: plain frozen data, read from YAML."""
+"""Everything that defines a run: plain frozen data, read from YAML."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tensormix.diagnose.table import Diagnose
 from tensormix.methods import JointMethod, Laser, LinearMethod, with_sizes
 from tensormix.plan import Plan
-from tensormix.recipe.explain import explain
+from tensormix.recipe.reading import Model, is_path, placed_files, placed_path, read_yaml, validated
 from tensormix.settings import Budget, Calibration, Evaluate, Profile, Recover, Search, Settings, Source
-
-Model = TypeVar("Model", bound=BaseModel)
-Direction = Literal["last", "first"]
-Baseline = Literal["zero", "drop_blocks"]
-FILES = ("file", "examples")  # keys of paths that are taken from the recipe's folder
 
 
 class Recipe(Settings):
@@ -123,7 +117,7 @@ class Recipe(Settings):
         Raises ValueError if the file is missing, is no YAML, or holds a wrong key or value (one sentence, with the
         nearest right key).
         """
-        return _validated(cls, _placed_recipe(_read(Path(path)), Path(path).parent), "recipe")
+        return validated(cls, _placed_recipe(read_yaml(Path(path)), Path(path).parent), "recipe")
 
     @property
     def digest(self) -> str:
@@ -140,142 +134,7 @@ class MixtureFile(Settings):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Relative paths in it are taken from its folder. Raises ValueError as `Recipe.load` does."""
-        return _validated(cls, _placed_files(_read(Path(path)), Path(path).parent), "mixture")
-
-
-class Depths(Settings):
-    """How deep one direction of a sweep goes."""
-
-    depths: Literal["all"] | tuple[int, ...] = "all"  # numbers of compressed blocks
-
-    @field_validator("depths", mode="before")
-    @classmethod
-    def _positive(cls, value: Any) -> Any:
-        return checked_depths(value)
-
-
-class Baselines(Settings):
-    """What compression has to beat: the same blocks zeroed or dropped, with the same recovery."""
-
-    methods: tuple[Baseline, ...] = ("zero", "drop_blocks")
-    depths: Literal["all"] | tuple[int, ...] | None = None  # without it those of the direction
-    directions: tuple[Direction, ...] = ("last",)
-
-    @field_validator("depths", mode="before")
-    @classmethod
-    def _positive(cls, value: Any) -> Any:
-        return None if value is None else checked_depths(value)
-
-
-class Cell(Settings):
-    """One run of a sweep: `method` on the `depth` first or last blocks."""
-
-    depth: int  # number of compressed blocks
-    direction: Direction
-    method: Literal["mixt", "zero", "drop_blocks"]
-    num_branches: int | None = None  # of mixt
-
-
-class Sweep(Settings):
-    """Many runs of one recipe that differ in how many blocks are compressed, from which end, and how.
-
-    The plan of the recipe is the template: it is empty, or has one rule with a `mixt` method, whose `blocks` and
-    `num_branches` are replaced in every cell.
-    """
-
-    base: str | None = None  # a recipe file, relative to the sweep's
-    recipe: Recipe | None = None  # the same, written here; `load` fills it in from `base`
-    num_branches: tuple[int, ...] = Field(default=(4,), min_length=1)
-    depths: Literal["all"] | tuple[int, ...] = "all"  # numbers of compressed blocks, for all directions
-    directions: dict[Direction, Depths | None] = Field(default={"last": None}, min_length=1)  # with depths of their own
-    baselines: Baselines | None = None
-    search: Literal["scan", "bisect"] = "scan"  # every depth, or only as many as finding the boundary takes
-    warm_start: bool = False  # of a scan: every depth goes on from the recovered model of the depth before
-    family: tuple[str, ...] = ()  # other dense models of the family, for the trend of loss against parameters
-
-    @field_validator("depths", mode="before")
-    @classmethod
-    def _positive(cls, value: Any) -> Any:
-        return checked_depths(value)
-
-    @field_validator("directions", mode="before")
-    @classmethod
-    def _as_mapping(cls, value: Any) -> Any:
-        return dict.fromkeys(value) if isinstance(value, list | tuple) else value
-
-    @model_validator(mode="after")
-    def _one_recipe(self) -> Self:
-        if self.base is None and self.recipe is None:
-            raise ValueError("needs base (the path of a recipe) or recipe (the recipe itself)")
-        rules = self.recipe.plan.root if self.recipe is not None else ()
-        if len(rules) > 1 or any(rule.method.name != "mixt" for rule in rules):
-            raise ValueError("the recipe's plan is a template: it must be empty or one rule with the method mixt")
-        return self
-
-    @model_validator(mode="after")
-    def _family_has_a_loss(self) -> Self:
-        if self.family and self.recipe is not None and not self.recipe.evaluate.perplexity:
-            raise ValueError("family: the trend is of the loss of a text, and evaluate.perplexity names none")
-        names = [Path(model).name for model in self.family]
-        if len(set(names)) < len(names):
-            raise ValueError(f"family: the models must differ in their last names, got {', '.join(names)}")
-        return self
-
-    @model_validator(mode="after")
-    def _search_fits(self) -> Self:
-        if self.search == "scan":
-            return self
-        listed = [self.depths, *(own.depths for own in self.directions.values() if own)]
-        listed += [self.baselines.depths] if self.baselines and self.baselines.depths else []
-        if any(depths != "all" for depths in listed):
-            raise ValueError("search: bisect chooses the depths by itself: leave out depths, or give scan")
-        if self.warm_start:
-            raise ValueError("search: bisect jumps between depths, so none can go on from the one before (warm_start)")
-        if self.recipe is not None and self.recipe.evaluate.exam is None:
-            raise ValueError("search: bisect compares accuracies, so it needs evaluate.exam")
-        return self
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """The sweep in a YAML file, its recipe included. Raises ValueError as `Recipe.load` does."""
-        return load_with_recipe(cls, Path(path), "sweep")
-
-    def cells(self, num_blocks: int) -> tuple[Cell, ...]:
-        """Every run of the sweep on a model with `num_blocks` blocks, in order.
-
-        Raises ValueError if a depth is more than that.
-        """
-        cells: dict[Cell, None] = {}  # in order, without repeats
-        for direction, own in self.directions.items():
-            for depth in _resolved(own.depths if own else self.depths, num_blocks):
-                for num_branches in self.num_branches:
-                    cells[Cell(depth=depth, direction=direction, method="mixt", num_branches=num_branches)] = None
-        if self.baselines is not None:
-            for direction in self.baselines.directions:
-                own = self.directions.get(direction)
-                depths = self.baselines.depths or (own.depths if own else self.depths)
-                for depth in _resolved(depths, num_blocks):
-                    for method in self.baselines.methods:
-                        cells[Cell(depth=depth, direction=direction, method=method)] = None
-        return tuple(cells)
-
-
-def checked_depths(value: Any) -> Any:
-    """`value` if it is "all" or a list of positive integers, without repeats. Raises ValueError otherwise."""
-    if value == "all":
-        return value
-    depths = value if isinstance(value, list | tuple) else [value]
-    if not depths or any(not isinstance(depth, int) or isinstance(depth, bool) or depth < 1 for depth in depths):
-        raise ValueError(f"depths must be 'all' or a list of numbers of blocks from 1, got {value!r}")
-    return tuple(dict.fromkeys(depths))
-
-
-def _resolved(depths: Literal["all"] | tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
-    if depths == "all":
-        return tuple(range(1, num_blocks + 1))
-    if max(depths) > num_blocks:
-        raise ValueError(f"sweep: depths asks for {max(depths)} blocks; the model has {num_blocks}")
-    return depths
+        return validated(cls, placed_files(read_yaml(Path(path)), Path(path).parent), "mixture")
 
 
 def load_with_recipe(cls: type[Model], path: Path, where: str) -> Model:
@@ -283,87 +142,40 @@ def load_with_recipe(cls: type[Model], path: Path, where: str) -> Model:
 
     Raises ValueError if both are given, and as `Recipe.load` does.
     """
-    data = _read(path)
+    data = read_yaml(path)
     if data.get("base") is not None and data.get("recipe") is not None:
         raise ValueError(f"{where}: give base or recipe, not both")
     if isinstance(data.get("base"), str):
-        base = _placed(data["base"], path.parent)
+        base = placed_path(data["base"], path.parent)
         data |= {"base": base, "recipe": Recipe.load(base)}
     elif isinstance(data.get("recipe"), dict):
         data["recipe"] = _placed_recipe(data["recipe"], path.parent)
     if isinstance(data.get("family"), list):
-        known = [isinstance(model, str) and _is_path(model, path.parent) for model in data["family"]]
+        known = [isinstance(model, str) and is_path(model, path.parent) for model in data["family"]]
         pairs = zip(data["family"], known, strict=True)
-        data["family"] = [_placed(model, path.parent) if here else model for model, here in pairs]
-    return _validated(cls, data, where)
-
-
-def _validated(cls: type[Model], data: dict[str, Any], where: str) -> Model:
-    try:
-        return cls.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(explain(error, cls, data, where)) from None
-
-
-def _placed(path: str, folder: Path) -> str:
-    return str(folder.resolve() / Path(path).expanduser())
+        data["family"] = [placed_path(model, path.parent) if here else model for model, here in pairs]
+    return validated(cls, data, where)
 
 
 def _placed_recipe(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same data with relative paths taken from `folder`; a model that is no folder there is a Hub id."""
-    placed = _placed_files(data, folder)
+    placed = placed_files(data, folder)
     for key in ("model", "start"):
-        if isinstance(placed.get(key), str) and _is_path(placed[key], folder):
-            placed[key] = _placed(placed[key], folder)
+        if isinstance(placed.get(key), str) and is_path(placed[key], folder):
+            placed[key] = placed_path(placed[key], folder)
     recover = placed.get("recover")
     if isinstance(recover, dict):
         if isinstance(recover.get("text"), str):
-            recover["text"] = MixtureFile.load(_placed(recover["text"], folder)).model_dump(exclude_defaults=True)[
+            recover["text"] = MixtureFile.load(placed_path(recover["text"], folder)).model_dump(exclude_defaults=True)[
                 "sources"
             ]
         distill = recover.get("distill")
         if (
             isinstance(distill, dict)
             and isinstance(distill.get("teacher"), str)
-            and _is_path(distill["teacher"], folder)
+            and is_path(distill["teacher"], folder)
         ):
-            distill["teacher"] = _placed(distill["teacher"], folder)
+            distill["teacher"] = placed_path(distill["teacher"], folder)
         if isinstance(distill, dict) and isinstance(distill.get("cache"), str):
-            distill["cache"] = _placed(distill["cache"], folder)
+            distill["cache"] = placed_path(distill["cache"], folder)
     return placed
-
-
-def _is_path(model: str, folder: Path) -> bool:
-    return model.startswith((".", "~")) or (folder / model).exists()
-
-
-def _placed_files(data: Any, folder: Path) -> Any:
-    if isinstance(data, dict):
-        return {
-            key: _placed(value, folder) if key in FILES and isinstance(value, str) else _placed_files(value, folder)
-            for key, value in data.items()
-        }
-    return [_placed_files(item, folder) for item in data] if isinstance(data, list) else data
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(data).__name__}")
-    return data

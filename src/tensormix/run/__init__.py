@@ -1,14 +1,14 @@
 """Recipes carried out: one run, a sweep of them, a comparison, and what can be told before."""
 
-from tensormix.run.run import (
+from tensormix.run.keys import (
     STAGES,
     allocation_key,
     dense_recipe,
     is_done,
-    run_recipe,
     stage_keys,
     stage_rows,
 )
+from tensormix.run.run import run_recipe
 
 __all__ = [
     "STAGES",

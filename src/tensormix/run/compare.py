@@ -19,7 +19,8 @@ from tensormix.budget import ImpossibleBudget
 from tensormix.models import local_folder
 from tensormix.recipe import Recipe
 from tensormix.recipe.comparison import NULLS, ComparedCell, Comparison
-from tensormix.run.run import dense_recipe, run_recipe, stage_rows, with_allocation
+from tensormix.run.keys import dense_recipe, stage_rows, with_allocation
+from tensormix.run.run import run_recipe
 from tensormix.run.sweep import Progress, finished, within
 from tensormix.storage.bits import checkpoint_bits
 from tensormix.storage.files import environment, now, read_json, write_json

@@ -13,7 +13,8 @@ from tensormix.diagnose import scaling_rows
 from tensormix.models import skeleton
 from tensormix.profile import num_parameters
 from tensormix.recipe import Recipe, Sweep
-from tensormix.run.run import dense_recipe, run_recipe, stage_rows
+from tensormix.run.keys import dense_recipe, stage_rows
+from tensormix.run.run import run_recipe
 
 Row = dict[str, Any]
 

@@ -24,7 +24,8 @@ from tensormix.models import skeleton
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Cell, Recipe, Sweep
 from tensormix.run.family import family_rows, run_family
-from tensormix.run.run import STAGES, dense_recipe, is_done, run_recipe, stage_keys, stage_rows
+from tensormix.run.keys import STAGES, dense_recipe, is_done, stage_keys, stage_rows
+from tensormix.run.run import run_recipe
 from tensormix.sites import blocks
 from tensormix.storage.files import environment, now, write_json
 

@@ -1,16 +1,13 @@
 """Where a model can be compressed: the only folder that knows how architectures name, fuse and call weights."""
 
+from tensormix.sites.installing import check_shape, dense_at, fill_dense, install
 from tensormix.sites.sites import (
     FUSED,
     ROLES,
     Site,
     blocks,
-    check_shape,
-    dense_at,
-    fill_dense,
     find_sites,
     head_counts,
-    install,
     is_conv1d,
     is_dense,
     locate_blocks,

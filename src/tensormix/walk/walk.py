@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,61 +17,14 @@ from tensormix.methods.base import JointMethod, LinearMethod, Method
 from tensormix.methods.slice_gpt import SliceGpt
 from tensormix.plan import Plan
 from tensormix.sites import Site, blocks, find_sites
-from tensormix.sites.calls import Activations, Call, record_calls
-from tensormix.walk.fitting import Row, Statistics, check_finite, new_statistics, observe, replace, replace_together
+from tensormix.walk.fitting import Row, Statistics, check_finite, replace, replace_together
+from tensormix.walk.home import Home
 from tensormix.walk.joint import groups_of
 from tensormix.walk.selection import Notes, chooses, settle
 from tensormix.walk.slicing import slice_model
+from tensormix.walk.streams import Calibration, Stream, Streams
 
 Progress = Callable[[int, int, str], None]  # sites done, sites planned, the name of the last one
-Stream = Literal["propagated", "dense"]
-
-
-class Home:
-    """Where the blocks are while the model is walked: here in the model itself, all the time."""
-
-    def finished(self, index: int) -> list[Row] | None:
-        """The rows of a block that an earlier walk finished; None if it is still to be done."""
-        return None
-
-    @contextmanager
-    def rest(self) -> Iterator[None]:
-        """While open, everything outside the blocks has its weights."""
-        yield
-
-    def enter(self, index: int) -> None:
-        """Block `index` has its dense weights afterwards."""
-
-    def restore(self, index: int) -> None:
-        """Block `index` is afterwards as the earlier walk left it, weights included."""
-
-    def dense_bits(self, site: Site) -> int:
-        """What the weight of a site, or all of a block, takes where it is stored."""
-        weights = site.module.state_dict().values() if site.kind == "block" else [site.weight]
-        return sum(8 * weight.numel() * weight.element_size() for weight in weights)
-
-    def tidy(self) -> None:
-        """Something large was just let go of: after a batch, the statistics of a block, an expert, a site."""
-
-    def leave(self, index: int, rows: list[Row]) -> None:
-        """The walk is done with block `index`, which may be put away."""
-
-    def release(self, index: int) -> None:
-        """The weights of block `index`, which was finished before, are no longer needed."""
-
-
-@dataclass
-class Calibration:
-    """What methods with statistics see.
-
-    `inputs` says what enters a block: "propagated", what the compressed blocks before it pass on, or "dense", what
-    the dense ones do. A statistic that names a stream of its own gets that one.
-    """
-
-    batches: Iterable[Tensor] | None = None  # (B, T) each
-    inputs: Stream = "propagated"
-    precision: torch.dtype = torch.float64  # of the statistics
-    activations: Activations = field(default_factory=Activations)
 
 
 @torch.no_grad()
@@ -200,7 +151,7 @@ class Walk:
 
     def _run_in_order(self, calibration: Calibration) -> list[Row]:
         with self.home.rest():
-            streams = _Streams(self.model, self.chosen, calibration, self.home.tidy)
+            streams = Streams(self.model, self.chosen, calibration, self.home.tidy)
         rows: list[Row] = []
         for index, block in enumerate(self.layers):
             finished = self.home.finished(index)
@@ -247,84 +198,6 @@ class Walk:
                 self.num_done += 1
                 self.progress(self.num_done, self.num_planned, row["site"])
         return rows
-
-
-class _Streams:
-    """The hidden states that enter a block: of the compressed model, and of the dense one where that is asked for.
-
-    What a block passes on takes the place of what entered it, batch by batch, so that there is one list of each.
-    """
-
-    def __init__(
-        self, model: nn.Module, chosen: list[dict[str, Method]], calibration: Calibration, tidy: Callable[[], None]
-    ) -> None:
-        self.model, self.calibration, self.tidy = model, calibration, tidy
-        self.asked = streams_of(chosen, calibration.inputs)
-        self.calls: list[list[Call]] = record_calls(model, calibration.batches or (), self._keep_first)
-        if not (self.calls and self.calls[0]):
-            raise ValueError("there are no calibration batches: the iterable is empty")
-        start = [call.hidden for call in self.calls[0]]
-        for call in (call for of_block in self.calls for call in of_block):
-            call.hidden = start[0]  # lets go of the others
-        self.hidden: dict[str, list[Tensor]] = {stream: list(start) for stream in sorted(self.asked)}
-        self._passed: set[str] = set()  # the streams that are behind the block already
-
-    @property
-    def separate(self) -> bool:
-        """Whether the dense stream is needed for itself."""
-        return "dense" in self.asked
-
-    def observe(
-        self, index: int, block: nn.Module, sites: Mapping[str, Site], here: Mapping[str, Method]
-    ) -> Statistics:
-        """Run the dense block on every stream; returns what the statistics of its sites saw."""
-        groups = groups_of(self.model, sites, here).values()
-        stats = new_statistics(sites, here, self.calibration.precision, groups)
-        for stream in self.hidden:
-            watched = {
-                name: [
-                    {k: s for k, s in of_expert.items() if _stream_of(k, self.calibration.inputs) == stream}
-                    for of_expert in experts
-                ]
-                for name, experts in stats.items()
-            }
-            watched = {name: experts for name, experts in watched.items() if experts[0]}
-            with observe(self.model, sites, watched):
-                if stream == "dense" or not here:
-                    self._pass_on(stream, index, block)
-                elif watched:
-                    for _ in self._run(stream, index, block):
-                        pass
-        return stats
-
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Go on to the next block: every stream that did not pass while this one was dense."""
-        for stream in self.hidden.keys() - self._passed:
-            self._pass_on(stream, index, block)
-        self._passed = set()
-
-    def _pass_on(self, stream: str, index: int, block: nn.Module) -> None:
-        for number, hidden in enumerate(self._run(stream, index, block)):
-            self.hidden[stream][number] = self.calibration.activations.keep(hidden)
-        self._passed.add(stream)
-
-    def _run(self, stream: str, index: int, block: nn.Module) -> Iterator[Tensor]:
-        for call, entering in zip(self.calls[index], self.hidden[stream], strict=True):
-            yield call.run(block, entering)
-            self.tidy()
-
-    def _keep_first(self, hidden: Tensor) -> Tensor:
-        self.tidy()
-        return self.calibration.activations.keep(hidden)
-
-
-def _stream_of(kind: Any, inputs: Stream) -> str:
-    return inputs if kind.stream == "walk" else kind.stream
-
-
-def streams_of(chosen: list[dict[str, Method]], inputs: Stream) -> set[str]:
-    """Which streams of hidden states the statistics of these methods see."""
-    return {_stream_of(kind, inputs) for here in chosen for method in here.values() for kind in method.needs}
 
 
 def _check_sizes(model: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, Method]) -> None:

@@ -1,0 +1,99 @@
+"""What is done already: every stage of a run has a key, the hash of what was asked and of all that comes before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tensormix import __version__
+from tensormix.examine import has_answers
+from tensormix.models import fingerprint
+from tensormix.plan import Plan
+from tensormix.recipe import Recipe
+from tensormix.storage.files import read_json
+
+Row = dict[str, Any]
+
+
+STAGES = ("allocate", "compress", "recover", "evaluate", "diagnose", "profile")
+
+
+def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
+    """The key of every stage that the recipe asks for: a hash of its settings and of what it builds upon.
+
+    Of a recipe with a budget or a search only "allocate" is known: the others are those of the recipe that it becomes.
+    """
+    if recipe.is_open:
+        return {"allocate": allocation_key(recipe)}
+    start = [__version__, fingerprint(recipe.model), recipe.dtype, recipe.seed]
+    keys: dict[str, str] = {}
+
+    def key(stage: str, *upon: Any) -> None:
+        text = json.dumps([stage, stage_settings(recipe, stage), *upon], sort_keys=True)
+        keys[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    if len(recipe.plan.root):
+        key("compress", start, *([fingerprint(recipe.start)] if recipe.start else []))
+    if recipe.recover is not None:
+        other = recipe.recover.distill.teacher if recipe.recover.loss != "lm" else None
+        key("recover", start, keys.get("compress"), *([fingerprint(other)] if other else []))
+    model = keys.get("recover", keys.get("compress"))
+    key("evaluate", start, model)
+    if recipe.diagnose is not None and (has_answers(recipe.evaluate) or recipe.diagnose.run):
+        compared = read_json(reference / "diagnose.json")["key"] if reference else None
+        key("diagnose", keys["evaluate"], compared)
+    if recipe.profile is not None and model is not None:
+        key("profile", start, model)
+    return keys
+
+
+def allocation_key(recipe: Recipe) -> str:
+    """The key of what a budget or a search becomes: a hash of it, of the plan, and of what both are decided on."""
+    start = [__version__, fingerprint(recipe.start or recipe.model), recipe.dtype, recipe.seed]
+    text = json.dumps(["allocate", stage_settings(recipe, "allocate"), start], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stage_settings(recipe: Recipe, stage: str) -> Any:
+    """What the recipe says to one stage, as plain data."""
+    whole = json.loads(recipe.model_dump_json())
+    if stage == "allocate" and recipe.search is not None:
+        asked = whole["evaluate"]["exam"] or whole["evaluate"]["perplexity"][0]
+        return {"scored_on": asked, **{name: whole[name] for name in ("model", "dtype", "plan", "search")}}
+    if stage == "allocate":
+        return {name: whole[name] for name in ("model", "dtype", "plan", "calibration", "budget")}
+    if stage == "compress":
+        return {name: whole[name] for name in ("model", "dtype", "plan", "calibration")}
+    return whole[stage]
+
+
+def dense_recipe(recipe: Recipe) -> Recipe:
+    """The same examination of the untouched model."""
+    nothing = {"budget": None, "search": None, "start": None, "recover": None, "calibration": None, "profile": None}
+    return recipe.model_copy(update={"plan": Plan(()), **nothing})
+
+
+def with_allocation(recipe: Recipe, folder: Path) -> Recipe | None:
+    """A recipe with a budget or a search as the recipe with the plan that it became; None if that is not known yet."""
+    if not recipe.is_open:
+        return recipe
+    if not is_done(folder, "allocate", {"allocate": allocation_key(recipe)}):
+        return None
+    plan = Plan.model_validate(read_json(folder / "allocate.json")["plan"])
+    return recipe.model_copy(update={"plan": plan, "budget": None, "search": None})
+
+
+def is_done(folder: Path, stage: str, keys: dict[str, str]) -> bool:
+    """Whether a stage's file carries its key, and the model that it made is still there or no longer needed."""
+    file = folder / f"{stage}.json"
+    if not file.exists() or read_json(file)["key"] != keys[stage]:
+        return False
+    if stage == "compress":
+        return (folder / "compressed").exists() or ("recover" in keys and is_done(folder, "recover", keys))
+    return stage != "recover" or (folder / "recovered").exists()
+
+
+def stage_rows(folder: Path, stage: str) -> list[Row]:
+    return read_json(folder / f"{stage}.json")["rows"]

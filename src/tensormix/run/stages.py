@@ -1,0 +1,238 @@
+"""The work of every stage of one run, and the models that stages hand on."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
+from tensormix.budget import allocate
+from tensormix.budget.search import scorer, search_sites
+from tensormix.diagnose.verdict import Verdict, exam_accuracy
+from tensormix.examine import diagnose_rows, evaluate_rows, exam_prompts, windows
+from tensormix.models import load_model, load_tokenizer, quiet
+from tensormix.profile import profile
+from tensormix.recipe import Recipe
+from tensormix.recover import recover
+from tensormix.run.keys import Row, is_done, stage_keys, stage_rows, stage_settings
+from tensormix.settings import Calibration, Exam, Recover, Source
+from tensormix.storage.files import environment, now, whole_folder, write_json
+from tensormix.streaming.stream import compress_checkpoint
+
+Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+
+
+class Stages:
+    """The state of one run: which model is in memory, and which keys the stages have."""
+
+    def __init__(self, recipe: Recipe, folder: Path, reference: Path | None, progress: Progress, workers: int) -> None:
+        self.recipe, self.folder, self.reference, self.progress = recipe, folder, reference, progress
+        self.workers = workers
+        self.cache: Path | None = None
+        self.keys = stage_keys(recipe, reference)
+        self._beside: Row = {}  # what the file of a stage says beside its rows
+        self._model: Any = None
+        self._dense: Any = None
+        self._tokenizer: Any = None
+
+    def finish(self, stage: str) -> None:
+        work: Callable[[], list[Row]] = getattr(self, f"_{stage}")
+        if stage not in self.keys or is_done(self.folder, stage, self.keys):
+            return
+        began, self._beside = time.perf_counter(), {}
+        self.progress(stage, 0, 1)
+        rows = work()
+        write_json(
+            self.folder / f"{stage}.json",
+            {
+                "stage": stage,
+                "key": self.keys[stage],
+                "settings": stage_settings(self.recipe, stage),
+                "seed": self.recipe.seed,
+                **self._beside,
+                "rows": rows,
+                "environment": environment(),
+                "seconds": round(time.perf_counter() - began, 3),
+                "finished": now(),
+            },
+        )
+        self.progress(stage, 1, 1)
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.recipe.model)
+        return self._tokenizer
+
+    @property
+    def model_folder(self) -> str | Path:
+        """Where the newest finished model of this run lies."""
+        for stage, name in (("recover", "recovered"), ("compress", "compressed")):
+            if stage in self.keys and is_done(self.folder, stage, self.keys):
+                return self.folder / name
+        return self.recipe.model
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            self._model = self._load(self.model_folder)
+        return self._model
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the model is not the dense one."""
+        return "compress" in self.keys or "recover" in self.keys
+
+    @property
+    def dense(self) -> Any:
+        if self._dense is None:
+            self._dense = self._load(self.recipe.model)
+        return self._dense
+
+    def _load(self, source: str | Path) -> Any:
+        model: Any = load_model(source, dtype=self.recipe.dtype)
+        return model.to("cuda") if torch.cuda.is_available() else model
+
+    def _save(self, name: str) -> None:
+        with whole_folder(self.folder / name) as part, quiet():
+            self.model.save_pretrained(part)
+            self.tokenizer.save_pretrained(part)
+
+    @property
+    def _calibration(self) -> Calibration:
+        return self.recipe.calibration or Calibration(text=Source(exam=True))  # the defaults, where nothing is asked
+
+    def _batches(self) -> Any:
+        settings = self.recipe.calibration
+        if settings is None:
+            return None
+        return windows(self.tokenizer, settings, self.recipe.seed)
+
+    def _allocate(self) -> list[Row]:
+        if self.recipe.search is not None:
+            return self._search()
+        budget, settings = self.recipe.budget, self._calibration
+        assert budget is not None
+        spill = self.folder / "activations"
+        found = allocate(
+            self.recipe.start or self.recipe.model,
+            self.recipe.plan,
+            budget,
+            self._batches(),
+            lambda done, total, _: self.progress("allocate", done, total),
+            dtype=self.recipe.dtype,
+            precision=getattr(torch, settings.precision),
+            spill=spill if settings.spill else None,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        shutil.rmtree(spill, ignore_errors=True)
+        self._beside = {"plan": found.plan.model_dump(mode="json")}
+        return found.rows
+
+    def _search(self) -> list[Row]:
+        recipe = self.recipe
+        assert recipe.search is not None
+        score, scored_on = scorer(self.tokenizer, recipe.evaluate, recipe.search.part)
+        found = search_sites(
+            self.dense,
+            recipe.plan,
+            recipe.search,
+            score,
+            lambda done, total: self.progress("allocate", done, total),
+        )
+        self._beside = {
+            "plan": found.plan.model_dump(mode="json"),
+            "chosen": found.chosen,
+            "scored_on": scored_on,
+            "left_out": found.left_out,
+        }
+        return found.rows
+
+    def _compress(self) -> list[Row]:
+        recipe, settings, batches = self.recipe, self._calibration, self._batches()
+        return compress_checkpoint(
+            recipe.start or recipe.model,
+            self.folder / "compressed",
+            recipe.plan,
+            batches,
+            lambda done, total, _: self.progress("compress", done, total),
+            dtype=recipe.dtype,
+            inputs=settings.inputs,
+            precision=getattr(torch, settings.precision),
+            spill=settings.spill,
+            workers=self.workers,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            asked=self.keys["compress"],
+            overwrite=True,  # it lies in the run's own folder
+        )
+
+    def _recover(self) -> list[Row]:
+        assert self.recipe.recover is not None
+        verdict = self._verdict(self.recipe.recover)
+        rows = recover(
+            self.model,
+            self.tokenizer,
+            self.recipe.recover,
+            folder=self.folder / "checkpoints" / self.keys["recover"],
+            seed=self.recipe.seed,
+            progress=lambda done, total: self.progress("recover", done, total),
+            teacher=self.recipe.model,
+            cache=self.cache,
+            judge=verdict,
+        )
+        self._save("recovered")
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        return rows + (verdict.rows if verdict else [])
+
+    def _verdict(self, settings: Recover) -> Verdict | None:
+        stop = settings.early_stop
+        if stop is None:
+            return None
+        if stop.threshold is None:
+            raise ValueError(
+                "recover: early_stop needs a threshold of accuracy, which only a sweep that bisects knows."
+            )
+        asked = (self.recipe.evaluate.exam or Exam()).model_copy(update={"num_questions": stop.num_questions})
+        ask = exam_accuracy(self.tokenizer, exam_prompts(asked), self.recipe.evaluate.batch_size)
+        return Verdict(ask, threshold=stop.threshold, num_steps=settings.steps)
+
+    def _evaluate(self) -> list[Row]:
+        rows = evaluate_rows(
+            self.model,
+            self.tokenizer,
+            self.recipe.evaluate,
+            dense=(lambda: self.dense) if self.is_changed else None,
+            journals=self.folder / "answers" / self.keys["evaluate"],
+            progress=lambda done, total: self.progress("evaluate", done, total),
+        )
+        shutil.rmtree(self.folder / "answers", ignore_errors=True)
+        return rows
+
+    def _diagnose(self) -> list[Row]:
+        return diagnose_rows(
+            self.model,
+            self.tokenizer,
+            self.recipe,
+            stage_rows(self.folder, "evaluate"),
+            reference_rows=stage_rows(self.reference, "diagnose") if self.reference else None,
+            reference_answers=stage_rows(self.reference, "evaluate") if self.reference else None,
+            dense=lambda: self.dense,
+            progress=lambda done, total: self.progress("diagnose", done, total),
+        )
+
+    def _profile(self) -> list[Row]:
+        settings = self.recipe.profile
+        assert settings is not None
+        models = {"dense": self.dense, "compressed": self.model}
+        folders = {"dense": Path(self.recipe.model), "compressed": Path(self.model_folder)}
+        rows = profile(models, folders, tokens=settings.tokens, repeats=settings.repeats)
+        self._dense = None
+        del models
+        gc.collect()
+        return rows
