@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": set(),
     "report": set(),
     "progress": set(),
+    "tables": set(),
     "operators": {"kernels"},
     "storage": {"operators"},
     "inference": {"operators", "sites"},

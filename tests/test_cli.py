@@ -11,9 +11,10 @@ import yaml
 from typer.testing import CliRunner
 
 from tensormix import cli
-from tensormix.cli import app, blocks_text, listing
+from tensormix.cli import app, listing
 from tensormix.methods import METHODS
 from tensormix.progress import duration
+from tensormix.tables import blocks_text
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import nn
 
-from tensormix.cli import show_check
 from tensormix.methods import DropBlocks, Svd
 from tensormix.methods.block_distances import BlockDistances
 from tensormix.models import load_model
@@ -22,6 +22,7 @@ from tensormix.run.check import check
 from tensormix.sites import blocks
 from tensormix.streaming.stream import compress_checkpoint
 from tensormix.streaming.while_loading import CompressConfig
+from tensormix.tables import show_check
 from tensormix.walk import compress
 from zoo import MOE, ZOO, make, token_ids
 
@@ -237,7 +238,7 @@ def test_a_check_counts_the_last_blocks_that_could_be_chosen(tiny, tmp_path, cap
     (tmp_path / "recipe.yaml").write_text(text)
     result = check(Recipe.load(tmp_path / "recipe.yaml"))
     assert result["assumed"] and [row["block"] for row in result["sites"]] == [1, 2]
-    show_check(result)
+    show_check(Console(), result)
     assert "Which blocks a rule chooses is measured in a run" in capsys.readouterr().out
     (tmp_path / "recipe.yaml").write_text(text.rpartition("calibration")[0])
     with pytest.raises(ValueError, match="the method drop_blocks needs calibration, and there is no such section"):

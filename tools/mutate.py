@@ -296,8 +296,8 @@ FAULTS = (
     Fault("streaming/disk.py", 'file_hash(folder / file) == line["sha256"]', "True", "test_stream_resume.py"),
     Fault("streaming/disk.py", "            self._write(rest, {}, [])\n", "            pass\n", "test_stream.py"),
     Fault(
-        "streaming/disk.py",
-        "there.get(t) == wanted[t].shape and not _inside(t, operators)",
+        "streaming/source.py",
+        "there.get(t) == wanted[t].shape and not inside(t, operators)",
         "t in there",
         "test_stream.py",
     ),

@@ -9,13 +9,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from tensormix.tables import show_check, show_prediction, show_rows
 
 app = typer.Typer(
     help="Make large language models small with structured operators, and see where they break.",
@@ -42,7 +44,7 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], as_
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        show_check(result)
+        show_check(console, result)
 
 
 @app.command()
@@ -77,17 +79,12 @@ def sweep(
     overwrite: Overwrite = False,
 ) -> None:
     """Run a recipe at many depths, directions and branch counts, and find where accuracy leaves its plateau."""
-    from tensormix.progress import cell_bars
     from tensormix.recipe import Sweep
-    from tensormix.report import build_report
     from tensormix.run.sweep import run_sweep
 
     loaded, folder = Sweep.load(settings), out or Path("runs") / settings.stem
     check_out(folder, "sweep.json", overwrite)
-    with resumable(), cell_bars(console) as progress:
-        run_sweep(loaded, folder, progress=progress)
-    if page:
-        console.print(f"Report: {build_report([folder])}", soft_wrap=True)
+    run_cells(partial(run_sweep, loaded, folder), folder, page)
 
 
 @app.command()
@@ -98,15 +95,21 @@ def compare(
     overwrite: Overwrite = False,
 ) -> None:
     """Run methods under the same budgets, null baselines always among them. Stopped? The same command goes on."""
-    from tensormix.progress import cell_bars
     from tensormix.recipe.comparison import Comparison
-    from tensormix.report import build_report
     from tensormix.run.compare import run_comparison
 
     loaded, folder = Comparison.load(settings), out or Path("runs") / settings.stem
     check_out(folder, "comparison.json", overwrite)
+    run_cells(partial(run_comparison, loaded, folder), folder, page)
+
+
+def run_cells(run_all: Callable[..., object], folder: Path, page: bool) -> None:
+    """Many runs with a bar for each, and the report of their folder afterwards, if it shall be."""
+    from tensormix.progress import cell_bars
+    from tensormix.report import build_report
+
     with resumable(), cell_bars(console) as progress:
-        run_comparison(loaded, folder, progress=progress)
+        run_all(progress=progress)
     if page:
         console.print(f"Report: {build_report([folder])}", soft_wrap=True)
 
@@ -126,17 +129,8 @@ def predict(
     rows = predict_sweep(Sweep.load(settings), direction=direction)
     if as_json:
         print(json.dumps(rows, indent=1))
-        return
-    signals = list(dict.fromkeys(row["signal"] for row in rows if row["kind"] == "signal"))
-    values = {(row["signal"], row["depth"]): row["value"] for row in rows if row["kind"] == "signal"}
-    said = {row["signal"]: row for row in rows if row["kind"] == "prediction"}
-    table = Table("N_B", *signals, box=None)
-    for depth in range(max(depth for _, depth in values) + 1):
-        marks = ["  <- rises most" if said[signal]["depth"] == depth else "" for signal in signals]
-        table.add_row(str(depth), *(f"{values[s, depth]:.4g}{mark}" for s, mark in zip(signals, marks, strict=True)))
-    console.print(table)
-    found = said["all"]
-    console.print(f"Predicted boundary: {found['depth']} (the signals say {found['low']} to {found['high']})")
+    else:
+        show_prediction(console, rows)
 
 
 @app.command()
@@ -167,11 +161,8 @@ def list_things(
     rows = listing(what)
     if as_json:
         print(json.dumps(rows, indent=1))
-        return
-    table = Table(*rows[0].keys(), box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*(", ".join(value) if isinstance(value, list) else str(value) for value in row.values()))
-    console.print(table)
+    else:
+        show_rows(console, rows)
 
 
 def listing(what: str) -> list[dict[str, Any]]:
@@ -203,77 +194,6 @@ def listing(what: str) -> list[dict[str, Any]]:
     if not isinstance(table, dict):
         return [{"name": name} for name in table]
     return [{"name": name, "summary": (item.__doc__ or "").strip().splitlines()[0]} for name, item in table.items()]
-
-
-def show_check(result: dict[str, Any]) -> None:
-    """Two tables: what each kind of site becomes, and the whole model before and after."""
-    kinds: dict[tuple, list[dict[str, Any]]] = {}
-    for site in result["sites"]:
-        key = (
-            site["role"] or site["site"],
-            site["in_features"],
-            site["out_features"],
-            site["method"],
-            site["operator"],
-        )
-        kinds.setdefault(key, []).append(site)
-    if kinds:
-        table = Table("site", "sites", "in", "out", "method", "operator", "parameters", "MACs per token", box=None)
-        for (role, inputs, outputs, method, operator), sites in kinds.items():
-            first = sites[0]
-            table.add_row(
-                role,
-                f"{len(sites)} in blocks {blocks_text([s['block'] for s in sites])}",
-                f"{inputs or '-'}",
-                f"{outputs or '-'}",
-                method,
-                operator,
-                f"{first['dense_parameters']:,} -> {first['parameters']:,}",
-                f"{first['dense_macs_per_token']:,} -> {first['macs_per_token']:,}",
-            )
-        console.print(table)
-        if "search" in result:
-            search = result["search"]
-            console.print(
-                "Which of these sites are reduced, and how far, a run finds by trying, with the whole model in memory: "
-                f"{search['candidates']} candidates, at most {search['evaluations']} evaluations. It cannot be known "
-                "here; the smallest candidate at every site is counted, and the dense model may win."
-            )
-        elif result["assumed"] and "budget" not in result:
-            console.print("Which blocks a rule chooses is measured in a run; the last that it could are counted here.")
-        console.print()
-    if "budget" in result:
-        show_budget(result["budget"][0], result["assumed"])
-    dense, compressed = result["dense"], result["compressed"]
-    table = Table("whole model", "dense", "compressed", "change", box=None)
-    rows = [("parameters", dense["parameters"], compressed["parameters"])]
-    rows += [("MACs per token (linear layers and lm_head)", dense["macs_per_token"], compressed["macs_per_token"])]
-    rows += [(f"bytes in {dtype}", size, compressed["bytes"][dtype]) for dtype, size in dense["bytes"].items()]
-    for name, before, after in rows:
-        table.add_row(name, f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.2f} %")
-    console.print(table)
-
-
-def show_budget(total: dict[str, Any], assumed: bool) -> None:
-    """What the budget asks for and what the sizes come to."""
-    console.print(
-        f"budget: {total['asked']:,} of {total['dense']:,} {total['of']} (keep {total['keep']:g} of the "
-        f"{total['over']}); the sizes above come to {total['achieved']:,} ({total['achieved_keep']:.4f})"
-    )
-    if assumed:
-        console.print("The run decides the sizes from weights or inputs; those above are what by: uniform would give.")
-    console.print()
-
-
-def blocks_text(blocks: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for block in sorted(set(blocks)):
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def check_out(folder: Path, ours: str, overwrite: bool) -> None:

@@ -35,7 +35,7 @@ from tensormix.sites import Site, find_sites
 from tensormix.sites.calls import Activations
 from tensormix.storage.assembly import Assembly
 from tensormix.storage.checkpoint import Checkpoint
-from tensormix.streaming.disk import Source
+from tensormix.streaming.source import Source
 from tensormix.walk import Calibration, Home, Progress
 
 

@@ -13,38 +13,24 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from tensormix.hf import attach, install_empty, operators_of
-from tensormix.operators import DenseStack, StandIn
-from tensormix.sites import Site, locate_blocks
+from tensormix.operators import StandIn
 from tensormix.storage.assembly import Assembly, Making, packed_config
 from tensormix.storage.checkpoint import INDEX, PICKLED, Entry, Piece, check_space, file_hash, read_header, write_shard
 from tensormix.storage.files import new_file, read_json, write_json
 from tensormix.storage.journal import Journal, Line
-from tensormix.storage.memory import empty_weights, give_back, set_weight
-from tensormix.walk import Home, Walk
+from tensormix.storage.memory import set_weight
+from tensormix.streaming.source import Source, inside
+from tensormix.walk import Walk
 from tensormix.walk.fitting import Row, bytes_after
 from tensormix.walk.joint import groups_of
 
 
-@dataclass
-class Unit:
-    """What goes into one file: a block, or everything that is in none."""
-
-    file: str
-    makings: list[Making] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)  # tensors on disk that only pass through
-
-
-class Disk(Home):
-    """The home of the blocks of `model` (a skeleton on meta) when their weights are in the files of `assembly`.
+class Disk(Source):
+    """The home of the blocks of `model` (a skeleton on meta) that go from the files of `assembly` into new ones.
 
     Args:
         out: the folder of the compressed checkpoint.
@@ -53,29 +39,12 @@ class Disk(Home):
     """
 
     def __init__(self, model: Any, assembly: Assembly, out: Path, *, convert: bool, device: str = "cpu") -> None:
-        self.model, self.assembly, self.out, self.convert, self.device = model, assembly, out, convert, device
-        self.entries = assembly.checkpoint.entries
-        self.root, self.layers = locate_blocks(model)
+        super().__init__(model, assembly, device)
+        self.out, self.convert = out, convert
         self.part = out.with_name(f".{out.name}.part")
         self.journal = Journal(out.with_name(f"{out.name}.journal.jsonl"))
-        self.units = self._units(len(self.layers))  # one for each block, and the last one for the rest
         self._compressed_before = operators_of(model)
         self._lines: dict[str, Line] = {}  # of the journal, by file
-        self._entered: dict[int, list[nn.Module]] = {}
-
-    def _units(self, num_blocks: int) -> list[Unit]:
-        total = num_blocks + 1
-        units = [Unit(f"model-{number + 1:05d}-of-{total:05d}.safetensors") for number in range(total)]
-        for making in self.assembly.makings:
-            units[self._block_of(making.targets[0], num_blocks)].makings.append(making)
-        for name in self.assembly.unknown:
-            units[self._block_of(name, num_blocks)].unknown.append(name)
-        return units
-
-    def _block_of(self, name: str, num_blocks: int) -> int:
-        head, _, tail = name.partition(f"{self.root}.")
-        number = tail.split(".")[0]
-        return int(number) if not head and number.isdecimal() and int(number) < num_blocks else num_blocks
 
     # The journal
 
@@ -138,7 +107,7 @@ class Disk(Home):
         joint = {n: op for group in groups_of(self.model, walk.sites, here).values() for n, op in group.empty().items()}
         total = sum(self.entries[name].num_bytes for name in self.units[number].unknown)
         for making in self.units[number].makings:
-            if not any(_inside(target, gone) for target in making.targets):
+            if not any(inside(target, gone) for target in making.targets):
                 total += sum(piece.num_bytes for piece in self._copies(making).values())
         for site in walk.sites.values():
             if site.name in here or site.name.rpartition(".")[0] in opened:
@@ -158,39 +127,13 @@ class Disk(Home):
         line = self._lines.get(self.units[index].file)
         return None if line is None else line["rows"]
 
-    @contextmanager
-    def rest(self) -> Iterator[None]:
-        modules = self._outside()
-        self._fill(len(self.layers), {})
-        for target, source in self.assembly.tied.items():
-            if target not in self.entries:
-                set_weight(self.model, target, self.model.get_parameter(source))
-        yield
-        empty_weights(modules)
-
-    def enter(self, index: int) -> None:
-        self._entered[index] = list(self.layers[index].modules())  # among them those that will be replaced
-        self._fill(index, {})
-
     def restore(self, index: int) -> None:
         line = self._lines[self.units[index].file]
         install_empty(self.model, line["operators"])
         self._fill(index, line["operators"])
         for entry in read_header(self.part / line["file"]):
-            if _inside(entry.name, line["operators"]) or line["changed"]:
+            if inside(entry.name, line["operators"]) or line["changed"]:
                 set_weight(self.model, entry.name, entry.read().to(self.device))
-
-    def dense_bits(self, site: Site) -> int:
-        index = site.block
-        if site.kind == "block" and index is not None:
-            names = [name for making in self.units[index].makings for name in making.sources]
-            return sum(8 * self.entries[name].num_bytes for name in names)
-        if site.kind == "experts":
-            return self.assembly.bits_of(site.name + (".stack" if isinstance(site.module, DenseStack) else "_proj"))
-        return self.assembly.bits_of(f"{site.name}.weight")
-
-    def tidy(self) -> None:
-        give_back()
 
     def leave(self, index: int, rows: list[Row]) -> None:
         block = f"{self.root}.{index}"
@@ -201,10 +144,6 @@ class Disk(Home):
         changed = mine is not None and all(module is not self.layers[index] for module in mine)
         self._write(index, operators, rows, changed=changed and not isinstance(self.layers[index], StandIn))
         self.release(index)
-
-    def release(self, index: int) -> None:
-        empty_weights([*self._entered.pop(index, []), *self.layers[index].modules()])
-        give_back()
 
     def finish(self) -> None:
         """Write what is outside the blocks, the index, the config and all other files of the source: the end."""
@@ -223,28 +162,7 @@ class Disk(Home):
         shutil.rmtree(self.out, ignore_errors=True)
         self.part.replace(self.out)
 
-    # Writing and filling
-
-    def _fill(self, number: int, operators: Mapping[str, Any]) -> None:
-        """Give the modules of a unit their dense weights, where `operators` have not taken their place."""
-        for making, kept in self._kept(number, operators):
-            if kept:
-                made = self.assembly.make(making.targets[0])
-                for target in kept:
-                    set_weight(self.model, target, made[target].to(self.device))
-
-    def _state(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a block as it is now; of the unit after the blocks, those of the whole model."""
-        if number == len(self.layers):
-            return self.model.state_dict()
-        return self.layers[number].state_dict(prefix=f"{self.root}.{number}.")
-
-    def _kept(self, number: int, operators: Mapping[str, Any]) -> Iterator[tuple[Making, list[str]]]:
-        """The makings of a unit, each with those of its parameters that the model still has."""
-        there = {name: tensor.shape for name, tensor in self._state(number).items()}
-        wanted = self.assembly.targets
-        for making in self.units[number].makings:
-            yield making, [t for t in making.targets if there.get(t) == wanted[t].shape and not _inside(t, operators)]
+    # Writing
 
     def _write(self, number: int, operators: dict[str, Any], rows: list[Row], changed: bool = False) -> None:
         unit = self.units[number]
@@ -268,10 +186,6 @@ class Disk(Home):
             return {name: self.entries[name] for name in making.sources}
         return self.assembly.converted(making)
 
-    def _outside(self) -> list[nn.Module]:
-        inside = {id(module) for module in self.layers.modules()}
-        return [module for module in self.model.modules() if id(module) not in inside]
-
     def _write_index(self) -> None:
         entries = [entry for unit in self.units for entry in read_header(self.part / unit.file)]
         weight_map = {entry.name: entry.file.name for entry in sorted(entries, key=lambda entry: entry.name)}
@@ -292,17 +206,3 @@ class Disk(Home):
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.model.dtype).removeprefix("torch.")
         write_json(self.part / "config.json", config)
-
-
-class Source(Disk):
-    """The same blocks to look at: they come from their files one at a time, and nothing is written."""
-
-    def __init__(self, model: Any, assembly: Assembly, device: str = "cpu") -> None:
-        super().__init__(model, assembly, assembly.checkpoint.folder, convert=False, device=device)
-
-    def leave(self, index: int, rows: list[Row]) -> None:
-        self.release(index)
-
-
-def _inside(name: str, operators: Iterable[str]) -> bool:
-    return any(name.startswith(f"{operator}.") for operator in operators)

@@ -92,15 +92,20 @@ def compress_checkpoint(
         return home.all_rows()
     _check_free(out, overwrite)
     _prepare(walk, home, calibration, request, spill)
+    _carry_out(walk, home, calibration, workers, folder, request["source"])
+    return home.all_rows()
+
+
+def _carry_out(walk: Walk, home: Disk, calibration: Calibration, workers: int, folder: Path, source: str) -> None:
+    """The walk, and the end of the new checkpoint. `source` is what the files in `folder` were when it began."""
     try:
         with _room(home):
             walk.run(calibration, workers)
-            if fingerprint(folder) != request["source"]:
+            if fingerprint(folder) != source:
                 raise ValueError(f"{folder} changed while it was read: what was made of it is of no use; start again")
             home.finish()
     finally:
         home.unlock()
-    return home.all_rows()
 
 
 def _prepare(walk: Walk, home: Disk, calibration: Calibration, request: dict[str, Any], spill: bool) -> None:
