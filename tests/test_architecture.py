@@ -95,6 +95,38 @@ def test_the_rules_themselves_have_no_circle():
         rest = {part: others for part, others in rest.items() if part not in free}
 
 
+# What one reads at once. A function's docstring does not count; what is longer today may not be joined by others.
+MOST_LINES, MOST_OF_A_FUNCTION = 300, 40
+LONG_FUNCTIONS = {
+    "report/costs.py": {"size_figure"},
+    "report/figures.py": {"accuracy_figure", "perplexity_figure"},
+    "report/pareto_page.py": {"_panel", "pareto_page"},
+    "report/run_page.py": {"comparison_table"},
+    "report/scaling.py": {"operator_figure"},
+    "report/sweep_page.py": {"sweep_page"},
+    "report/tradeoffs.py": {"residual_figure"},
+    "report/weights.py": {"restoration_figure"},
+    "evaluate/divergence.py": {"kl_divergence"},
+}
+
+
+def test_files_are_short_enough_to_be_read():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.rglob("*.py")}
+    long = {str(path.relative_to(ROOT)): n for path, n in lines.items() if n > MOST_LINES}
+    assert not long, f"more than {MOST_LINES} lines: {long}; split them where two subjects meet"
+
+
+def test_functions_are_short_enough_to_be_read():
+    for path in ROOT.rglob("*.py"):
+        known = LONG_FUNCTIONS.get(str(path.relative_to(ROOT)), set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in known:
+                first = node.body[0] if ast.get_docstring(node) else None
+                docstring = 0 if first is None else (first.end_lineno or 0) - first.lineno + 1
+                lines = (node.end_lineno or 0) - node.lineno + 1 - docstring
+                assert lines <= MOST_OF_A_FUNCTION, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+
+
 def run_python(code: str) -> str:
     code = f"import sys; sys.path.insert(0, {str(ROOT.parent)!r})\n{code}"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)

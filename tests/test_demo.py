@@ -9,7 +9,11 @@ from tensormix.demo import model_folder, sweep_file
 from tensormix.evaluate import evaluate_choices
 from tensormix.examine import exam_prompts
 from tensormix.models import load_model, load_tokenizer
-from tensormix.recipe import Sweep
+from tensormix.recipe import Baselines, Sweep
+from tensormix.recipe.sweep import Depths
+from tensormix.report import build_report
+from tensormix.run import stage_rows
+from tensormix.run.sweep import run_sweep
 from tensormix.settings import Exam
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -39,6 +43,42 @@ def test_its_sweep_scans_every_depth():
     assert any(cell.direction == "first" for cell in cells)
 
 
+def test_its_sweep_ends_with_a_table_and_a_page_although_depths_are_lost(tmp_path):
+    """The demo's own file with few depths, steps and questions, and a learning rate at which every recovery fails."""
+    sweep = Sweep.load(sweep_file())
+    recipe = sweep.recipe
+    assert recipe is not None and recipe.recover is not None and recipe.evaluate.exam is not None
+    assert recipe.diagnose is not None
+    few = {"exam": recipe.evaluate.exam.model_copy(update={"num_questions": 8, "shots": 1})}
+    few["perplexity"] = tuple(p.model_copy(update={"num_tokens": 256}) for p in recipe.evaluate.perplexity)
+    lost = {"steps": 5, "batch_size": 2, "learning_rate": 0.1}
+    recipe = recipe.model_copy(
+        update={
+            "recover": recipe.recover.model_copy(update=lost),
+            "evaluate": recipe.evaluate.model_copy(update=few),
+            "diagnose": recipe.diagnose.model_copy(update={"num_prompts": 4}),
+            "profile": None,
+        }
+    )
+    directions = {"last": Depths(depths=(1,)), "first": Depths(depths=(1,))}
+    baselines = Baselines(methods=("drop_blocks",), depths=(1,))
+    run_sweep(sweep.model_copy(update={"recipe": recipe, "directions": directions, "baselines": baselines}), tmp_path)
+    table = json.loads((tmp_path / "sweep.json").read_text())
+    assert [cell["cell"] for cell in table["cells"]] == [
+        "dense",
+        "last-01-mixt4",
+        "first-01-mixt4",
+        "last-01-drop_blocks",
+    ]
+    for name in (cell["folder"] for cell in table["cells"][1:]):
+        losses = [row["loss"] for row in stage_rows(tmp_path / name, "recover") if row["kind"] == "loss"]
+        assert len(losses) == 5 and min(losses[2:]) > min(losses[:2]) + 2  # lost for good, and not stopped
+        assert any(row["kind"] == "accuracy" for row in stage_rows(tmp_path / name, "evaluate"))
+        assert stage_rows(tmp_path / name, "diagnose")
+    page = build_report([tmp_path]).read_text(encoding="utf-8")
+    assert "drop_blocks" in page
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="shared/data is not beside the checkout: no stories260K")
 def test_stories260k_has_its_published_perplexity():
     """4.69 per token on packed stories, BOS between them, windows of 512; over the first 200 stories."""
@@ -57,10 +97,6 @@ def test_stories260k_has_its_published_perplexity():
 @pytest.mark.skipif(not SHARED.exists(), reason="shared/data is not beside the checkout: no stories260K")
 def test_stories260k_is_swept_over_all_its_blocks_to_a_report(tmp_path):
     """The recipe with fewer steps and a shorter text: every depth has its row, and a page comes out."""
-    from tensormix.report import build_report
-    from tensormix.run import stage_rows
-    from tensormix.run.sweep import run_sweep
-
     sweep = Sweep.load(Path(__file__).parents[1] / "recipes" / "stories260k_mixt3_sweep.yaml")
     recipe = sweep.recipe
     assert recipe is not None and recipe.recover is not None

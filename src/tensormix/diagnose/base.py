@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from tensormix.evaluate.forward import device_of, options_of, quiet
 from tensormix.settings import Settings
@@ -55,6 +57,21 @@ def needed(value: Any, name: str, diagnostic: Diagnostic) -> Any:
     return value
 
 
+def run(model: nn.Module, ids: Tensor) -> Any:  # (B, T)
+    """What the model says about one batch, without keeping keys and values."""
+    return model(ids.to(device_of(model)), **options_of(model, use_cache=False))
+
+
+def run_hooked(model: nn.Module, batches: Batches, handles: Iterable[RemovableHandle]) -> None:
+    """Run the model over all batches, for what the hooks of `handles` see; they are removed at the end."""
+    with ExitStack() as hooks:
+        for handle in handles:
+            hooks.callback(handle.remove)
+        with quiet(model):
+            for ids in batches:
+                run(model, ids)
+
+
 def mean_loss(model: nn.Module, batches: Batches) -> float:
     """Mean negative log-likelihood (nats) of all tokens but the first of each row; losses in fp32, summed in fp64.
 
@@ -63,9 +80,9 @@ def mean_loss(model: nn.Module, batches: Batches) -> float:
     total, num_tokens = torch.zeros((), dtype=torch.float64), 0
     with quiet(model):
         for ids in batches:
-            ids = ids.to(device_of(model))
-            logits = model(ids, **options_of(model, use_cache=False)).logits[:, :-1].float()
-            total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").double().cpu()
+            logits, targets = run(model, ids).logits[:, :-1].float(), ids[:, 1:].flatten()
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device), reduction="sum")
+            total += losses.double().cpu()
             num_tokens += ids[:, 1:].numel()
     if num_tokens == 0:
         raise ValueError("diagnose: the loss needs windows of at least two tokens, and there are none")

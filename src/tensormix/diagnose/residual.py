@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, needed
+from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, needed, run
 from tensormix.diagnose.geometry import observe
-from tensormix.evaluate.forward import device_of, options_of, quiet
+from tensormix.evaluate.forward import quiet
 from tensormix.operators import DenseStack, StackedLinear, StandIn, StructuredLinear
 from tensormix.sites import blocks
 
@@ -77,7 +77,7 @@ def last_compressed(model: nn.Module) -> int | None:
 def _states(model: nn.Module, ids: Tensor) -> list[Tensor]:  # (B, T) -> (N, D) for each layer
     seen: dict[int, Tensor] = {}
     with quiet(model), observe(blocks(model), seen):
-        model(ids.to(device_of(model)), **options_of(model, use_cache=False))
+        run(model, ids)
     return [seen[layer].flatten(0, 1) for layer in sorted(seen)]
 
 

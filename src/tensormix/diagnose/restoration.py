@@ -11,9 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, needed
+from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, needed, run_hooked
 from tensormix.diagnose.super_weights import SuperWeights
-from tensormix.evaluate.forward import device_of, options_of, quiet
 from tensormix.operators.base import computing_dtype
 from tensormix.sites import Site, find_sites
 
@@ -53,8 +52,12 @@ class Restoration(Diagnostic):
         found = [row for row in SuperWeights()(model, batches) if row["kind"] == "super_weight"]
         known = [row for row in found if row["expert"] is None]  # those of linear layers
         site = self._site(model, known)
+        sets = self._sets(model, site, batches, known)
+        return [row for name, places in sets.items() if len(places) for row in self._rows(site, name, places)]
+
+    def _sets(self, model: nn.Module, site: Site, batches: Batches, known: list[Row]) -> dict[str, Tensor]:  # (M, 2)
         weight = site.weight
-        sets = {
+        return {
             "inlier": inliers(weight, self.num_entries, self.seed),
             "top_magnitude": largest(weight.abs(), self.num_entries),
             "activation_weighted": largest(
@@ -64,40 +67,28 @@ class Restoration(Diagnostic):
                 [(row["row"], row["column"]) for row in known if row["site"] == site.name], dtype=torch.long
             ).reshape(-1, 2),
         }
-        rank = min(weight.shape)
+
+    def _rows(self, site: Site, name: str, places: Tensor) -> list[Row]:  # (M, 2)
+        weight, rank = site.weight, min(site.weight.shape)
         ranks = sorted({round(1 + i * (rank - 1) / (self.num_ranks - 1)) for i in range(self.num_ranks)})
-        labels = {"site": site.name, "block": site.block}
-        rows: list[Row] = []
-        for name, places in sets.items():
-            if not len(places):
-                continue
-            needed_rank = restoring_ranks(weight, places, self.tolerance)
-            shown = zip(places.tolist(), needed_rank.tolist(), strict=True)
-            rows += [
-                {
-                    "kind": "tracked_entry",
-                    **labels,
-                    "set": name,
-                    "row": row,
-                    "column": column,
-                    "value": float(weight[row, column]),
-                    "rank": at,
-                }
-                for (row, column), at in shown
-            ]
-            rows += [
-                {
-                    "kind": "restoration",
-                    **labels,
-                    "set": name,
-                    "rank": at,
-                    "value": float((needed_rank <= at).double().mean()),
-                    "num_entries": len(places),
-                    "tolerance": self.tolerance,
-                }
-                for at in ranks
-            ]
-        return rows
+        labels = {"site": site.name, "block": site.block, "set": name}
+        needed_rank = restoring_ranks(weight, places, self.tolerance)
+        entries = [
+            {"kind": "tracked_entry", **labels, "row": row, "column": col, "value": float(weight[row, col]), "rank": at}
+            for (row, col), at in zip(places.tolist(), needed_rank.tolist(), strict=True)
+        ]
+        curve = [
+            {
+                "kind": "restoration",
+                **labels,
+                "rank": at,
+                "value": float((needed_rank <= at).double().mean()),
+                "num_entries": len(places),
+                "tolerance": self.tolerance,
+            }
+            for at in ranks
+        ]
+        return [*entries, *curve]
 
     def _site(self, model: nn.Module, known: list[Row]) -> Site:
         linear = [site for site in find_sites(model) if site.kind == "linear"]
@@ -154,11 +145,5 @@ def input_sizes(model: nn.Module, site: Site, batches: Batches) -> Tensor:  # (I
         total.add_(inputs.square().sum(0).cpu())
         num_tokens += len(inputs)
 
-    handle = site.module.register_forward_pre_hook(hook)
-    try:
-        with quiet(model):
-            for ids in batches:
-                model(ids.to(device_of(model)), **options_of(model, use_cache=False))
-    finally:
-        handle.remove()
+    run_hooked(model, batches, [site.module.register_forward_pre_hook(hook)])
     return (total / num_tokens).sqrt()

@@ -19,8 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, mean_loss, needed
-from tensormix.evaluate.forward import device_of, options_of, quiet
+from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, mean_loss, needed, run_hooked
 from tensormix.sites import Site, find_sites, opened
 
 
@@ -116,14 +115,8 @@ def candidates(model: nn.Module, batches: Batches) -> list[Candidate]:
 
         return hook
 
-    with quiet(model), opened(model, list(sites.values())) as modules:
-        handles = [modules[name].register_forward_hook(watch(site)) for name, site in sites.items()]
-        try:
-            for ids in batches:
-                model(ids.to(device_of(model)), **options_of(model, use_cache=False))
-        finally:
-            for handle in handles:
-                handle.remove()
+    with opened(model, list(sites.values())) as modules:
+        run_hooked(model, batches, [modules[name].register_forward_hook(watch(site)) for name, site in sites.items()])
     return list(best.values())
 
 

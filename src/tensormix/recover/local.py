@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +67,28 @@ def distill_blocks(
             break
         targets = _through(theirs, calls["dense"][index], hidden["dense"], keep)
         if index in learning:
-            file = folder / f"block-{index:04d}.safetensors"
-            if file.exists() and file.with_suffix(".json").exists():
-                ours.load_state_dict(load_file(file))
-                rows.append(read_json(file.with_suffix(".json")))
-            else:
-                data = _Block(calls["propagated"][index], hidden[inputs], targets, hidden["dense"])
-                groups = parameter_groups(ours, trained, learning_rate, core_rate)
-                rows.append(
-                    {"kind": "local_loss", "block": index}
-                    | data.train(ours, groups, warmup=warmup, weight_decay=weight_decay, autocast=autocast)
-                )
-                with new_file(file) as handle:
-                    handle.write(save({name: t.contiguous() for name, t in ours.state_dict().items()}))
-                write_json(file.with_suffix(".json"), rows[-1])
+            data = _Block(calls["propagated"][index], hidden[inputs], targets, hidden["dense"])
+            groups = parameter_groups(ours, trained, learning_rate, core_rate)
+            train = partial(data.train, ours, groups, warmup=warmup, weight_decay=weight_decay, autocast=autocast)
+            found = _once(folder / f"block-{index:04d}.safetensors", ours, train)
+            rows.append({"kind": "local_loss", "block": index} | found)
             progress(len(rows) * len(batches) // len(learning))
         passed_on = _through(ours, calls["propagated"][index], hidden["propagated"], keep)
         hidden = {"dense": targets, "propagated": passed_on}
     return rows
+
+
+def _once(file: Path, block: nn.Module, train: Callable[[], Row]) -> Row:
+    """What `train` says of the block; if that was done before, the weights that it left and what it said then."""
+    said = file.with_suffix(".json")
+    if file.exists() and said.exists():
+        block.load_state_dict(load_file(file))
+        return read_json(said)
+    row = train()
+    with new_file(file) as handle:
+        handle.write(save({name: t.contiguous() for name, t in block.state_dict().items()}))
+    write_json(said, row)
+    return row
 
 
 @torch.no_grad()

@@ -78,22 +78,28 @@ def compress_checkpoint(
     with _room(home):
         names, notes = _named(model, plan, home, calibration, spill)
     walk = Walk(model, names, home, progress, notes)
-    request = {
-        "version": __version__,
-        "source": fingerprint(folder),
-        "dtype": dtype,
-        "plan": plan.model_dump(mode="json"),
-        **({"blocks": [rule.blocks for rule in names.root]} if notes else {}),
-        "inputs": inputs,
-        "precision": str(precision),
-        "asked": asked,
-    }
+    request = _request(folder, plan, calibration, dtype, asked)
+    if notes:
+        request["blocks"] = [rule.blocks for rule in names.root]
     if home.is_complete(request):
         return home.all_rows()
     _check_free(out, overwrite)
     _prepare(walk, home, calibration, request, spill)
     _carry_out(walk, home, calibration, workers, folder, request["source"])
     return home.all_rows()
+
+
+def _request(folder: Path, plan: Plan, calibration: Calibration, dtype: str, asked: Any) -> dict[str, Any]:
+    """What tells one call from another, beside its batches."""
+    return {
+        "version": __version__,
+        "source": fingerprint(folder),
+        "dtype": dtype,
+        "plan": plan.model_dump(mode="json"),
+        "inputs": calibration.inputs,
+        "precision": str(calibration.precision),
+        "asked": asked,
+    }
 
 
 def _carry_out(walk: Walk, home: Disk, calibration: Calibration, workers: int, folder: Path, source: str) -> None:
