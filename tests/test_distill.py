@@ -1,13 +1,10 @@
-"""Distillation: the loss is what it says, a block alone reaches its optimum, logits are kept for one teacher only."""
+"""Distillation: the whole model, a block alone at its optimum, and what does not fit is refused."""
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,11 +13,8 @@ from tensormix.operators import LowRank, MixT, Sum
 from tensormix.plan import Plan
 from tensormix.recover import recover
 from tensormix.recover.local import distill_blocks
-from tensormix.recover.losses import relative_distance, top_k_divergence, top_k_of
 from tensormix.recover.rates import parameter_groups, rate_factors
-from tensormix.recover.teacher import TeacherLogits
-from tensormix.recover.trainer import TaughtWindows
-from tensormix.recover.watch import Watch, last_whole_checkpoint
+from tensormix.recover.watch import last_whole_checkpoint
 from tensormix.settings import Recover, Source
 from tensormix.storage.files import read_json, write_json
 from tensormix.walk import compress
@@ -44,75 +38,11 @@ def run(model, tiny, folder, wanted, **options):
     return recover(model, load_tokenizer(str(tiny)), wanted, folder=folder, seed=0, teacher=str(tiny), **options)
 
 
-# ---- the loss
-
-
-def both(vocabulary, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return (3 * torch.randn(2, 5, vocabulary, generator=generator, dtype=torch.float64) for _ in range(2))
+# ---- the whole model
 
 
 def exact(teacher, student):
     return (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
-
-
-def kept(logits, top_k):
-    """What `top_k_of` keeps, without rounding."""
-    values, tokens = logits.log_softmax(-1).topk(top_k)
-    return tokens, values, 1 - values.exp().sum(-1)
-
-
-@given(vocabulary=st.integers(2, 40), seed=st.integers(0, 99))
-def test_with_the_whole_vocabulary_it_is_the_exact_divergence(vocabulary, seed):
-    teacher, student = both(vocabulary, seed)
-    found = top_k_divergence(student, *kept(teacher, vocabulary))
-    torch.testing.assert_close(found, exact(teacher, student).float(), rtol=1e-4, atol=1e-5)
-
-
-@given(vocabulary=st.integers(3, 40), seed=st.integers(0, 99), data=st.data())
-def test_fewer_tokens_bound_it_from_below_and_more_of_them_bound_it_better(vocabulary, seed, data):
-    top_k = data.draw(st.integers(1, vocabulary - 1))
-    teacher, student = both(vocabulary, seed)
-    fewer, more = (top_k_divergence(student, *kept(teacher, k)) for k in (top_k, top_k + 1))
-    assert (fewer >= -1e-5).all()
-    assert (fewer <= more + 1e-5).all()
-    assert (more <= exact(teacher, student) + 1e-5).all()
-
-
-def test_its_gradient_is_the_difference_of_the_distributions_where_nothing_is_left_out():
-    teacher, student = both(7, 0)
-    student.requires_grad_(True)
-    top_k_divergence(student, *kept(teacher, 7)).sum().backward()
-    torch.testing.assert_close(student.grad, student.softmax(-1) - teacher.softmax(-1), rtol=1e-4, atol=1e-5)
-
-
-def test_what_is_kept_is_a_distribution_also_after_rounding():
-    tokens, values, tail = top_k_of(20 * torch.randn(64, 500), 8)
-    assert values.dtype == torch.float16
-    assert (tail >= 0).all()
-    torch.testing.assert_close(
-        values.double().exp().sum(-1) + tail.double(), torch.ones(64).double(), atol=1e-3, rtol=0
-    )
-    assert tokens.shape == (64, 8)
-
-
-def test_a_certain_teacher_gives_finite_gradients():
-    logits = torch.full((1, 9), -1e4)
-    logits[0, 3] = 0
-    student = torch.randn(1, 9, requires_grad=True)
-    loss = top_k_divergence(student, *top_k_of(logits, 2)).sum()
-    loss.backward()
-    assert loss.item() == pytest.approx(-student.log_softmax(-1)[0, 3].item(), abs=1e-5)
-    assert student.grad.isfinite().all()
-
-
-def test_the_distance_of_residual_streams_is_relative():
-    states = [torch.randn(2, 3, 4) for _ in range(2)]
-    assert relative_distance(states, states) == 0
-    assert relative_distance([0 * s for s in states], states).item() == pytest.approx(1)
-
-
-# ---- the whole model
 
 
 def test_a_model_that_is_its_teacher_has_nothing_to_learn(tiny, tmp_path):
@@ -211,23 +141,6 @@ def test_a_diverging_run_stops_says_where_and_keeps_its_last_good_checkpoint(tin
     assert rows[-1]["loss"] < min(row["loss"] for row in rows) + 1.0
 
 
-def test_a_loss_that_jumps_once_is_no_divergence(tmp_path):
-    """Two losses that are too high and one that is not; then three in a row, and what was saved among them goes."""
-    watch = Watch(1, None, steps_before=0, phase=lambda step: "lm", diverged=1.0)
-    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=0.1)
-
-    def log(step, loss):
-        watch.on_log(args, SimpleNamespace(global_step=step), None, {"loss": loss, "learning_rate": 0.1})
-
-    for step, loss in enumerate([4.0, 9.0, 9.0, 4.5, 9.0, 9.0], 1):
-        log(step, loss)
-    for step in (3, 4, 5, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    with pytest.raises(ValueError, match=r"the loss is 9 at step 7, learning rate 0\.1, after 4 at its best"):
-        log(7, 9.0)
-    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-3"]
-
-
 def test_a_judge_ends_a_recovery_whose_outcome_is_clear(tiny, tmp_path):
     asked = []
     rows = run(
@@ -306,81 +219,7 @@ def test_local_distillation_of_a_linear_block_reaches_the_least_squares_optimum(
     assert row["tokens"] == 400 * 4 * 16
 
 
-# ---- what is kept of the logits
-
-
-def logits_of(ids):
-    return F.one_hot(ids, 50).float() * 5 + torch.arange(50) / 50
-
-
-def cache(folder, **changes):
-    about = {"teacher": "t", "tokenizer": "k", "vocabulary": 50, "top_k": 4, "window": 6}
-    return TeacherLogits(folder, **about | changes)
-
-
-WINDOWS = torch.randint(0, 50, (150, 6), generator=torch.Generator().manual_seed(0))
-
-
-def test_logits_are_kept_once_and_serve_every_run_that_reads_these_windows(tmp_path):
-    calls = []
-
-    def counted(ids):
-        calls.append(len(ids))
-        return logits_of(ids)
-
-    cache(tmp_path).fill(WINDOWS.__getitem__, range(0, 100), 150, counted, 50)
-    assert sum(calls) == 128  # whole files
-    cache(tmp_path).fill(WINDOWS.__getitem__, range(20, 90), 150, counted, 50)
-    assert sum(calls) == 128
-    again = cache(tmp_path)
-    again.fill(WINDOWS.__getitem__, range(100, 150), 150, counted, 50)
-    assert sum(calls) == 150
-    tokens, values, tail = top_k_of(logits_of(WINDOWS[131])[:-1], 4)
-    found = again[131]
-    assert torch.equal(found["teacher_tokens"], tokens)
-    assert torch.equal(found["teacher_values"], values)
-    assert torch.equal(found["teacher_tail"], tail)
-
-
-def test_a_longer_run_adds_what_a_shorter_one_left_out_of_its_last_file(tmp_path):
-    for num_windows in (20, 40):
-        kept = cache(tmp_path)
-        kept.fill(WINDOWS.__getitem__, range(num_windows), num_windows, logits_of, 8)
-    assert torch.equal(kept[30]["teacher_tokens"], top_k_of(logits_of(WINDOWS[30])[:-1], 4)[0])
-
-
-def test_a_window_carries_what_the_teacher_said_about_that_window():
-    mixture = [{"input_ids": number} for number in range(10)]
-    logits = [{"teacher_tokens": number} for number in range(10)]
-    dataset = TaughtWindows(mixture, logits, first=3, num_taught=4)
-    items = [dataset[index] for index in range(len(dataset))]
-    assert [item["input_ids"] for item in items] == list(range(3, 10))
-    assert [item.get("teacher_tokens") for item in items] == [3, 4, 5, 6, None, None, None]
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"teacher": "u"}, r"kept for another teacher \(t, this run has u\); name another folder as distill\.cache"),
-        ({"tokenizer": "l"}, r"kept for another tokenizer \(k, this run has l\)"),
-        ({"top_k": 5}, r"kept for another top_k \(4, this run has 5\)"),
-    ],
-)
-def test_logits_of_another_teacher_or_tokenizer_are_refused(tmp_path, changes, sentence):
-    cache(tmp_path)
-    with pytest.raises(ValueError, match=sentence):
-        cache(tmp_path, **changes)
-
-
-def test_logits_of_other_windows_are_refused(tmp_path):
-    cache(tmp_path).fill(WINDOWS.__getitem__, range(64), 64, logits_of, 64)
-    with pytest.raises(ValueError, match=r"were kept for other windows \(another text, seed or mixture\)"):
-        cache(tmp_path).fill(lambda number: WINDOWS[number + 1], range(64), 64, logits_of, 64)
-
-
-def test_logits_that_are_no_numbers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="the teacher's logits hold NaN or infinite values"):
-        cache(tmp_path).fill(WINDOWS.__getitem__, range(64), 64, lambda ids: logits_of(ids) / 0, 64)
+# ---- what is kept of the teacher's logits
 
 
 def test_a_cache_named_in_the_recipe_is_used_by_the_next_run_and_refused_for_another_teacher(tiny, tmp_path):

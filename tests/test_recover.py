@@ -1,5 +1,7 @@
 """Recovery lowers the loss, does the same for the same seed, and goes on where it was stopped."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tensormix.plan import Plan
 from tensormix.profile import LiveBytes
 from tensormix.recover import recover
 from tensormix.recover.rates import compressed_parameters
-from tensormix.recover.watch import MARK, last_whole_checkpoint
+from tensormix.recover.watch import MARK, Watch, last_whole_checkpoint
 from tensormix.settings import Recover, Source
 from tensormix.walk import compress
 
@@ -184,3 +186,20 @@ def test_recomputing_saves_memory_and_changes_nothing_else(tiny, tmp_path):
         assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert peaks[1] < 0.9 * peaks[0]
     torch.testing.assert_close(after[1], after[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_jumps_once_is_no_divergence(tmp_path):
+    """Two losses that are too high and one that is not; then three in a row, and what was saved among them goes."""
+    watch = Watch(1, None, steps_before=0, phase=lambda step: "lm", diverged=1.0)
+    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=0.1)
+
+    def log(step, loss):
+        watch.on_log(args, SimpleNamespace(global_step=step), None, {"loss": loss, "learning_rate": 0.1})
+
+    for step, loss in enumerate([4.0, 9.0, 9.0, 4.5, 9.0, 9.0], 1):
+        log(step, loss)
+    for step in (3, 4, 5, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(ValueError, match=r"the loss is 9 at step 7, learning rate 0\.1, after 4 at its best"):
+        log(7, 9.0)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-3"]
