@@ -37,6 +37,16 @@ class OthersCPU:
         return time.perf_counter(), busy - own.user - own.system
 
 
+def wait_for_others(limit: float, seconds: float = 60) -> None:
+    """Until other processes use less than `limit` of a core, or for so many seconds."""
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        with OthersCPU() as others:
+            time.sleep(1)
+        if others.cores < limit:
+            return
+
+
 def shares(call: Call) -> dict[str, float]:
     """Of the time of some calls, the share of each of PyTorch's own operations; what is missing lies between them."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:

@@ -49,15 +49,20 @@ def memory(rows: list[Row], table: Table) -> str:
     for row in rows:
         if row["kind"] == "memory":
             cases.setdefault((shape(row), row["pass"], row["tokens"]), {})[row["layer"]] = row
-    body = []
+    body, more, saved = [], [0], []
     for (layer, kind, tokens), case in cases.items():
         dense, mixt = case["dense"], case["mixt"]
         sizes = [[row["peak_bytes"], row["weight_bytes"]] for row in (dense, mixt)]
         sizes = [f"{size / 2**20:.1f}" for pair in zip(*sizes, strict=True) for size in pair]
+        more.append(mixt["peak_bytes"] - dense["peak_bytes"])
+        saved.append(dense["weight_bytes"] - mixt["weight_bytes"])
         verdict = "lower" if mixt["peak_bytes"] < dense["peak_bytes"] else "higher"
         body.append([layer, kind, str(tokens), *sizes[:2], verdict, *sizes[2:]])
     head = ["layer", "pass", "tokens", "dense MiB", "mixt MiB", "mixt is", "dense weights MiB", "mixt weights MiB"]
-    return table(head, body) if body else NOTHING
+    if not body:
+        return NOTHING
+    said = f"The aim was no more than dense: MixT takes at most {max(more) / 2**20:.1f} MiB more"
+    return f"{said}; its weights take at least {min(saved) / 2**20:.1f} MiB less.\n\n" + table(head, body)
 
 
 def choices(rows: list[Row], table: Table) -> str:

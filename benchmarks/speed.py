@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from contestants import Contestant, contestants, filled
-from gauges import Call, OthersCPU, peak_bytes, shares
+from gauges import Call, OthersCPU, peak_bytes, shares, wait_for_others
 from torch import nn
 
 from tensormix.inference.faster import dense_where_faster
@@ -238,6 +238,7 @@ def main() -> None:
     where["versions"]["torchao"] = metadata.version("torchao") if find_spec("torchao") else None
     with options.out.open("a", encoding="utf-8") as out:
         for part in options.parts:
+            wait_for_others(OTHERS)
             dtype, make_rows = PARTS.get(part, (torch.float32, None))
             best = machine(dtype)
             made = make_rows(part, dtype, best) if make_rows else model_rows(options.blocks, options.compressed)

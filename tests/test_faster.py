@@ -37,6 +37,15 @@ def test_each_layer_gets_its_faster_form_and_gets_its_own_back(layers):
     assert list(layers) == before
 
 
+def test_a_small_mixture_in_bfloat16_is_dense_in_bfloat16():
+    small = MixT.from_dense(torch.randn(64, 64), num_branches=3).bfloat16()
+    holder = nn.Sequential(small)
+    with dense_where_faster(holder, num_tokens=4) as rows:
+        assert rows[0]["chosen"] == "dense" and rows[0]["dense_ms"] < rows[0]["structured_ms"]
+        assert {parameter.dtype for parameter in holder.parameters()} == {torch.bfloat16}
+    assert holder[0] is small
+
+
 def test_an_error_inside_leaves_the_model_as_it_was(layers):
     before = list(layers)
     with pytest.raises(RuntimeError, match="mine"), dense_where_faster(layers, num_tokens=1, repeats=1):

@@ -62,4 +62,7 @@ def test_memory_says_which_is_higher(script):
         {**case, "layer": name, "peak_bytes": size * 2**20, "weight_bytes": 2**20}
         for name, size in (("dense", 3), ("mixt", 4))
     ]
-    assert "| 3.0 | 4.0 | higher | 1.0 | 1.0 |" in script.memory(rows, script.table)
+    rows[0]["weight_bytes"] = 5 * 2**20
+    text = script.memory(rows, script.table)
+    assert "| 3.0 | 4.0 | higher | 5.0 | 1.0 |" in text
+    assert "MixT takes at most 1.0 MiB more; its weights take at least 4.0 MiB less." in text
