@@ -16,8 +16,10 @@ from tensormix.models import skeleton
 from tensormix.operators import Dense, Quantized, StructuredLinear
 from tensormix.operators.quantized import on_meta
 from tensormix.plan import Plan
+from tensormix.sites import find_sites
 from tensormix.storage.bits import checkpoint_bits, stored_bits
 from tensormix.walk import compress
+from tensormix.walk.fitting import bytes_after
 from zoo import make, token_ids
 
 I, O = 48, 80
@@ -246,3 +248,13 @@ def test_the_config_of_a_quantized_model_is_plain(tmp_path):
         },
         "bits": 4, "group": 16, "symmetric": True, "bias": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [{"name": "svd", "keep": 0.5}, RTN], ids=lambda method: method["name"])
+def test_what_a_site_will_take_is_known_before_anything_is_fitted(method):
+    """Floats in the dtype of the weight, half the width of what an empty operator is made in; integers in their own."""
+    model = make("llama").to(torch.bfloat16)
+    plan = Plan.model_validate([{"method": method}])
+    sites = [site for site in find_sites(model) if site.kind == "linear"]
+    foreseen = {site.name: bytes_after(site, plan.root[0].method, {}) for site in sites}
+    assert foreseen == {row["site"]: row["bits"] // 8 for row in compress(model, plan)}

@@ -460,7 +460,7 @@ FAULTS = (
         "return super().dense_bits(site)",
         "test_budget.py",
     ),
-    Fault("walk/fitting.py", "out_features).to(site.weight.dtype)", "out_features)", "test_stream.py"),
+    Fault("walk/fitting.py", "out_features).to(site.weight.dtype)", "out_features)", "test_bits.py"),
     Fault("budget/sensitivity.py", "means[site.block or 0]", "means[0]", "test_budget.py"),
     Fault(
         "evaluate/divergence.py", "p * (log_p - log_q), 0)", "p * (log_p - log_q), p)", "evaluate/test_divergence.py"
