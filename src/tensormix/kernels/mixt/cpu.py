@@ -172,15 +172,18 @@ def _by_rows(x: Tensor, cores: Sequence[Tensor], bond: int, y: Tensor) -> None: 
     passed = bond ** (K - 1)
     x = _padded(x, P * passed)
     whole = y if y.shape[1] == Q * passed else y.new_empty(N, Q * passed)
-    parts = math.gcd(Q, Q // OUTPUTS) if x.element_size() == 4 and cores[0].nbytes > LARGE else 1
+    parts = math.gcd(Q, max(1, Q // OUTPUTS)) if x.element_size() == 4 and cores[0].nbytes > LARGE else 1
     for core, (L, R) in reversed(list(zip(cores, windows(K, bond), strict=True))):
+        if R == 1 and parts == 1:  # its inputs and outputs lie in order
+            sums = whole.view(-1, Q)
+            torch.addmm(sums, x.view(-1, P), core.t(), beta=0, alpha=1 / K, out=sums)
+            continue
         rows = x.view(N * L, P, R).transpose(1, 2).contiguous().view(-1, P)  # as a strided view the product is slower
         if parts == 1:
-            made = torch.mm(rows, core.t()).view(N * L, R, Q).transpose(1, 2)
+            made, sums = torch.mm(rows, core.t()).view(N * L, R, Q).transpose(1, 2), whole.view(N * L, Q, R)
         else:  # (parts, N L R, Q / parts)
             made = torch.bmm(rows.expand(parts, -1, P), core.unflatten(0, (parts, -1)).transpose(1, 2))
-            made = made.view(parts, N * L, R, -1).permute(1, 0, 3, 2)
-        sums = whole.view(N * L, Q, R).view(made.shape)
+            made, sums = made.view(parts, N * L, R, -1).permute(1, 0, 3, 2), whole.view(N * L, parts, -1, R)
         if R == 1:
             torch.mul(made, 1 / K, out=sums)
         else:
