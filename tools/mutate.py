@@ -44,6 +44,8 @@ NARROW = "methods/test_narrow.py"
 SOLA = "methods/test_sola.py"
 DOBI = "methods/test_dobi_svd.py"
 
+PAPERS = "report/test_report_papers.py"
+BATCHES = "evaluate/test_batches.py"
 BROWSER = "report/test_report_browser.py"
 AWARE = "methods/test_mixt_aware.py"
 STRUCTURES = "methods/test_mixt_structures.py"
@@ -393,6 +395,15 @@ FAULTS = (
     Fault("report/page.js", 'event.pointerType === "mouse" && hide()', "hide()", BROWSER),
     Fault("report/page.js", "at + step + order.length", "at + order.length", BROWSER),
     Fault("report/svg.py", 'role="img" tabindex="0"', 'role="img"', BROWSER),
+    Fault("report/svg.py", "at(gap + HEAD, HEAD / 2)}L{at(gap)}", "at(gap + HEAD)}L{at(0)}", PAPERS),
+    Fault(
+        "report/tradeoffs.py", "panel.arrow(begin, (item.bits_saved", "panel.arrow((0.0, end), (item.bits_saved", PAPERS
+    ),
+    Fault("run/stages.py", 'self._load(self.folder / "compressed")', "self.model", "test_run_direct.py"),
+    Fault("run/keys.py", 'del settings["batch_size"], settings["direct"]', "pass", "test_run_direct.py"),
+    Fault("evaluate/batches.py", "2 * self.size >= self._too_many", "False", BATCHES),
+    Fault("evaluate/batches.py", "max(rates) < GAIN * max(before)", "False", BATCHES),
+    Fault("evaluate/batches.py", "self.size // 2, False", "self.size, False", BATCHES),
     Fault("report/tradeoffs.py", "-0.90 + 4.87", "-0.90 + 4.78", "report/test_report_papers.py"),
     Fault("report/tradeoffs.py", "1.20 - 1.30", "1.30 - 1.20", "report/test_report_papers.py"),
     Fault("report/measures.py", "(own - embedding)", "own", "report/test_report_papers.py"),

@@ -16,7 +16,6 @@ from tensormix.evaluate import (
     ask,
     choice_prompts,
     evaluate_choices,
-    halving,
     kl_divergence,
     macro_drop_row,
     macro_row,
@@ -51,18 +50,13 @@ def evaluate_rows(
         bos = separator_of(tokenizer) if text.bos else None
         asked: dict[str, Any] = {"token_ids": ids, "window": text.window, "stride": text.stride, "bos_id": bos}
         asked["text"] = describe(text.text)
-        rows.append(halving(settings.batch_size, lambda n, a=asked: perplexity(model, batch_size=n, **a))[1])
+        asked["batch_size"] = settings.batch_size
+        rows.append(perplexity(model, **asked))
         if settings.kl and dense is not None:
-            both = (model, dense())
-            rows.append(
-                halving(settings.batch_size, lambda n, a=asked, b=both: kl_divergence(*b, batch_size=n, **a))[1]
-            )
+            rows.append(kl_divergence(model, dense(), **asked))
     if settings.exam is not None:
         prompts = exam_prompts(settings.exam)
-        rows += halving(
-            settings.batch_size,
-            lambda n: evaluate_choices(model, tokenizer, prompts, batch_size=n, progress=progress),
-        )[1]
+        rows += evaluate_choices(model, tokenizer, prompts, batch_size=settings.batch_size, progress=progress)
     for benchmark in settings.benchmarks:
         journal = journals / f"{benchmark.name}.jsonl" if journals else None
         rows += ask(model, tokenizer, benchmark, batch_size=settings.batch_size, journal=journal, progress=progress)

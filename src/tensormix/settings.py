@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -209,9 +209,9 @@ class Evaluate(Settings):
     kl: bool = False  # of each text of perplexity also how far the predictions are from those of the dense model
     exam: Exam | None = Exam()  # null: none
     benchmarks: tuple[Benchmark, ...] = ()  # names, or mappings with a name and settings
-    batch_size: int = Field(
-        default=32, ge=1
-    )  # questions or windows at a time; halved where the memory does not suffice
+    direct: bool = False  # also of the compressed model before its recovery
+    # questions or windows at a time, halved where the memory does not suffice; "auto" also tries more
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:

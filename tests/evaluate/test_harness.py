@@ -14,7 +14,7 @@ from benchmark_files import mmlu, needs_lm_eval, write
 from tensormix.diagnose.entropy import answers_by_task, entropy_rows
 from tensormix.evaluate import evaluate_choices, harness
 from tensormix.evaluate.benchmarks import choice_prompts, questions, silent
-from tensormix.evaluate.harness import ask, halving, macro_drop_row, macro_row
+from tensormix.evaluate.harness import ask, macro_drop_row, macro_row
 from tensormix.models import load_model, load_tokenizer
 from tensormix.recipe import Recipe
 from tensormix.run import run_recipe, stage_rows
@@ -121,17 +121,6 @@ def test_a_batch_that_does_not_fit_is_halved(
     monkeypatch.setattr(harness, "_likelihoods", small_memory)
     rows = ask(model, tokenizer, lettered, batch_size=8)
     assert tried[:3] == [8, 4, 2] and rows[0]["batch_size"] == 2 and rows == whole
-
-    def cpu(size: int) -> int:
-        if size > 3:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-        return size
-
-    assert halving(12, cpu) == (3, 3)
-    with pytest.raises(RuntimeError, match="another"):
-        halving(4, lambda size: (_ for _ in ()).throw(RuntimeError("another")))
-    with pytest.raises(MemoryError):
-        halving(4, lambda size: (_ for _ in ()).throw(MemoryError()))
 
 
 def test_questions_longer_than_the_context(model: Any, tokenizer: Any, tmp_path: Path) -> None:

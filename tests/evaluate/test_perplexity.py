@@ -151,7 +151,7 @@ def test_errors(llama: nn.Module, num_tokens: int, window: int, stride: int, bos
 def test_nan_names_the_window() -> None:
     logits = torch.zeros(9, 9)
     logits[5] = math.nan
-    with pytest.raises(ValueError, match=r"'t': the model's logits are NaN in window 2 \(tokens 4 to 5"):
+    with pytest.raises(ValueError, match=r"'t': the model's logits are NaN in the window of tokens 4 to 5 of"):
         perplexity(Table(logits), torch.tensor([0, 1, 2, 3, 5, 6, 7, 8]), window=2, stride=2, text="t", batch_size=2)
 
 

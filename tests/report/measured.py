@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from report_folders import stage, write
+
 TASKS = ("arc_challenge", "hellaswag", "openbookqa", "piqa", "winogrande")
 
 
@@ -66,6 +68,17 @@ def dense_rows(num_blocks: int = 12) -> list[dict[str, Any]]:
     return rows
 
 
+def direct_rows(before: float, parameters: int, bytes_: int) -> list[dict[str, Any]]:
+    """A model before its recovery: worse, and without the patches that recovery adds."""
+    rows: list[dict[str, Any]] = [
+        {"kind": "perplexity", "text": name, "value": before * base, "num_tokens": 4096, "window": 512, "stride": 512,
+         "bos": True, "dtype": "float32"}
+        for name, base in (("wikitext-2", 1.0), ("held-out facts", 0.5))
+    ]  # fmt: skip
+    rows.append({"kind": "macro_drop", "value": before / 10, "tasks": list(TASKS)})
+    return [*rows, {"kind": "size", "dtype": "float32", "parameters": parameters, "bytes": {"float32": bytes_}}]
+
+
 def scaling_rows() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"kind": "scaling_trend", "floor": 1.5, "scale": 90.0, "exponent": 0.25, "value": 0.01, "num_models": 3}
@@ -93,6 +106,8 @@ def measure_everything(folder: Path, cells: dict[str, tuple[float, int]]) -> Pat
     for cell, (gone, depth) in cells.items():
         add(folder / cell, "evaluate", benchmark_rows(gone))
         add(folder / cell, "diagnose", pair_rows(gone, depth))
+        rows = direct_rows(200.0 * (1 + gone), 40_000_000, 4 * (45_000_000 - 3_000_000 * depth))
+        write(folder / cell / "direct.json", stage("direct", rows))
     path = folder / "sweep.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     content["boundary"] += scaling_rows()

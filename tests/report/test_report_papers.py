@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -79,11 +80,38 @@ def test_bits_saved_leave_the_embeddings_out() -> None:
 def test_trade_offs_hold_every_profiled_run(page: Element) -> None:
     rows = csv_rows(page.id("tradeoff"), "tradeoff.csv")
     assert {row["measure"] for row in rows} == {"wikitext-2", "held-out facts", "macro_drop"}
-    mixt = [row for row in rows if row["measure"] == "macro_drop"]
+    mixt = [row for row in rows if row["measure"] == "macro_drop" and row["stage"] == "end"]
     assert [row["N_B"] for row in mixt] == [str(depth) for depth in DEPTHS]
     saved = [float(row["bits_saved_percent"]) for row in mixt]
     assert saved == pytest.approx([100 * depth * 3 * (1 - 0.0625) / 45 for depth in DEPTHS], rel=1e-4)
     assert [float(row["value"]) for row in mixt] == pytest.approx([30 * fall("mixt", "last", d) for d in DEPTHS])
+
+
+def test_arrows_lead_from_before_recovery_to_after_it(page: Element) -> None:
+    figure = page.id("tradeoff")
+    rows = csv_rows(figure, "tradeoff.csv")
+    begins = [row for row in rows if row["stage"] == "direct"]
+    assert len(begins) == 3 * len(DEPTHS)  # the null baselines were not evaluated before recovery
+    for row, depth in zip(begins, 3 * DEPTHS, strict=True):
+        assert float(row["bits_saved_percent"]) == pytest.approx(100 * 3 * depth / 45, rel=1e-6)
+    drawn = {(float(mark.attrs["data-x"]), float(mark.attrs["data-y"])): mark for mark in marks(figure)}
+    arrows = [arrow for panel in figure.all("svg", "panel") for arrow in panel.all("path", "arrow")]
+    assert len(arrows) == len(begins)
+    for begin, arrow in zip(begins, arrows, strict=True):
+        (end,) = [row for row in rows if row["stage"] == "end" and row["series"] == begin["series"]
+                  and (row["N_B"], row["measure"]) == (begin["N_B"], begin["measure"])]  # fmt: skip
+        places = []
+        for row in (begin, end):
+            own = pytest.approx((float(row["bits_saved_percent"]), float(row["value"])), rel=1e-8)
+            (mark,) = [mark for place, mark in drawn.items() if place == own]
+            places.append(complex(*map(float, re.findall(r"[-\d.]+", mark.attrs["transform"]))))
+        points = [complex(*map(float, pair)) for pair in re.findall(r"([-\d.]+),([-\d.]+)", arrow.attrs["d"])]
+        assert abs(points[0] - places[0]) < 0.02 and abs(abs(points[1] - places[1]) - 6.5) < 0.02
+        assert points[3] == points[1]  # the tip of the head
+        way = (places[1] - places[0]) / abs(places[1] - places[0])
+        assert abs((points[1] - points[0]) / way).real == pytest.approx(abs(points[1] - points[0]), abs=0.02)
+    assert any("before recovery" in item.text() for item in figure.all("li"))
+    assert sum("before recovery" in mark.text() for mark in marks(figure)) == len(begins)
 
 
 def test_residual_marks_are_coloured_by_perplexity(page: Element) -> None:

@@ -19,7 +19,8 @@ from torch import nn
 
 from tensormix.budget.survey import in_place
 from tensormix.data import describe, packed_source, separator_of
-from tensormix.evaluate import evaluate_choices, halving, perplexity
+from tensormix.evaluate import evaluate_choices, perplexity
+from tensormix.evaluate.batches import Asked
 from tensormix.examine import exam_prompts
 from tensormix.methods import Laser, laser_search
 from tensormix.models import load_tokenizer, skeleton
@@ -171,7 +172,7 @@ def scorer(tokenizer: Any, settings: Evaluate, part: float) -> tuple[Score, Row]
     prompts = exam_prompts(together)[num_judging:]
 
     def score(model: nn.Module) -> tuple[float, float]:
-        rows = halving(settings.batch_size, lambda n: evaluate_choices(model, tokenizer, prompts, batch_size=n))[1]
+        rows = evaluate_choices(model, tokenizer, prompts, batch_size=settings.batch_size)
         answers = [row for row in rows if row["kind"] == "answer"]
         losses = [-torch.tensor(r["logits"]).double().log_softmax(0)[r["gold"]].item() for r in answers]
         return fmean(row["predicted"] == row["gold"] for row in answers), fmean(losses)
@@ -179,7 +180,7 @@ def scorer(tokenizer: Any, settings: Evaluate, part: float) -> tuple[Score, Row]
     return score, {"exam": {"seed": together.seed, "first": num_judging, "num_questions": num_choosing}}
 
 
-def _text_scorer(tokenizer: Any, text: Perplexity, batch_size: int, part: float) -> tuple[Score, Row]:
+def _text_scorer(tokenizer: Any, text: Perplexity, batch_size: Asked, part: float) -> tuple[Score, Row]:
     ids, name, num_judging = packed_source(tokenizer, text.text), describe(text.text), text.num_tokens
     assert num_judging is not None  # the recipe sees to it
     num_choosing = max(round(num_judging * part / (1 - part)), text.window)
@@ -194,6 +195,6 @@ def _text_scorer(tokenizer: Any, text: Perplexity, batch_size: int, part: float)
     asked["bos_id"] = separator_of(tokenizer) if text.bos else None
 
     def score(model: nn.Module) -> tuple[float, float]:
-        return 0.0, halving(batch_size, lambda n: perplexity(model, own, batch_size=n, **asked))[1]["loss"]
+        return 0.0, perplexity(model, own, batch_size=batch_size, **asked)["loss"]
 
     return score, {"text": {"name": name, "first": num_judging, "num_tokens": num_choosing}}

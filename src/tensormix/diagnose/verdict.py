@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tensormix.evaluate.batches import Asked
 from tensormix.evaluate.choices import ChoicePrompt, evaluate_choices
 
 
@@ -39,7 +40,7 @@ class Verdict:
         return above or below
 
 
-def exam_accuracy(tokenizer: Any, prompts: Sequence[ChoicePrompt], batch_size: int) -> Callable[[Any], Any]:
+def exam_accuracy(tokenizer: Any, prompts: Sequence[ChoicePrompt], batch_size: Asked) -> Callable[[Any], Any]:
     """What `Verdict` asks: accuracy on four-choice questions with its Wilson interval."""
 
     def ask(model: Any) -> tuple[float, float, float]:

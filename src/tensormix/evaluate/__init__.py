@@ -6,7 +6,7 @@ from __future__ import annotations
 from tensormix.evaluate.benchmarks import LETTERED, check_installed, choice_prompts
 from tensormix.evaluate.choices import ChoicePrompt, accuracy_rows, evaluate_choices
 from tensormix.evaluate.divergence import kl_divergence
-from tensormix.evaluate.harness import ask, halving, macro_drop_row, macro_row
+from tensormix.evaluate.harness import ask, macro_drop_row, macro_row
 from tensormix.evaluate.perplexity import perplexity
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "check_installed",
     "choice_prompts",
     "evaluate_choices",
-    "halving",
     "kl_divergence",
     "macro_drop_row",
     "macro_row",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensormix.evaluate.batches import Asked, BatchSize
 from tensormix.evaluate.forward import Progress, context_length, device_of, logits_at, options_of, pad_right, quiet
 
 LETTERS = ("A", "B", "C", "D")
@@ -91,7 +92,7 @@ def evaluate_choices(
     tokenizer: Any,
     prompts: Sequence[ChoicePrompt],
     *,
-    batch_size: int,
+    batch_size: Asked | BatchSize,
     progress: Progress | None = None,
     task: str = "exam",
     share_prefix: bool = True,
@@ -104,10 +105,10 @@ def evaluate_choices(
     tokens = answer_tokens(tokenizer)
     ids = encode(model, tokenizer, prompts)
     logits: list[list[float]] = [[] for _ in prompts]
-    done = 0
+    done, size = 0, BatchSize(batch_size)
     with quiet(model):
         for group in _groups(prompts, share_prefix):
-            for batch, values in _logits(model, ids, group, batch_size, share_prefix):
+            for batch, values in _logits(model, ids, group, size, share_prefix):
                 for index, row in zip(batch, values[:, tokens].tolist(), strict=True):
                     if any(math.isnan(value) for value in row):
                         raise ValueError(f"{task}: the model's logits are NaN for question {prompts[index].id!r}")
@@ -175,8 +176,8 @@ def _groups(prompts: Sequence[ChoicePrompt], share_prefix: bool) -> list[list[in
 
 
 def _logits(
-    model: nn.Module, ids: list[list[int]], group: list[int], batch_size: int, share_prefix: bool
-) -> Iterator[tuple[list[int], Tensor]]:
+    model: nn.Module, ids: list[list[int]], group: list[int], batch_size: BatchSize, share_prefix: bool
+) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Batches of prompt indices with the logits (B, V) behind each; longest first, to meet a lack of memory soon."""
     device = device_of(model)
     order = sorted(group, key=lambda index: len(ids[index]), reverse=True)
@@ -184,13 +185,15 @@ def _logits(
     cache = _read_prefix(model, ids[order[0]][:prefix], device) if prefix >= SHORTEST_PREFIX else None
     if cache is None:
         prefix = 0
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+
+    def read(batch: Sequence[int], _: int) -> Tensor:
         rows, last = pad_right([ids[index][prefix:] for index in batch], device)
         own = copy.deepcopy(cache)  # the model extends what it is given
         if own is not None:
             own.batch_repeat_interleave(len(batch))
-        yield batch, logits_at(model, rows, last, own)
+        return logits_at(model, rows, last, own)
+
+    yield from batch_size.each(order, read, cost=lambda batch: len(batch) * (len(ids[batch[0]]) - prefix))
 
 
 def common_prefix(rows: list[list[int]]) -> int:

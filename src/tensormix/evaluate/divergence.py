@@ -8,13 +8,15 @@ Legend: B rows, T tokens of a window, N tokens of the text, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensormix.evaluate.batches import Asked, BatchSize
 from tensormix.evaluate.forward import Progress, device_of, dtype_of, options_of, pad_right, quiet
-from tensormix.evaluate.perplexity import check_text, windows
+from tensormix.evaluate.perplexity import Window, check_text, windows
 
 _CELLS = 1 << 22  # tokens times vocabulary that are in fp64 at a time
 
@@ -44,7 +46,7 @@ def kl_divergence(
     stride: int,
     text: str,
     bos_id: int | None = None,
-    batch_size: int = 8,
+    batch_size: Asked | BatchSize = 8,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """One row of kind "kl" for a tokenised text named `text`: `value` in nats, mean over `num_tokens` tokens.
@@ -56,23 +58,15 @@ def kl_divergence(
         check_text(asked, token_ids, window, stride, text, bos_id)
     spans = windows(len(token_ids), window, stride, bos_id is not None)
     lead = [] if bos_id is None else [bos_id]
-    total, num_tokens = 0.0, 0
+    total, num_tokens, done = 0.0, sum(end - first for _, first, end in spans), 0
     with quiet(model), quiet(dense):
-        for start in range(0, len(spans), batch_size):
-            some = spans[start : start + batch_size]
-            rows = [lead + token_ids[begin:end].tolist() for begin, _, end in some]
-            ours, theirs = _logits(dense, rows), _logits(model, rows)
-            if ours.shape != theirs.shape:
-                sizes = f"{theirs.shape[-1]} and {ours.shape[-1]}"
-                raise ValueError(f"KL on {text!r}: the vocabularies of the two models differ ({sizes} tokens)")
-            for row, (begin, first, end) in enumerate(some):
-                before = slice(first - begin + len(lead) - 1, end - begin + len(lead) - 1)
-                if theirs[row, before].isnan().any() or ours[row, before].isnan().any():
-                    raise ValueError(f"KL on {text!r}: logits are NaN in tokens {begin} to {end - 1} of the text")
-                total += float(divergences(ours[row, before], theirs[row, before]).sum())
-                num_tokens += end - first
+        for some, value in BatchSize(batch_size).each(
+            spans, lambda part, _: _divergence(dense, model, token_ids, part, text, lead)
+        ):
+            total += value
+            done += len(some)
             if progress is not None:
-                progress(min(start + batch_size, len(spans)), len(spans))
+                progress(done, len(spans))
     return {
         "kind": "kl",
         "text": text,
@@ -83,6 +77,23 @@ def kl_divergence(
         "bos": bos_id is not None,
         "dtype": dtype_of(model),
     }
+
+
+def _divergence(
+    dense: nn.Module, model: nn.Module, token_ids: Tensor, spans: Sequence[Window], text: str, lead: list[int]
+) -> float:
+    """Sum of the divergences (nats) at the scored tokens of some windows."""
+    rows, total = [lead + token_ids[begin:end].tolist() for begin, _, end in spans], 0.0
+    ours, theirs = _logits(dense, rows), _logits(model, rows)
+    if ours.shape != theirs.shape:
+        sizes = f"{theirs.shape[-1]} and {ours.shape[-1]}"
+        raise ValueError(f"KL on {text!r}: the vocabularies of the two models differ ({sizes} tokens)")
+    for row, (begin, first, end) in enumerate(spans):
+        before = slice(first - begin + len(lead) - 1, end - begin + len(lead) - 1)
+        if theirs[row, before].isnan().any() or ours[row, before].isnan().any():
+            raise ValueError(f"KL on {text!r}: logits are NaN in tokens {begin} to {end - 1} of the text")
+        total += float(divergences(ours[row, before], theirs[row, before]).sum())
+    return total
 
 
 def _logits(model: nn.Module, rows: list[list[int]]) -> Tensor:  # (B, T, V)

@@ -4,29 +4,25 @@ Every choice is scored by the log-likelihood of its text after the context; `acc
 largest per byte. Where the answers are four letters (MMLU) the four log-likelihoods are kept as `logits`: they differ
 from the logits of the four tokens by one constant, so that softmax, OE and PE are the same.
 
-What is finished is kept in a journal, one line a question, so that a run that was stopped goes on; a batch that does
-not fit into the memory is asked again in halves.
+What is finished is kept in a journal, one line a question, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
+from tensormix.evaluate.batches import Asked, BatchSize
 from tensormix.evaluate.benchmarks import LETTERED, Question, questions, silent
 from tensormix.evaluate.choices import accuracy_rows, answer_tokens
 from tensormix.evaluate.forward import Progress, quiet
 from tensormix.settings import Benchmark
 
 Row = dict[str, Any]
-Result = TypeVar("Result")
 CHUNK = 8  # batches between two writes of the journal
 
 
@@ -35,7 +31,7 @@ def ask(
     tokenizer: Any,
     benchmark: Benchmark,
     *,
-    batch_size: int,
+    batch_size: Asked | BatchSize,
     journal: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -51,26 +47,27 @@ def ask(
     Raises ValueError without lm-eval, for what `questions` refuses, for questions longer than the context (unless they
     are to be left out), and for likelihoods that are NaN.
     """
-    asked, size = questions(benchmark)
+    asked, num_all = questions(benchmark)
+    size = BatchSize(batch_size)
     with silent():
-        engine = _engine(model, tokenizer, batch_size)
+        engine = _engine(model, tokenizer)
         asked, notes = _short_enough(engine, asked, benchmark)
     refused = _no_letters(tokenizer, benchmark)
     kept = _Kept(journal, benchmark)
     todo = [item for item in asked if _key(item) not in kept.found]
     with quiet(model), silent():
-        for start in range(0, len(todo), batch_size * CHUNK):
-            chunk = todo[start : start + batch_size * CHUNK]
-            batch_size, values = halving(batch_size, lambda n, chunk=chunk: _likelihoods(engine, chunk, n))
+        for chunk, values in size.each(
+            todo, lambda part, n: _likelihoods(engine, part, n), cost=_num_characters, batches=CHUNK
+        ):
             for item, likelihoods in zip(chunk, values, strict=True):
                 kept.add(_key(item), likelihoods)
             if progress is not None:
-                progress(len(asked) - len(todo) + start + len(chunk), len(asked))
+                progress(len(kept.found), len(asked))
     keep = "likelihoods" if benchmark.name not in LETTERED or refused else "logits"
     answers = [_answer(item, kept.found[_key(item)], benchmark.name, keep) for item in asked]
     rows = accuracy_rows(answers)[: None if benchmark.name in LETTERED else 1]
     norm = [row["acc_norm"] for row in answers if "acc_norm" in row]
-    rows[0] |= {"shots": benchmark.shots, "size": size, "batch_size": batch_size}
+    rows[0] |= {"shots": benchmark.shots, "size": num_all, "batch_size": size.size}
     rows[0] |= {"acc_norm": sum(norm) / len(norm)} if norm else {}
     return rows + notes + refused + answers
 
@@ -119,27 +116,9 @@ def macro_drop_row(rows: Sequence[Row], dense: Sequence[Row]) -> list[Row]:
     return [{"kind": "macro_drop", "value": drop, "tasks": own[0]["tasks"]}]
 
 
-def halving(size: int, work: Callable[[int], Result]) -> tuple[int, Result]:
-    """work(size) and the size that fitted into the memory: halved until it does. Raises what work(1) raises."""
-    while True:
-        try:
-            return size, work(size)
-        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if size == 1 or not _out_of_memory(error):
-                raise
-        gc.collect()  # outside the handler, where the traceback would keep the tensors
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        size //= 2
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _engine(model: Any, tokenizer: Any, batch_size: int) -> Any:
+def _engine(model: Any, tokenizer: Any) -> Any:
     engine: Any = import_module("lm_eval.models.huggingface")  # by name, as lm-eval need not be installed
-    return engine.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return engine.HFLM(pretrained=model, tokenizer=tokenizer)
 
 
 def _likelihoods(engine: Any, chunk: Sequence[Question], batch_size: int) -> list[list[float]]:
@@ -200,6 +179,10 @@ def _answer(item: Question, likelihoods: list[float], task: str, keep: str) -> R
         keep: likelihoods,
     }
     return row | ({"acc_norm": float(scores["acc_norm"])} if "acc_norm" in scores else {})
+
+
+def _num_characters(chunk: Sequence[Question]) -> int:
+    return sum(len(context) for item in chunk for context, _ in item.requests)
 
 
 def _key(item: Question) -> str:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tensormix.evaluate.batches import Asked, BatchSize
 from tensormix.evaluate.forward import Progress, context_length, device_of, dtype_of, options_of, pad_right, quiet
 
 Window = tuple[int, int, int]  # begin, first scored token, end: positions in the text
@@ -54,7 +55,7 @@ def perplexity(
     stride: int,
     text: str,
     bos_id: int | None = None,
-    batch_size: int = 8,
+    batch_size: Asked | BatchSize = 8,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """One row of kind "perplexity" for a tokenised text named `text`.
@@ -70,17 +71,21 @@ def perplexity(
     spans = windows(len(token_ids), window, stride, bos_id is not None)
     total = torch.zeros((), dtype=torch.float64)
     with quiet(model):
-        for start in range(0, len(spans), batch_size):
-            total += _loss(model, token_ids, spans[start : start + batch_size], start, text, bos_id)
+        done = 0
+        for some, loss in BatchSize(batch_size).each(
+            spans, lambda part, _: _loss(model, token_ids, part, text, bos_id)
+        ):
+            total += loss
+            done += len(some)
             if progress is not None:
-                progress(min(start + batch_size, len(spans)), len(spans))
+                progress(done, len(spans))
     num_tokens = sum(end - first for _, first, end in spans)
-    loss = float(total) / num_tokens
+    mean = float(total) / num_tokens
     return {
         "kind": "perplexity",
         "text": text,
-        "value": math.exp(loss) if loss < 700 else math.inf,  # exp overflows fp64 at 709.8
-        "loss": loss,
+        "value": math.exp(mean) if mean < 700 else math.inf,  # exp overflows fp64 at 709.8
+        "loss": mean,
         "num_tokens": num_tokens,
         "window": window,
         "stride": stride,
@@ -89,10 +94,8 @@ def perplexity(
     }
 
 
-def _loss(
-    model: nn.Module, token_ids: Tensor, spans: Sequence[Window], number: int, text: str, bos_id: int | None
-) -> Tensor:
-    """Sum of the losses (nats, fp64) of some windows; `number` is the place of the first of them among all."""
+def _loss(model: nn.Module, token_ids: Tensor, spans: Sequence[Window], text: str, bos_id: int | None) -> Tensor:
+    """Sum of the losses (nats, fp64) of some windows."""
     lead = [] if bos_id is None else [bos_id]
     rows = [lead + token_ids[begin:end].tolist() for begin, _, end in spans]
     ids, _ = pad_right(rows, device_of(model))
@@ -105,8 +108,8 @@ def _loss(
         losses = F.cross_entropy(logits[row, before].float(), target, reduction="none")
         if losses.isnan().any():
             raise ValueError(
-                f"perplexity of {text!r}: the model's logits are NaN in window {number + row} "
-                f"(tokens {begin} to {end - 1} of the text)"
+                f"perplexity of {text!r}: the model's logits are NaN in the window of tokens {begin} to {end - 1} of "
+                "the text"
             )
         total += losses.double().sum().cpu()
     return total

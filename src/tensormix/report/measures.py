@@ -39,6 +39,7 @@ class Record:
     benchmarks: dict[str, float] = field(default_factory=dict)  # benchmark -> accuracy
     macro_drop: float | None = None  # percentage points
     residual: Row = field(default_factory=dict)  # after the last compressed block
+    direct: Record | None = None  # the same model before its recovery
 
     @property
     def series(self) -> tuple[str, str, int | None]:
@@ -133,9 +134,25 @@ def record(run: Run | None, name: str, dense: bool = False, **place: Any) -> Rec
         },
         macro_drop=_first(run.rows("diagnose", "macro_drop")),
         residual=next(iter(run.rows("diagnose", "residual_last")), {}),
+        direct=_direct(run, name, _pick(run.rows("profile", "resources"), "dense")),
         **_exam(run),
         **_profile(run, dense),
         **place,
+    )
+
+
+def _direct(run: Run, name: str, dense: Row) -> Record | None:
+    """The compressed model before its recovery, where that was evaluated too."""
+    rows = run.rows("direct")
+    if not rows:
+        return None
+    perplexity = {str(r.get("text", "text")): number(r.get("value")) for r in rows if r.get("kind") == "perplexity"}
+    return Record(
+        name=name,
+        perplexity={key: value for key, value in perplexity.items() if value is not None},
+        macro_drop=_first(row for row in rows if row.get("kind") == "macro_drop"),
+        resources=next((row for row in rows if row.get("kind") == "size"), {}),
+        dense_resources=dense,
     )
 
 

@@ -14,6 +14,7 @@ from .numbers import short, text
 
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 46, 46
+HEAD = 7.0  # pixels of an arrow's head
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,23 @@ class Panel:
         steps = "L".join(f"{pixels(self.x(x))},{pixels(self.y(y))}" for x, y in points)
         fixed = f' style="stroke:{colour}"' if colour else ""
         self.parts.append(f'<path class="line {style.classes}" d="M{steps}"{fixed}/>')
+
+    def arrow(self, begin: tuple[float, float], end: tuple[float, float], style: Style, gap: float = 6.5) -> None:
+        """From one value to another; the head ends `gap` pixels before the mark there. Too short a way is not drawn."""
+        (x0, y0), (x1, y1) = ((self.x(x), self.y(y)) for x, y in (begin, end))
+        way = math.hypot(x1 - x0, y1 - y0)
+        if way < gap + HEAD:
+            return
+        along, across = ((x1 - x0) / way, (y1 - y0) / way), ((y0 - y1) / way, (x1 - x0) / way)
+
+        def at(back: float, side: float = 0.0) -> str:
+            """A point `back` pixels before the end and `side` pixels beside the line."""
+            return (
+                f"{pixels(x1 - back * along[0] + side * across[0])},{pixels(y1 - back * along[1] + side * across[1])}"
+            )
+
+        head = f"M{at(gap + HEAD, HEAD / 2)}L{at(gap)}L{at(gap + HEAD, -HEAD / 2)}"
+        self.parts.append(f'<path class="arrow {style.colour}" d="M{pixels(x0)},{pixels(y0)}L{at(gap)}{head}"/>')
 
     def area(self, edges: Sequence[tuple[float, float, float]], cls: str) -> None:
         """Shade what lies between two curves, given as (x, low, high)."""

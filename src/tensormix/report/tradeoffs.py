@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from .figure import DENSE, Figure, Key, looks
 from .figures import where
@@ -12,6 +14,7 @@ from .measures import Record, by_series
 from .numbers import fixed, percent, short, text
 from .svg import Panel, Point, Style, padded
 
+DIRECT = Style("c-ink", "circle", hollow=True)  # a run before its recovery
 SAVED = "bits saved, % of the model without its embeddings"
 
 
@@ -26,12 +29,12 @@ def tradeoff_figure(dense: Record, records: Sequence[Record], styles: dict[Key, 
         level = dense.perplexity.get(name)
         drawn = _panel(placed, lambda i, n=name: i.perplexity.get(n), say, level, styles, connected, log=True)
         panels.append(drawn)
-        rows += [[i.label, i.depth, name, i.bits_saved, i.perplexity[name]] for i in placed if name in i.perplexity]
+        rows += _rows(placed, name, lambda i, n=name: i.perplexity.get(n))
     dropped = [item for item in placed if item.macro_drop is not None]
     if dropped:
         say = "macro accuracy drop, points"
         panels.append(_panel(dropped, lambda i: i.macro_drop, say, 0.0, styles, connected, log=False))
-        rows += [[item.label, item.depth, "macro_drop", item.bits_saved, item.macro_drop] for item in dropped]
+        rows += _rows(dropped, "macro_drop", lambda i: i.macro_drop)
     if not rows:
         return None
     named = {item.series: item.label for item in placed}
@@ -42,11 +45,33 @@ def tradeoff_figure(dense: Record, records: Sequence[Record], styles: dict[Key, 
         "many "
         "percentage points the unweighted mean accuracy over the benchmarks without worked examples lies below the "
         "dense "
-        "model's.</p>"
+        "model's. Where a run was also evaluated as it was compressed, before its recovery, an <strong>arrow</strong> "
+        "leads from there to what recovery made of it: down is what it gained, to the left what it added to the "
+        "stored bits (low-rank repair does).</p>"
     )
     legend = [(style, named[key]) for key, style in styles.items() if key in named]
-    columns = ["series", "N_B", "measure", "bits_saved_percent", "value"]
+    if any(row[3] == "direct" for row in rows):
+        legend.append((DIRECT, "before recovery; the arrow ends at the same run after it"))
+    columns = ["series", "N_B", "measure", "stage", "bits_saved_percent", "value"]
     return Figure("tradeoff", "Quality against bits saved", panels, explanation, columns, rows, legend)
+
+
+def _before(
+    placed: Sequence[Record], value: Callable[[Record], float | None]
+) -> list[tuple[Record, tuple[float, float]]]:
+    """(saved, value) before recovery of those runs of which it is known."""
+    return [
+        (item, (item.direct.bits_saved, y))
+        for item in placed
+        if item.direct is not None and item.direct.bits_saved is not None and (y := value(item.direct)) is not None
+    ]
+
+
+def _rows(placed: Sequence[Record], measure: str, value: Callable[[Record], float | None]) -> list[list[Any]]:
+    """The values behind one panel: each run before its recovery, where that is known, and each as it is."""
+    found = [[item.label, item.depth, measure, "direct", *begin] for item, begin in _before(placed, value)]
+    ends = [(item, value(item)) for item in placed]
+    return found + [[item.label, item.depth, measure, "end", item.bits_saved, y] for item, y in ends if y is not None]
 
 
 def _panel(
@@ -59,9 +84,11 @@ def _panel(
     log: bool,
 ) -> str:
     known = [(item, value(item)) for item in placed]
+    before = _before(placed, value)
+    known += [(item, y) for item, (_, y) in before]
     ends = [y for _, y in known if y is not None] + ([level] if level is not None else [])
     log = log and min(ends) > 0
-    saved = [item.bits_saved or 0.0 for item in placed]
+    saved = [item.bits_saved or 0.0 for item in placed] + [x for _, (x, _) in before]
     title = f"{say[0].upper()}{say[1:]}"
     about = f"{title} against bits saved; values are in the table below"
     panel = Panel(
@@ -69,6 +96,11 @@ def _panel(
     )
     if level is not None:
         panel.horizontal(level, f"dense {short(level)}", "level", at_end=True)
+    for item, begin in before:
+        if (end := value(item)) is not None:
+            panel.arrow(begin, (item.bits_saved or 0.0, end), styles[item.series])
+        tip = f"{where(item)}, before recovery: {fixed(begin[0], 1)} % saved, {say} {short(begin[1])}"
+        panel.points([Point(*begin, tip)], replace(DIRECT, colour=styles[item.series].colour), size=3.2)
     for key, group in by_series(placed).items():
         points = [
             Point(i.bits_saved or 0.0, y, f"{where(i)}: {fixed(i.bits_saved, 1)} % saved, {say} {short(y)}")

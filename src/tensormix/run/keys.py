@@ -17,7 +17,7 @@ from tensormix.storage.files import read_json
 Row = dict[str, Any]
 
 
-STAGES = ("allocate", "compress", "recover", "evaluate", "diagnose", "profile")
+STAGES = ("allocate", "compress", "direct", "recover", "evaluate", "diagnose", "profile")
 
 
 def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
@@ -31,7 +31,10 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
     keys: dict[str, str] = {}
 
     def key(stage: str, *upon: Any) -> None:
-        text = json.dumps([stage, stage_settings(recipe, stage), *upon], sort_keys=True)
+        settings = stage_settings(recipe, stage)
+        if stage in ("evaluate", "direct"):
+            del settings["batch_size"], settings["direct"]  # neither changes what is measured
+        text = json.dumps([stage, settings, *upon], sort_keys=True)
         keys[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     if len(recipe.plan.root):
@@ -39,6 +42,8 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
     if recipe.recover is not None:
         other = recipe.recover.distill.teacher if recipe.recover.loss != "lm" else None
         key("recover", start, keys.get("compress"), *([fingerprint(other)] if other else []))
+    if recipe.evaluate.direct and "compress" in keys and "recover" in keys:
+        key("direct", start, keys["compress"])
     model = keys.get("recover", keys.get("compress"))
     key("evaluate", start, model)
     if recipe.diagnose is not None and (has_answers(recipe.evaluate) or recipe.diagnose.run):
@@ -66,7 +71,7 @@ def stage_settings(recipe: Recipe, stage: str) -> Any:
         return {name: whole[name] for name in ("model", "dtype", "plan", "calibration", "budget")}
     if stage == "compress":
         return {name: whole[name] for name in ("model", "dtype", "plan", "calibration")}
-    return whole[stage]
+    return whole["evaluate" if stage == "direct" else stage]
 
 
 def dense_recipe(recipe: Recipe) -> Recipe:

@@ -3,6 +3,7 @@
     recipe.json       what was asked
     allocate.json     of a recipe with a budget or a search: the plan that it became, with the size of every site
     compress.json     one file per finished stage: its rows, its settings, its key, where and when it was made
+    direct.json       what evaluate measures, of the model before its recovery, where that is asked for
     recover.json  evaluate.json  diagnose.json  profile.json
     answers/          what benchmarks have answered while evaluate is not finished
     compressed/       the model after compress        recovered/   the model after recover

@@ -15,9 +15,11 @@ import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
 from tensormix.budget import allocate
 from tensormix.budget.search import scorer, search_sites
 from tensormix.diagnose.verdict import Verdict, exam_accuracy
+from tensormix.evaluate import macro_drop_row
+from tensormix.evaluate.forward import dtype_of
 from tensormix.examine import diagnose_rows, evaluate_rows, exam_prompts, windows
 from tensormix.models import load_model, load_tokenizer, quiet
-from tensormix.profile import profile
+from tensormix.profile import bytes_by_dtype, num_parameters, profile
 from tensormix.recipe import Recipe
 from tensormix.recover import recover
 from tensormix.run.keys import Row, is_done, stage_keys, stage_rows, stage_settings
@@ -171,6 +173,23 @@ class Stages:
             asked=self.keys["compress"],
             overwrite=True,  # it lies in the run's own folder
         )
+
+    def _direct(self) -> list[Row]:
+        if not (self.folder / "compressed").exists():  # thrown away after a recovery that came before the question
+            self._compress()
+        model = self._load(self.folder / "compressed")
+        rows = evaluate_rows(
+            model,
+            self.tokenizer,
+            self.recipe.evaluate,
+            dense=lambda: self.dense,
+            journals=self.folder / "answers" / self.keys["direct"],
+            progress=lambda done, total: self.progress("direct", done, total),
+        )
+        shutil.rmtree(self.folder / "answers", ignore_errors=True)
+        size = {"kind": "size", "dtype": dtype_of(model), "parameters": num_parameters(model)}
+        answers = stage_rows(self.reference, "evaluate") if self.reference else ()
+        return [*rows, *macro_drop_row(rows, answers), {**size, "bytes": bytes_by_dtype(model)}]
 
     def _recover(self) -> list[Row]:
         assert self.recipe.recover is not None

@@ -33,7 +33,15 @@ Row = dict[str, Any]
 Progress = Callable[[str, float, float], None]  # what is being done, work done, work in all
 
 # Rough shares of one cell's time, only to move the bar between two cells.
-SHARES = {"allocate": 0.0, "compress": 0.02, "recover": 0.78, "evaluate": 0.1, "diagnose": 0.05, "profile": 0.05}
+SHARES = {
+    "allocate": 0.0,
+    "compress": 0.02,
+    "direct": 0.0,
+    "recover": 0.78,
+    "evaluate": 0.1,
+    "diagnose": 0.05,
+    "profile": 0.05,
+}
 
 
 def cell_name(cell: Cell) -> str:
