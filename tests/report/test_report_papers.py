@@ -66,6 +66,8 @@ def test_the_dense_trends_are_those_that_were_published(page: Element) -> None:
         line = 1.20 - 1.30 * accuracy if row["measure"] == "output_entropy" else -0.90 + 4.87 * accuracy
         assert trend == pytest.approx(line)
     assert len(marks(figure)) == len(rows)
+    caption = " ".join(figure.all("figcaption")[0].text().split())
+    assert "gives neither its width nor the points" in caption and "±0.1 and ±0.4, our choice" in caption
 
 
 def test_bits_saved_leave_the_embeddings_out() -> None:

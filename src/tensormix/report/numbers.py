@@ -70,6 +70,11 @@ def count(value: float | None) -> str:
     return f"{value:.0f}"
 
 
+def tick(value: float) -> str:
+    """A number beside an axis, where there is room for six characters: from 100,000 on with k, M, B."""
+    return count(value).replace("-", MINUS) if abs(value) >= 99_999.5 else short(value)
+
+
 def bytes_text(value: float | None) -> str:
     """Binary units: "13.1 MiB"."""
     if value is None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .numbers import short, text
+from .numbers import text, tick
 
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 46, 46
@@ -139,8 +139,8 @@ class Panel:
         description: str,
         log_x: bool = False,
         log_y: bool = False,
-        x_format: Callable[[float], str] = short,
-        y_format: Callable[[float], str] = short,
+        x_format: Callable[[float], str] = tick,
+        y_format: Callable[[float], str] = tick,
         right: int = RIGHT,
     ) -> None:
         self.x = Scale(*x, LEFT, WIDTH - right, log_x)
@@ -230,14 +230,14 @@ class Panel:
 
     def _axes(self) -> str:
         base, parts = self.y.start, []
-        for tick in self.y.ticks():
-            at = self.y(tick)
+        for value in self.y.ticks():
+            at = self.y(value)
             parts.append(f'<path class="grid" d="M{LEFT},{pixels(at)}H{pixels(self.x.stop)}"/>')
-            parts.append(words(LEFT - 7, at + 4, self.y_format(tick), "tick", "end"))
-        for tick in self.x.ticks():
-            at = self.x(tick)
+            parts.append(words(LEFT - 7, at + 4, self.y_format(value), "tick", "end"))
+        for value in self.x.ticks():
+            at = self.x(value)
             parts.append(f'<path class="axis" d="M{pixels(at)},{base}v5"/>')
-            parts.append(words(at, base + 18, self.x_format(tick), "tick", "middle"))
+            parts.append(words(at, base + 18, self.x_format(value), "tick", "middle"))
         parts.append(f'<path class="axis" d="M{LEFT},{base}H{pixels(self.x.stop)}"/>')
         parts.append(words((LEFT + self.x.stop) / 2, HEIGHT - 8, self.x_label, "axis-name", "middle"))
         return "".join(parts)

@@ -169,7 +169,8 @@ def residual_figure(records: Sequence[Record], styles: dict[Key, Style] | None =
     return Figure("residual", title, [panel.svg()], explanation, columns, rows, legend, extra=scale)
 
 
-# Trends of dense models of many sizes, published for MMLU (arXiv 2605.25344, Fig. 3c and 3d).
+# Linear trends over baseline models of many sizes, published for MMLU (arXiv 2605.25344, Fig. 3c, d): measure, name,
+# line, and half the width of the band that we draw around it, as the paper does not say how wide its own is.
 TRENDS = (
     ("output_entropy", "Output entropy (OE)", lambda accuracy: 1.20 - 1.30 * accuracy, 0.1),
     ("spread", "\u2212log10(1 \u2212 PE)", lambda accuracy: -0.90 + 4.87 * accuracy, 0.4),
@@ -208,13 +209,13 @@ def entropy_trends(dense: Record, records: Sequence[Record], styles: dict[Key, S
     if not panels:
         return None
     explanation = (
-        "<p>The dashed lines are trends of dense models of many sizes on MMLU, as published (OE \u2248 1.20 \u2212 "
-        "1.30 "
-        "accuracy; \u2212log10(1 \u2212 PE) \u2248 \u22120.90 + 4.87 accuracy); the bands around them only guide the "
-        "eye. On another "
-        "exam a model need not lie on them. A checkpoint that does fails like a smaller model; one that leaves them "
-        "fails "
-        "in a way of its own. Where PE is 1 the second value is infinite and not drawn.</p>"
+        "<p>The dashed lines are the two linear trends that arXiv 2605.25344 states for baseline models of many "
+        "sizes on MMLU with five examples: OE \u2248 1.20 \u2212 1.30 accuracy and \u2212log10(1 \u2212 PE) \u2248 "
+        "\u22120.90 + 4.87 accuracy, accuracy as a fraction. It draws a band around each but gives neither its width "
+        f"nor the points behind it. The bands here are \u00b1{TRENDS[0][3]:g} and \u00b1{TRENDS[1][3]:g}, our choice: "
+        "they guide the eye and are no confidence interval. On another exam a model need not lie on the lines. A "
+        "checkpoint that does fails like a smaller model; one that leaves them fails in a way of its own. Where "
+        "PE is 1 the second value is infinite and not drawn.</p>"
     )
     named = {item.series: item.label for item in records}
     legend = [(DENSE, "dense model")] if dense.accuracy is not None else []

@@ -1,0 +1,64 @@
+"""docs/benchmarks.md says what its rows say, and the rows fit together."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensormix.evaluate.choices import wilson
+
+ROOT = Path(__file__).parents[1]
+ROWS = [
+    json.loads(line) for line in (ROOT / "benchmarks/results/stories260k_benchmarks.jsonl").read_text().splitlines()
+]
+WHOLE = {row["task"]: row for row in ROWS if row["kind"] == "accuracy" and row["subject"] == "all"}
+
+
+@pytest.fixture(scope="module")
+def page_maker() -> Any:
+    spec = spec_from_file_location("benchmark_rows", ROOT / "benchmarks/benchmark_rows.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_that_of_the_rows(page_maker: Any) -> None:
+    assert page_maker.table(ROWS) in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_every_question_is_answered_or_named() -> None:
+    out = {row["task"]: row for row in ROWS if row["kind"] == "left_out"}
+    for task, row in WHOLE.items():
+        assert row["num_questions"] + out.get(task, {"value": 0})["value"] == row["size"], task
+        assert sum(row["gold"].values()) == sum(row["predicted"].values()) == row["num_questions"]
+        right = round(row["value"] * row["num_questions"])
+        assert (row["low"], row["high"]) == pytest.approx(wilson(right, row["num_questions"]))
+    assert WHOLE["mmlu"]["size"] == 14042 and len(set(out["mmlu"]["ids"])) == out["mmlu"]["value"]
+    subjects = [row for row in ROWS if row["kind"] == "accuracy" and row["task"] == "mmlu" and row["subject"] != "all"]
+    assert len(subjects) == 57 and sum(row["num_questions"] for row in subjects) == WHOLE["mmlu"]["num_questions"]
+    right = sum(row["value"] * row["num_questions"] for row in subjects)
+    assert right == pytest.approx(WHOLE["mmlu"]["value"] * WHOLE["mmlu"]["num_questions"])
+
+
+@pytest.mark.parametrize("task", ["mmlu", "piqa", "winogrande"])
+def test_a_model_that_knows_nothing_is_at_chance(task: str) -> None:
+    row = WHOLE[task]
+    for chance in (row["blind"], 1 / len(row["gold"])):
+        assert row["low"] < chance < row["high"]
+    assert row["high"] - row["low"] < {"mmlu": 0.016}.get(task, 0.06)
+
+
+def test_what_blind_answers_score(page_maker: Any) -> None:
+    """The mean over all ways of dealing the answers to the questions."""
+    from itertools import permutations
+    from statistics import fmean
+
+    predicted, gold = [0, 0, 1, 2], [0, 1, 1, 3]
+    answers = [{"predicted": p, "gold": g} for p, g in zip(predicted, gold, strict=True)]
+    dealt = fmean(fmean(p == g for p, g in zip(order, gold, strict=True)) for order in permutations(predicted))
+    assert page_maker.blind(answers) == pytest.approx(dealt)
