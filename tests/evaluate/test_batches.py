@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensormix.evaluate import ChoicePrompt, evaluate_choices, kl_divergence, perplexity
@@ -31,6 +31,7 @@ class Machine:
         return [10 * item for item in piece]
 
 
+@settings(max_examples=30, deadline=None)  # each lack of memory collects garbage
 @given(st.integers(0, 300), st.integers(1, 100), st.sampled_from([1, 7, 64]), st.sampled_from([1, 5, 128, "auto"]))
 def test_every_item_is_worked_on_once_and_in_order(num: int, memory: int, lanes: int, asked: Any) -> None:
     machine, items = Machine(memory, lanes), list(range(num))
