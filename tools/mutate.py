@@ -424,7 +424,7 @@ FAULTS = (
     Fault("evaluate/harness.py", "if _key(item) not in kept.found", "if 1", "evaluate/test_harness.py"),
     Fault("evaluate/harness.py", "if lines[0] == head:", "if 1:", "evaluate/test_harness.py"),
     Fault("evaluate/harness.py", "lines[1:-1]", "lines[1:]", "evaluate/test_harness.py"),
-    Fault("evaluate/harness.py", "        size //= 2\n", "        size = 1\n", "evaluate/test_harness.py"),
+    Fault("evaluate/batches.py", "self.size, self.size // 2\n", "self.size, self.size - 1\n", BATCHES),
     Fault("evaluate/harness.py", 'row.get("shots") == 0', "1", "evaluate/test_harness.py"),
     Fault("diagnose/spectra.py", "exponent=0.0 - slope", "exponent=0.0 + slope", "diagnose/test_spectra.py"),
     Fault("diagnose/spectra.py", "values[first - 1 : last]", "values[first : last + 1]", "diagnose/test_spectra.py"),
