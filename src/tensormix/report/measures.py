@@ -116,14 +116,13 @@ def record(run: Run | None, name: str, dense: bool = False, **place: Any) -> Rec
     """The record of one run (an empty one where there is no run)."""
     if run is None:
         return Record(name, **place)
-    perplexity = {str(row.get("text", "text")): number(row.get("value")) for row in run.rows("evaluate", "perplexity")}
     drift = {str(row.get("region")): number(row.get("value")) for row in run.rows("diagnose", "drift_mean")}
     profile = {int(row["layer"]): number(row.get("value")) for row in run.rows("diagnose", "drift_profile")}
     return Record(
         name=name,
         output_entropy=_first(run.rows("diagnose", "output_entropy")),
         prediction_entropy=_first(run.rows("diagnose", "prediction_entropy")),
-        perplexity={key: value for key, value in perplexity.items() if value is not None},
+        perplexity=_perplexity(run.rows("evaluate", "perplexity")),
         drift={key: value for key, value in drift.items() if value is not None},
         drift_profile={key: value for key, value in profile.items() if value is not None},
         losses=run.rows("recover", "loss"),
@@ -141,17 +140,19 @@ def record(run: Run | None, name: str, dense: bool = False, **place: Any) -> Rec
     )
 
 
+def _perplexity(rows: Iterable[Row]) -> dict[str, float]:
+    return {str(row.get("text", "text")): y for row in rows if (y := number(row.get("value"))) is not None}
+
+
 def _direct(run: Run, name: str, dense: Row) -> Record | None:
     """The compressed model before its recovery, where that was evaluated too."""
-    rows = run.rows("direct")
-    if not rows:
+    if "direct" not in run.stages:
         return None
-    perplexity = {str(r.get("text", "text")): number(r.get("value")) for r in rows if r.get("kind") == "perplexity"}
     return Record(
         name=name,
-        perplexity={key: value for key, value in perplexity.items() if value is not None},
-        macro_drop=_first(row for row in rows if row.get("kind") == "macro_drop"),
-        resources=next((row for row in rows if row.get("kind") == "size"), {}),
+        perplexity=_perplexity(run.rows("direct", "perplexity")),
+        macro_drop=_first(run.rows("direct", "macro_drop")),
+        resources=next(iter(run.rows("direct", "size")), {}),
         dense_resources=dense,
     )
 
@@ -283,11 +284,6 @@ def model_name(recipe: Any) -> str | None:
     return next((name for name in map(model_name, recipe.values()) if name), None)
 
 
-def short_name(model: str) -> str:
-    """Last part of a Hub id or folder, for headlines."""
-    return model.rstrip("/").rpartition("/")[2] or model
-
-
 def sweep_model(sweep: Sweep) -> str:
     recipes = [cell.run.recipe for cell in sweep.cells if cell.run is not None]
     return next((name for name in map(model_name, [sweep.settings, *recipes]) if name), sweep.name)
@@ -300,18 +296,3 @@ def last_on_plateau(records: list[Record], boundary: Boundary) -> Record | None:
         return next((item for item in group if item.depth == boundary.last_good), None)
     inside = [item for item in group if boundary.value is None or (item.depth or 0) < boundary.value]
     return max(inside, key=lambda item: item.depth or 0, default=None)
-
-
-def seeds(settings: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Every key `seed` of nested settings with its path."""
-    found: list[tuple[str, Any]] = []
-    pairs = (
-        settings.items() if isinstance(settings, dict) else enumerate(settings) if isinstance(settings, list) else ()
-    )
-    for key, value in pairs:
-        here = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
-        if key == "seed" or (isinstance(key, str) and key.endswith("_seed")) or key == "seeds":
-            found.append((here, value))
-        else:
-            found.extend(seeds(value, here))
-    return found

@@ -136,3 +136,8 @@ def text(value: Any) -> str:
 def nb(value: str) -> str:
     """HTML (already escaped) with N_B set as a symbol."""
     return value.replace("N_B", '<span class="sym">N<sub>B</sub></span>')
+
+
+def short_name(model: str) -> str:
+    """Last part of a Hub id or folder, for headlines."""
+    return model.rstrip("/").rpartition("/")[2] or model

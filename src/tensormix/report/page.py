@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .figure import Figure, download, render
-from .measures import CHANCE, Record, seeds
+from .measures import CHANCE, Record
 from .numbers import moment, number, percent, seconds_text, text
 from .published import numbers_of
 from .read import STAGES, Contest, Run, Sweep, runs_of
@@ -135,6 +135,21 @@ def environments_part(source: Run | Sweep | Contest) -> str:
 
 def _some(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def seeds(settings: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Every key `seed` of nested settings with its path."""
+    found: list[tuple[str, Any]] = []
+    pairs = (
+        settings.items() if isinstance(settings, dict) else enumerate(settings) if isinstance(settings, list) else ()
+    )
+    for key, value in pairs:
+        here = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
+        if key == "seed" or (isinstance(key, str) and key.endswith("_seed")) or key == "seeds":
+            found.append((here, value))
+        else:
+            found.extend(seeds(value, here))
+    return found
 
 
 def facts_part(source: Run | Sweep | Contest, settings: Any) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .figure import DENSE, ROLE_LOOKS, Figure
-from .measures import Record, record, short_name
-from .numbers import METHODS, MISSING, percent, plural, short, text
+from .measures import Record, record
+from .numbers import METHODS, MISSING, percent, plural, short, short_name, text
 from .page import Page, common_notes, environments_part, facts_part, listed, reproduce_part, settings_part
 from .pareto import KL, Entry, Spread, entries, frontier
 from .read import Contest

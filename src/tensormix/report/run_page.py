@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from .accounts import details_table, storage_table
 from .costs import loss_figure, matching_figure, size_figure
 from .figure import ROLE_LOOKS, csv_text, download
-from .measures import Record, model_name, record, short_name
-from .numbers import MISSING, change, count, fixed, nb, percent, plural, short, text
+from .measures import Record, model_name, record
+from .numbers import MISSING, change, count, fixed, nb, percent, plural, short, short_name, text
 from .page import Page, common_notes, environments_part, facts_part, listed, reproduce_part, settings_part
 from .read import STAGES, Run, runs_of
 from .scaling import operator_figure

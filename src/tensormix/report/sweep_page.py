@@ -6,8 +6,8 @@ from .accounts import details_table
 from .costs import loss_figure, matching_figure, matching_source, size_figure
 from .drift import drift_map, drift_means
 from .figures import accuracy_figure, main_boundaries, perplexity_figure
-from .measures import Boundary, Record, boundaries, last_on_plateau, num_blocks, short_name, sweep_model, sweep_records
-from .numbers import bytes_text, change, count, nb, percent, plural, short, speed, text
+from .measures import Boundary, Record, boundaries, last_on_plateau, num_blocks, sweep_model, sweep_records
+from .numbers import bytes_text, change, count, nb, percent, plural, short, short_name, speed, text
 from .page import Page, common_notes, environments_part, facts_part, listed, reproduce_part, settings_part, tiles
 from .read import Cell, Sweep, runs_of
 from .scaling import operator_figure, trend_figure
