@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"allocate", "operators", "statistics"},
     # models
     "sites": {"operators"},
-    "reparameterise": {"methods", "sites", "statistics"},
+    "reparameterise": {"methods", "operators", "plan", "sites", "statistics"},
     "hf": {"operators", "sites", "storage"},
     "models": {"hf", "sites", "storage"},
     "plan": {"methods", "sites"},
@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profile": FACTS,
     "diagnose": FACTS | {"evaluate"},
     # what is asked for, and carried out
-    "recipe": {"diagnose", "methods", "plan", "settings"},
+    "recipe": {"diagnose", "methods", "plan", "reparameterise", "settings"},
     "examine": {"data", "diagnose", "evaluate", "exam", "plan", "recipe", "settings", "walk"},
 }
 MAY_IMPORT["budget"] = set(MAY_IMPORT) - {"inference", "recover", "report"}

@@ -74,6 +74,12 @@ class Search(Settings):
         return rates
 
 
+class Reparameterise(Settings):
+    """Other weights for the same function: the dense model in the bases in which the plan's operators lose least."""
+
+    steps: int = Field(default=200, ge=1)  # of L-BFGS, at most; each writes out every operator of the plan
+
+
 class Calibration(Settings):
     """The inputs that methods with statistics see."""
 

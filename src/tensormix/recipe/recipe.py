@@ -13,7 +13,18 @@ from tensormix.diagnose.table import Diagnose
 from tensormix.methods import JointMethod, Laser, LinearMethod, with_sizes
 from tensormix.plan import Plan
 from tensormix.recipe.reading import Model, is_path, placed_files, placed_path, read_yaml, validated
-from tensormix.settings import Budget, Calibration, Evaluate, Profile, Recover, Search, Settings, Source
+from tensormix.reparameterise import learns_bases
+from tensormix.settings import (
+    Budget,
+    Calibration,
+    Evaluate,
+    Profile,
+    Recover,
+    Reparameterise,
+    Search,
+    Settings,
+    Source,
+)
 
 
 class Recipe(Settings):
@@ -31,6 +42,7 @@ class Recipe(Settings):
     budget: Budget | None = None  # decides the sizes of the plan's methods, which then leave theirs out
     search: Search | None = None  # decides which sites of a laser plan are reduced, and how far, by trying
     calibration: Calibration | None = None
+    reparameterise: Reparameterise | None = None  # before anything is compressed: other weights, the same function
     recover: Recover | None = None  # absent: no training
     evaluate: Evaluate = Evaluate()
     diagnose: Diagnose | None = Diagnose()  # null: not measured
@@ -102,6 +114,32 @@ class Recipe(Settings):
     def is_open(self) -> bool:
         """Whether the plan that is run is still to be decided, by a budget or a search."""
         return self.budget is not None or self.search is not None
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the dense model is rewritten first: asked for, and there are methods to do it for."""
+        return self.reparameterise is not None and any(learns_bases(rule.method) for rule in self.plan.root)
+
+    @model_validator(mode="after")
+    def _turnable(self) -> Self:
+        if self.reparameterise is None:
+            return self
+        if self.start is not None:
+            raise ValueError("reparameterise rewrites the dense model: leave out start")
+        if self.calibration is None:
+            raise ValueError("reparameterise learns on calibration text, and there is no such section")
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(
+                f"reparameterise rewrites every weight, which dtype {self.dtype} would round too coarsely: "
+                "give float32 or float64"
+            )
+        if self.plan.root and not self.is_turned:
+            named = ", ".join(dict.fromkeys(rule.method.name for rule in self.plan.root))
+            raise ValueError(
+                "reparameterise looks for bases of operators that are fitted to linear layers by their Gram matrix, "
+                f"such as mixt, and the plan has {named}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _calibrated(self) -> Self:

@@ -145,7 +145,7 @@ def residual_basis(
         raise ValueError("residual_basis: there are no calibration batches: the iterable is empty")
     if not stream.subtracts_mean:
         return principal_basis(gram.mean, stream.width)
-    swap = _ones_and_last(stream.width).to(gram.mean)
+    swap = ones_and_last(stream.width).to(gram.mean)
     inner = principal_basis((swap @ gram.mean @ swap)[:-1, :-1], stream.width - 1)
     return swap @ torch.block_diag(inner, inner.new_ones(1, 1)) @ swap
 
@@ -275,7 +275,7 @@ def _watching(norm: Norm, gram: Gram) -> Any:
     return norm.module.register_forward_pre_hook(hook)
 
 
-def _ones_and_last(width: int) -> Tensor:  # (D, D)
+def ones_and_last(width: int) -> Tensor:  # (D, D)
     """The reflection that swaps the direction of the vector of ones and the last axis."""
     between = torch.full((width,), width**-0.5, dtype=torch.float64)
     between[-1] -= 1

@@ -15,7 +15,7 @@ from tensormix.reparameterise.layers import set_values
 
 # Of the largest eigenvalue: what is smaller counts as this much, so that no map has a condition above 1e3.
 FLOOR = 1e-6
-_Maps = list[tuple[Tensor, Tensor]]  # (D, D), (D, D) of each key-value head: M and its inverse
+Maps = list[tuple[Tensor, Tensor]]  # (D, D), (D, D) of each key-value head: M and its inverse
 
 
 @torch.no_grad()
@@ -35,13 +35,13 @@ def align_heads(model: nn.Module, grams: Mapping[str, Tensor]) -> list[str]:
         ValueError: a v site has no Gram matrix.
     """
 
-    def principal(attention: Attention) -> _Maps:
+    def principal(attention: Attention) -> Maps:
         gram = gram_of(grams, attention.names["v"], "align_heads")
         heads = attention.v.weight.split(attention.head_dim)
         turns = [torch.linalg.eigh(rows @ gram @ rows.T).eigenvectors.flip(1).T for rows in heads]
         return [(turn, turn.T) for turn in turns]
 
-    return _map_values(model, principal)
+    return map_values(model, principal)
 
 
 @torch.no_grad()
@@ -58,10 +58,10 @@ def whiten_values(model: nn.Module, grams: Mapping[str, Tensor]) -> list[str]:
         ValueError: an o site has no Gram matrix, or one that is zero or not finite.
     """
 
-    def white(attention: Attention) -> _Maps:
+    def white(attention: Attention) -> Maps:
         return [_whitening(moment) for moment in _moments(attention, grams, "whiten_values")]
 
-    return _map_values(model, white)
+    return map_values(model, white)
 
 
 @torch.no_grad()
@@ -74,13 +74,30 @@ def balance_values(model: nn.Module, grams: Mapping[str, Tensor]) -> list[str]:
     Args, raises: as `whiten_values`.
     """
 
-    def balanced(attention: Attention) -> _Maps:
+    def balanced(attention: Attention) -> Maps:
         columns = attention.out.weight.double().T.split(attention.head_dim)  # (D, O) of each query head
         reads = _sums(attention, [part @ part.T for part in columns])
         moments = _moments(attention, grams, "balance_values")
         return [balance(moment, weight) for moment, weight in zip(moments, reads, strict=True)]
 
-    return _map_values(model, balanced)
+    return map_values(model, balanced)
+
+
+@torch.no_grad()
+def map_values(model: nn.Module, maps: Callable[[Attention], Maps]) -> list[str]:
+    """Let v be M v and o take M^-1, in place, with the pairs (M, M^-1) that `maps` gives for each key-value head.
+
+    The model computes the same. All maps are asked for before any layer changes. Returns the names of the rewritten
+    sites.
+    """
+    chosen = [(attention, maps(attention)) for attention in attentions(model)]
+    done: dict[str, None] = {}
+    for attention, of_heads in chosen:
+        attention.v.turn([into for into, _ in of_heads])
+        back = torch.block_diag(*attention.per_query_head([back for _, back in of_heads]))
+        set_values(attention.out, attention.out.weight.double() @ back, None)
+        done |= dict.fromkeys((attention.names["v"], attention.names["o"]))
+    return list(done)
 
 
 def balance(moment: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # (D, D), (D, D) -> (D, D), (D, D)
@@ -100,18 +117,6 @@ def gram_of(grams: Mapping[str, Tensor], name: str, asker: str) -> Tensor:
     if not float(gram.diagonal().sum()) > 0 or not bool(gram.isfinite().all()):
         raise ValueError(f"{name}: the inputs that {asker} was given are all zero or not finite")
     return gram
-
-
-def _map_values(model: nn.Module, maps: Callable[[Attention], _Maps]) -> list[str]:
-    """All maps are chosen before any layer changes."""
-    chosen = [(attention, maps(attention)) for attention in attentions(model)]
-    done: dict[str, None] = {}
-    for attention, of_heads in chosen:
-        attention.v.turn([into for into, _ in of_heads])
-        back = torch.block_diag(*attention.per_query_head([back for _, back in of_heads]))
-        set_values(attention.out, attention.out.weight.double() @ back, None)
-        done |= dict.fromkeys((attention.names["v"], attention.names["o"]))
-    return list(done)
 
 
 def _moments(attention: Attention, grams: Mapping[str, Tensor], asker: str) -> list[Tensor]:  # (D, D) of each kv head

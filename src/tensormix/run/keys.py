@@ -17,7 +17,7 @@ from tensormix.storage.files import read_json
 Row = dict[str, Any]
 
 
-STAGES = ("allocate", "compress", "direct", "recover", "evaluate", "diagnose", "profile")
+STAGES = ("allocate", "reparameterise", "compress", "direct", "recover", "evaluate", "diagnose", "profile")
 
 
 def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
@@ -38,7 +38,10 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
         keys[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     if len(recipe.plan.root):
-        key("compress", start, *([fingerprint(recipe.start)] if recipe.start else []))
+        if recipe.is_turned:
+            key("reparameterise", start, stage_settings(recipe, "compress"))
+        upon = [keys["reparameterise"]] if recipe.is_turned else []
+        key("compress", start, *([fingerprint(recipe.start)] if recipe.start else []), *upon)
     if recipe.recover is not None:
         other = recipe.recover.distill.teacher if recipe.recover.loss != "lm" else None
         key("recover", start, keys.get("compress"), *([fingerprint(other)] if other else []))
@@ -76,7 +79,8 @@ def stage_settings(recipe: Recipe, stage: str) -> Any:
 
 def dense_recipe(recipe: Recipe) -> Recipe:
     """The same examination of the untouched model."""
-    nothing = {"budget": None, "search": None, "start": None, "recover": None, "calibration": None, "profile": None}
+    names = ("budget", "search", "start", "reparameterise", "recover", "calibration", "profile")
+    nothing: dict[str, Any] = dict.fromkeys(names)
     return recipe.model_copy(update={"plan": Plan(()), **nothing})
 
 
@@ -95,6 +99,8 @@ def is_done(folder: Path, stage: str, keys: dict[str, str]) -> bool:
     file = folder / f"{stage}.json"
     if not file.exists() or read_json(file)["key"] != keys[stage]:
         return False
+    if stage == "reparameterise":
+        return (folder / "rewritten").exists() or is_done(folder, "compress", keys)
     if stage == "compress":
         return (folder / "compressed").exists() or ("recover" in keys and is_done(folder, "recover", keys))
     return stage != "recover" or (folder / "recovered").exists()

@@ -2,10 +2,12 @@
 
     recipe.json       what was asked
     allocate.json     of a recipe with a budget or a search: the plan that it became, with the size of every site
+    reparameterise.json   of a recipe that asks for it: what the learned bases won
     compress.json     one file per finished stage: its rows, its settings, its key, where and when it was made
     direct.json       what evaluate measures, of the model before its recovery, where that is asked for
     recover.json  evaluate.json  diagnose.json  profile.json
     answers/          what benchmarks have answered while evaluate is not finished
+    rewritten/        the dense model in other bases, until it is compressed
     compressed/       the model after compress        recovered/   the model after recover
     compressed.journal.jsonl   what each file of compressed/ holds, and its SHA-256
     dense/            the run of the untouched model that the others are compared with

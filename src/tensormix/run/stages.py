@@ -22,6 +22,7 @@ from tensormix.models import load_model, load_tokenizer, quiet
 from tensormix.profile import bytes_by_dtype, num_parameters, profile
 from tensormix.recipe import Recipe
 from tensormix.recover import recover
+from tensormix.reparameterise import reparameterise
 from tensormix.run.keys import Row, is_done, stage_keys, stage_rows, stage_settings
 from tensormix.settings import Calibration, Exam, Recover, Source
 from tensormix.storage.files import environment, now, whole_folder, write_json
@@ -156,10 +157,25 @@ class Stages:
         }
         return found.rows
 
+    def _reparameterise(self) -> list[Row]:
+        settings = self.recipe.reparameterise
+        assert settings is not None
+        self._model = self._load(self.recipe.model)
+        rows = reparameterise(
+            self._model,
+            self.recipe.plan,
+            list(self._batches()),
+            steps=settings.steps,
+            progress=lambda done, total: self.progress("reparameterise", done, total),
+        )
+        self._save("rewritten")
+        self._model = None
+        return rows
+
     def _compress(self) -> list[Row]:
         recipe, settings, batches = self.recipe, self._calibration, self._batches()
-        return compress_checkpoint(
-            recipe.start or recipe.model,
+        rows = compress_checkpoint(
+            self.folder / "rewritten" if recipe.is_turned else recipe.start or recipe.model,
             self.folder / "compressed",
             recipe.plan,
             batches,
@@ -173,6 +189,8 @@ class Stages:
             asked=self.keys["compress"],
             overwrite=True,  # it lies in the run's own folder
         )
+        shutil.rmtree(self.folder / "rewritten", ignore_errors=True)
+        return rows
 
     def _direct(self) -> list[Row]:
         if not (self.folder / "compressed").exists():  # thrown away after a recovery that came before the question
