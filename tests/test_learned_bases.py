@@ -60,7 +60,7 @@ def test_layers_that_are_mixtures_in_turned_bases_are_found_again():
     noise = torch.randn(32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rotate_residual(model, orthogonal(0.05 * noise))
     assert refitted(model, sites) > 0.05
-    facts = learn_bases(model, dict.fromkeys(sites, MIXT), [token_ids()], steps=200)
+    facts = learn_bases(model, dict.fromkeys(sites, MIXT), [token_ids(), token_ids(8)], steps=200)
     assert facts["error_after"] < 1e-3 and refitted(model, sites) < 1e-3
 
 
