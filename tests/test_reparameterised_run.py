@@ -34,13 +34,13 @@ def test_the_rewritten_model_is_what_is_compressed(finished, tiny, tmp_path):
     (row,) = stage_rows(finished, "reparameterise")
     assert len(row["sites"]) == 7 and row["error_after"] < row["error_before"] and 0 < row["logits_moved"] < 1e-3
     assert read_json(finished / "reparameterise.json")["settings"] == {"steps": 8}
-    assert not (finished / "rewritten").exists() and (finished / "compressed" / "model.safetensors").exists()
+    assert not (finished / "rewritten").exists() and (finished / "compressed").exists()
     assert not (finished / "dense" / "reparameterise.json").exists()
     plain = run_recipe(recipe(tiny, reparameterise=None), tmp_path, reference=finished / "dense")
     assert not (plain / "reparameterise.json").exists()
     errors = [[r["output_error"] for r in stage_rows(folder, "compress")] for folder in (finished, plain)]
     squares = [sum(error**2 for error in of_run) / 7 for of_run in errors]
-    assert squares[0] ** 0.5 == pytest.approx(row["error_after"], rel=0.02)
+    assert squares[0] ** 0.5 <= 1.01 * row["error_after"], "a new fit is the optimum in these bases"
     assert squares[1] ** 0.5 == pytest.approx(row["error_before"], rel=0.02)
 
 
