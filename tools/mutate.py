@@ -382,8 +382,8 @@ FAULTS = (
     Fault("diagnose/verdict.py", "step > self.num_steps / 2", "True", "test_sweep_search.py"),
     Fault(
         "run/stages.py",
-        "            recipe.start or recipe.model,\n",
-        "            recipe.model,\n",
+        "is_turned else recipe.start or recipe.model",
+        "is_turned else recipe.model",
         "test_sweep_search.py",
     ),
     Fault("run/predict.py", "(after - before, depth)", "(before - after, depth)", "test_predict.py"),
