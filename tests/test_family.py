@@ -22,7 +22,8 @@ def test_the_trend_and_the_cells_beside_it(tiny, tmp_path):
     for file in tiny.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "models" / "small")
     text = [{"text": {"facts": True}, "window": 32, "stride": 32, "num_tokens": 128}]
-    recipe = {"model": str(tiny), "evaluate": {"exam": None, "perplexity": text}, "diagnose": None,
+    exam = {"num_questions": 4, "shots": 0}  # the other models of a family are asked for their loss alone
+    recipe = {"model": str(tiny), "evaluate": {"exam": exam, "perplexity": text}, "diagnose": None,
               "profile": {"tokens": [1], "repeats": 1}}  # fmt: skip
     asked = {"recipe": recipe, "num_branches": [2], "depths": [1, 2], "family": [str(tmp_path / "models" / "small")]}
     folder = run_sweep(Sweep.model_validate(asked), tmp_path / "sweep")
@@ -32,7 +33,9 @@ def test_the_trend_and_the_cells_beside_it(tiny, tmp_path):
     ]  # fmt: skip
     assert rows[1]["parameters"] == sum(p.numel() for p in small.parameters()) < rows[0]["parameters"]
     for row, where in zip(rows, ("dense", "family/small", "last-01-mixt2", "last-02-mixt2"), strict=True):
-        assert row["loss"] == stage_rows(folder / where, "evaluate")[0]["loss"]
+        (of_text,) = [r for r in stage_rows(folder / where, "evaluate") if r["kind"] == "perplexity"]
+        assert row["loss"] == of_text["loss"]
+    assert [r["kind"] for r in stage_rows(folder / "family" / "small", "evaluate")] == ["perplexity"]
     assert [row["residual"] for row in rows[:2]] == pytest.approx([0, 0], abs=1e-9)  # two models fix the trend
     assert rows[3]["parameters"] < rows[2]["parameters"] < rows[0]["parameters"]
     assert 'id="scaling"' in build_report([folder]).read_text(encoding="utf-8")

@@ -84,11 +84,35 @@ def test_the_page_has_the_mean_and_the_spread_of_the_rows_and_their_order(study)
     assert "better, in-domain: 3.000 times" in drawing
 
 
+def test_lengths_are_those_of_variants_that_were_recovered_for_several(study):
+    rows = [row("a", 0, 8.0), row("a", 0, 5.0, steps=20), row("b", 0, 9.0), row("b", 0, 4.0, steps=20)]
+    rows += [row("b", 1, 6.0, steps=20), row("once", 0, 1.0)]
+    page, _ = study["page"].fill("<!-- lengths: m 3 -->\nold\n<!-- end -->\n", rows)
+    assert [line for line in page.splitlines() if line.startswith("| ")] == [
+        "| start and operator, loss | 10 steps | 20 steps |",
+        "| --- | --- | --- |",
+        "| b | 9.00 | 5.00 ± 1.41 |",
+        "| a | 8.00 | 5.00 |",
+    ]
+    assert "old" not in page and "Not run." in study["page"].lengths(rows, "m", 7)
+
+
+def test_speeds_are_the_last_that_were_measured(study):
+    def timed(name, tokens, speedup):
+        return {"structure": name, "tokens": tokens, "speedup": speedup, "numbers": 1000, "macs_per_token": 2000}
+
+    rows = [timed("dense", 1, 1.0), timed("x", 1, 9.0), timed("x", 1, 3.25), timed("dense", 8, 1.0), timed("x", 8, 2.0)]
+    page = study["page"].speed("<!-- speed -->\n<!-- end -->\n", rows)
+    assert "| x | 1,000 | 2,000 | 3.25 | 2.00 |" in page.splitlines()
+    assert "| layers of a block | numbers | MACs per token | 1 tokens | 8 tokens |" in page.splitlines()
+
+
 def test_the_page_in_the_docs_is_the_one_of_the_rows(study):
     rows = study["page"].read(STUDY / "results.jsonl")
     page = (STUDY.parents[1] / "docs" / "quality.md").read_text()
     again, plots = study["page"].fill(page, rows)
-    assert again == page
+    measured = study["page"].read(STUDY.parents[1] / "benchmarks" / "results" / "structures.jsonl")
+    assert study["page"].speed(again, measured) == page
     for name, drawing in plots.items():
         assert (STUDY.parents[1] / "docs" / name).read_text() == drawing
 

@@ -315,6 +315,10 @@ def test_baselines_of_a_direction_take_its_depths():
         ("recipe: {model: m}\ndirections: {last: {depht: all}}", "sweep.directions.last: unknown key 'depht', did you"),
         ("recipe: {model: m}\nbaselines: {methods: [svd]}", "sweep.baselines.methods[0]: must be 'zero' or 'drop_b"),
         (
+            "recipe: {model: m, recover: {steps: 1, parameters: lora, text: [{exam: true}]}}\nbaselines: {}",
+            "sweep: baselines: recover.parameters 'lora' trains compressed layers alone, and dropped blocks leave",
+        ),
+        (
             "recipe: {model: m, plan: [{method: {name: zero}}]}",
             "sweep: the recipe's plan is a template: it must be empty or one rule with the method mixt.",
         ),

@@ -3,6 +3,8 @@
     python studies/quality/page.py
 
 A table stands between `<!-- rows: MODEL DEPTH STEPS -->` and `<!-- end -->`; the plot beside it is docs/quality-*.svg.
+`<!-- lengths: MODEL DEPTH -->` is filled with the in-domain perplexity of every variant that was recovered for several
+numbers of steps, and `<!-- speed -->` from benchmarks/results/structures.jsonl.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from xml.sax.saxutils import escape
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 MARK = re.compile(r"(<!-- rows: (\S+) (\d+) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LENGTHS = re.compile(r"(<!-- lengths: (\S+) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDTH, LEFT, RIGHT, ROW = 720, 190, 20, 26
 COLOURS = {"in_domain": "#1f6fb4", "held_out": "#c2571a"}
 NAMES = {"in_domain": "in-domain", "held_out": "held-out", "exam": "exam"}
@@ -124,11 +128,44 @@ def fill(page: str, rows: list[Row]) -> tuple[str, dict[str, str]]:
             content = f"![{model}, last {depth} blocks, {steps} steps]({name})\n\n{content}"
         return f"{match[1]}{content}{match[5]}"
 
+    page = LENGTHS.sub(lambda match: match[1] + lengths(rows, match[2], int(match[3])) + match[4], page)
     return MARK.sub(replaced, page), plots
+
+
+def lengths(rows: list[Row], model: str, depth: int) -> str:
+    """In-domain perplexity after recovery, a row for each variant and a column for each number of steps."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if (row["model"], row["depth"]) == (model, depth):
+            found.setdefault(row["variant"], {}).setdefault(row["steps"], []).append(row["after"]["in_domain"])
+    found = {variant: of_steps for variant, of_steps in found.items() if len(of_steps) > 1}
+    if not found:
+        return "Not run.\n"
+    steps = sorted({number for of_steps in found.values() for number in of_steps})
+    lines = [["start and operator, loss", *(f"{number} steps" for number in steps)], ["---"] * (len(steps) + 1)]
+    for variant, of_steps in sorted(found.items(), key=lambda item: mean(item[1][max(item[1])])):
+        lines.append([variant, *(shown(of_steps[number]) if number in of_steps else "" for number in steps)])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def speed(page: str, rows: list[Row]) -> str:
+    """The page with how fast one block's layers are, as times the speed of the dense ones."""
+    tokens = sorted({row["tokens"] for row in rows})
+    cells = {(row["structure"], row["tokens"]): row for row in rows}  # of repeated measurements the last
+    names = dict.fromkeys(row["structure"] for row in rows)
+    lines = [["layers of a block", "numbers", "MACs per token", *(f"{n} tokens" for n in tokens)]]
+    lines.append(["---"] * len(lines[0]))
+    for name in names:
+        first = cells[name, tokens[0]]
+        times = [f"{cells[name, n]['speedup']:.2f}" for n in tokens]
+        lines.append([name, f"{first['numbers']:,}", f"{first['macs_per_token']:,}", *times])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return SPEED.sub(lambda match: match[1] + table + match[2], page)
 
 
 if __name__ == "__main__":
     text, drawings = fill((DOCS / "quality.md").read_text(), read(HERE / "results.jsonl"))
+    text = speed(text, read(HERE.parents[1] / "benchmarks" / "results" / "structures.jsonl"))
     (DOCS / "quality.md").write_text(text)
     for file, drawing in drawings.items():
         (DOCS / file).write_text(drawing)

@@ -95,6 +95,18 @@ class Sweep(Settings):
         return self
 
     @model_validator(mode="after")
+    def _baselines_can_learn(self) -> Self:
+        recover = self.recipe.recover if self.recipe is not None else None
+        if self.baselines is None or recover is None or recover.parameters == "all":
+            return self
+        if "drop_blocks" in self.baselines.methods:
+            raise ValueError(
+                f"baselines: recover.parameters {recover.parameters!r} trains compressed layers alone, and dropped "
+                "blocks leave none: give baselines.methods [zero], or parameters all"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _search_fits(self) -> Self:
         if self.search == "scan":
             return self

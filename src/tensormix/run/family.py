@@ -1,6 +1,6 @@
 """Dense models of the family of a sweep's own: the trend of loss against parameters that its cells are held against.
 
-family/NAME/      the run of one of them: the same examination as the sweep's dense model
+family/NAME/      the run of one of them: its loss on the sweep's first text, which is all that the trend asks
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tensormix.profile import num_parameters
 from tensormix.recipe import Recipe, Sweep
 from tensormix.run.keys import dense_recipe, stage_rows
 from tensormix.run.run import run_recipe
+from tensormix.settings import Evaluate
 
 Row = dict[str, Any]
 
@@ -22,7 +23,9 @@ Row = dict[str, Any]
 def members(sweep: Sweep, folder: Path) -> dict[Path, Recipe]:
     """The recipe of each other dense model, by the folder of its run."""
     assert sweep.recipe is not None
-    own = dense_recipe(sweep.recipe).model_copy(update={"diagnose": None})
+    own = dense_recipe(sweep.recipe)
+    asked = Evaluate(exam=None, perplexity=own.evaluate.perplexity[:1], batch_size=own.evaluate.batch_size)
+    own = own.model_copy(update={"diagnose": None, "evaluate": asked})
     recipes = [own.model_copy(update={"model": model}) for model in sweep.family]
     return {folder / "family" / Path(recipe.model).name: recipe for recipe in recipes}
 
