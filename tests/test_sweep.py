@@ -3,8 +3,8 @@
 import pytest
 
 from tensormix.recipe import Cell, Recipe, Sweep
-from tensormix.run import stage_rows
-from tensormix.run.sweep import boundary_rows, cell_name, cell_recipe, cost, run_sweep, within
+from tensormix.run import STAGES, stage_rows
+from tensormix.run.sweep import SHARES, boundary_rows, cell_name, cell_recipe, cost, run_sweep, within
 from tensormix.storage.files import read_json
 
 
@@ -123,6 +123,10 @@ def test_a_depth_beyond_the_model_is_refused_before_anything_is_done(tiny, tmp_p
     with pytest.raises(ValueError, match="depths asks for 9 blocks; the model has 4"):
         run_sweep(sweep(tiny, directions={"last": {"depths": [9]}}), tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+def test_every_stage_has_its_share_of_the_progress():
+    assert list(SHARES) == list(STAGES) and sum(SHARES.values()) == pytest.approx(1)
 
 
 def test_work_is_estimated_by_the_blocks_that_are_left():

@@ -35,6 +35,7 @@ Progress = Callable[[str, float, float], None]  # what is being done, work done,
 # Rough shares of one cell's time, only to move the bar between two cells.
 SHARES = {
     "allocate": 0.0,
+    "reparameterise": 0.0,
     "compress": 0.02,
     "direct": 0.0,
     "recover": 0.78,
