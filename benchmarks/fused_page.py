@@ -182,13 +182,14 @@ All linear layers MixT, 8 blocks, random weights; one token after 64.
 
 MiB alive beside the input at the worst moment of a forward pass without gradients. Dense layers make the outputs;
 `separate` and `together` make the same ones and scratch: the kernel's own tiles, and `together` either the outputs once
-more (at most 8 MiB) or a copy of the cores of one layer. It does not grow with the tokens, but "at most the memory of
+more or a copy of the cores of one layer. It does not grow with the tokens, but "at most the memory of
 the dense layers" is missed by it.
 
 {memory}
 ## Low rank beside its own roofline
 
-As many parameters as MixT, two `F.linear` for each layer, no kernel of ours. Above 100 % weights come from the cache.
+As many parameters as MixT, two `F.linear` for each layer, no kernel of ours. Around 100 % and
+above, weights come from the cache or reading is as fast as it gets.
 `together` multiplies the right factors of all layers as one matrix: that gains in some cases and loses in others, so
 low rank is not fused, and two products that PyTorch runs in its own kernels need none of ours. There is no tensor train
 in this version.
@@ -199,7 +200,7 @@ in this version.
 The experts of one block of OLMoE's widths (2048, 1024), low rank with a quarter of the numbers, routed at random; the
 others stack the factors of all experts and multiply sorted tokens with `grouped_mm`, or with `bmm` padded to the
 busiest expert. In CPU time of one thread, beside other work. Ratios over low rank one by one, which is how `Experts`
-runs them: grouped products gain up to a third for a few tokens for each expert and lose where there are many, `bmm`
+runs them: grouped products gain for a few tokens for each expert and lose where there are many, `bmm`
 multiplies what nobody asked for. They need factors of one rank, stacked, and `grouped_mm` strides of 16 bytes. Not
 built.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from tensormix.recipe import Recipe
+from tensormix.recipe import Recipe, Sweep
+from tensormix.recipe.comparison import Comparison
 from tensormix.run import run_recipe, stage_rows
 from tensormix.storage.files import read_json
 
@@ -64,6 +65,19 @@ def test_nothing_is_done_twice_and_a_change_repeats_it(finished, tiny):
             {"plan": [{"blocks": 1, "method": {"name": "drop_blocks"}}, {"method": {"name": "zero"}}]},
             r"such as mixt, and the plan has drop_blocks, zero",
         ),
+        (
+            {"recover": {"steps": 2, "text": [{"exam": True}], "loss": "local_then_kl", "distill": {"local_steps": 1}}},
+            r"turns the hidden states, so those of the dense model cannot be learned from: give recover the loss",
+        ),
+        (
+            {"recover": {"steps": 1, "text": [{"exam": True}], "loss": "kl", "distill": {"hidden": 0.5}}},
+            r"cannot be learned from: .*, and no distill\.hidden",
+        ),
+        (
+            {"diagnose": {"run": ["residual_stream"]}},
+            r"so residual_stream would compare two bases: leave it out of diagnose\.run",
+        ),
+        ({"plan": [{"method": {"name": "rtn", "bits": 4}}]}, r"such as mixt, and the plan has rtn"),
         ({"reparameterise": {"steps": 0}}, r"greater than or equal to 1"),
         ({"reparameterise": {"step": 3}}, r"step"),
     ],
@@ -71,6 +85,33 @@ def test_nothing_is_done_twice_and_a_change_repeats_it(finished, tiny):
 def test_what_is_refused(tiny, changes, sentence):
     with pytest.raises(ValidationError, match=sentence):
         recipe(tiny, **changes)
+
+
+def test_a_warm_start_is_refused(tiny):
+    with pytest.raises(
+        ValidationError, match="warm_start goes on from a recovered model and reparameterise from the dense"
+    ):
+        Sweep.model_validate({"recipe": recipe(tiny, plan=[]), "warm_start": True})
+
+
+def test_a_comparison_turns_only_what_gains_by_it(tiny):
+    asked = {
+        "recipe": recipe(tiny, plan=[]),
+        "budgets": [0.5],
+        "methods": {n: {"method": {"name": n}} for n in ("svd", "flat_llm")},
+    }
+    comparison = Comparison.model_validate(asked)
+    turned = {cell.method: comparison.recipe_of(cell).is_turned for cell in comparison.cells()}
+    assert turned.pop("svd") and len(turned) == 4 and not any(turned.values())
+
+
+def test_what_was_thrown_away_is_turned_again_to_be_evaluated_directly(tiny, tmp_path):
+    learned = {"recover": {"steps": 1, "text": [{"exam": True}], "window": 64, "batch_size": 2}}
+    first = run_recipe(recipe(tiny, **learned), tmp_path, keep_compressed=False)
+    assert not (first / "compressed").exists()
+    direct = {"evaluate": {"exam": {"num_questions": 8, "shots": 0}, "direct": True}}
+    run_recipe(recipe(tiny, **learned, **direct), tmp_path, keep_compressed=False)
+    assert any(row["kind"] == "size" for row in stage_rows(tmp_path, "direct"))
 
 
 def test_the_null_baselines_of_a_sweep_are_left_as_they_are(tiny):

@@ -30,7 +30,7 @@ class Narrow(JointMethod):
     block: W ~ U_P C V_P^T, the core of a Tucker decomposition, holds far more of it than two thin factors of as many
     numbers. The bases cost nothing where the model has them already:
     residual stream: the first P = width D channels, for all layers that read or write it. They are the principal ones
-    after `rotate: residual` (a recipe's step that the dense model does not notice); without it leave `width` at 1.
+    after `reparameterise.rotate_residual`, which the dense model does not notice; without it leave `width` at 1.
     v and o: of every head of values the R = keep / width C directions that o makes most of; then o by least squares.
     gate, up, down: the N = keep / width F neurons of which down puts out most; then down by least squares.
     q and k: two factors, the best on the inputs, since rotary positions fix the basis of their outputs.

@@ -133,6 +133,19 @@ class Recipe(Settings):
                 f"reparameterise rewrites every weight, which dtype {self.dtype} would round too coarsely: "
                 "give float32 or float64"
             )
+        if self.recover is not None and (self.recover.loss == "local_then_kl" or self.recover.distill.hidden):
+            raise ValueError(
+                "reparameterise turns the hidden states, so those of the dense model cannot be learned from: "
+                "give recover the loss kl or lm, and no distill.hidden"
+            )
+        turned = (
+            {"residual_stream", "compress_sensitivity"} & {d.name for d in self.diagnose.run} if self.diagnose else ()
+        )
+        if turned:
+            raise ValueError(
+                f"reparameterise turns the hidden states, so {', '.join(sorted(turned))} would compare two bases: "
+                "leave it out of diagnose.run"
+            )
         if self.plan.root and not self.is_turned:
             named = ", ".join(dict.fromkeys(rule.method.name for rule in self.plan.root))
             raise ValueError(

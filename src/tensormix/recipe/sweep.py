@@ -95,6 +95,14 @@ class Sweep(Settings):
         return self
 
     @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.warm_start and self.recipe is not None and self.recipe.reparameterise is not None:
+            raise ValueError(
+                "warm_start goes on from a recovered model and reparameterise from the dense one: leave out one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _baselines_can_learn(self) -> Self:
         recover = self.recipe.recover if self.recipe is not None else None
         if self.baselines is None or recover is None or recover.parameters == "all":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensormix.methods import LinearMethod, ZeroMethod
+from tensormix.methods import LinearMethod, Rtn, ZeroMethod
 from tensormix.methods.base import Method
 from tensormix.methods.whitening import gram_root
 from tensormix.operators import StructuredLinear
@@ -82,8 +82,10 @@ def learn_bases(
 
 
 def learns_bases(method: Method) -> bool:
-    """Whether `learn_bases` takes it: it fits operators to linear layers, and needs a Gram matrix at most."""
-    return isinstance(method, LinearMethod) and set(method.needs) <= {Gram} and not isinstance(method, ZeroMethod)
+    """Whether `learn_bases` takes it: it fits operators of floats to linear layers, from a Gram matrix at most."""
+    if isinstance(method, ZeroMethod | Rtn) or getattr(method, "storage", "plain") == "remapped":
+        return False
+    return isinstance(method, LinearMethod) and set(method.needs) <= {Gram}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-STAGES = ("compress", "direct", "recover", "evaluate", "diagnose", "profile")
+STAGES = ("reparameterise", "compress", "direct", "recover", "evaluate", "diagnose", "profile")
 
 
 @dataclass(frozen=True)

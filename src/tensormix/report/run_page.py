@@ -83,7 +83,7 @@ TERMS = (
 
 def run_notes(run: Run, item: Record, dense: Record) -> list[str]:
     notes = common_notes([item, dense])
-    missing = [stage for stage in STAGES if stage not in run.stages and stage != "direct"]
+    missing = [stage for stage in STAGES if stage not in run.stages and stage not in ("direct", "reparameterise")]
     if missing:
         notes.append(f"Not finished or not asked for: {', '.join(f'{stage}.json' for stage in missing)}.")
     if run.dense is None:

@@ -41,7 +41,7 @@ def run_recipe(
     workers: int = 1,
     teacher_cache: Path | None = None,
 ) -> Path:
-    """Allocate, compress, recover, evaluate, diagnose, profile; returns `folder`. Finished stages are not repeated.
+    """Every stage that the recipe asks for, in the order of STAGES; returns `folder`. Finished stages are not repeated.
 
     Args:
         reference: the run folder of the untouched model; without it that run is made first, in `folder`/dense.

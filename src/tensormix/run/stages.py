@@ -174,6 +174,8 @@ class Stages:
 
     def _compress(self) -> list[Row]:
         recipe, settings, batches = self.recipe, self._calibration, self._batches()
+        if recipe.is_turned and not (self.folder / "rewritten").exists():  # compressing anew, to evaluate it directly
+            self._reparameterise()
         rows = compress_checkpoint(
             self.folder / "rewritten" if recipe.is_turned else recipe.start or recipe.model,
             self.folder / "compressed",
@@ -204,7 +206,8 @@ class Stages:
             journals=self.folder / "answers" / self.keys["direct"],
             progress=lambda done, total: self.progress("direct", done, total),
         )
-        shutil.rmtree(self.folder / "answers", ignore_errors=True)
+        shutil.rmtree(self.folder / "answers" / self.keys["direct"], ignore_errors=True)
+        self._dense = None  # recovery needs the room
         size = {"kind": "size", "dtype": dtype_of(model), "parameters": num_parameters(model)}
         answers = stage_rows(self.reference, "evaluate") if self.reference else ()
         return [*rows, *macro_drop_row(rows, answers), {**size, "bytes": bytes_by_dtype(model)}]
