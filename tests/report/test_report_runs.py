@@ -88,7 +88,9 @@ def test_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_neither(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither sweep\.json nor recipe\.json nor a stage file \(reparameterise\.json"):
+    with pytest.raises(
+        ValueError, match=r"neither sweep\.json nor recipe\.json nor a stage file \(reparameterise\.json"
+    ):
         build_report([tmp_path])
     write_run(tmp_path / "mine")
     with pytest.raises(ValueError, match=r"its subfolder mine is one, did you mean .*mine\?"):
