@@ -31,7 +31,7 @@ from tensormix.models import load_model, load_tokenizer
 from tensormix.operators import StructuredLinear
 from tensormix.plan import Plan
 from tensormix.recover import recover
-from tensormix.reparameterise import residual_basis, rotate_residual
+from tensormix.reparameterise import learn_bases, residual_basis, rotate_residual
 from tensormix.settings import Exam, Recover, Source
 from tensormix.sites import blocks, find_sites, macs_per_token
 from tensormix.storage.files import environment, now
@@ -119,6 +119,11 @@ class Study:
         if variant.get("rotate"):
             last = range(len(blocks(model)) - labels["depth"], len(blocks(model)))
             rotate_residual(model, residual_basis(model, batches, last))
+        if "bases" in variant:  # learned for the operators of this plan
+            sites = find_sites(model)
+            chosen = plan.resolve(sites, len(blocks(model))).items()
+            learned = {name: each for name, each in chosen if isinstance(each, LinearMethod)}
+            row["bases"] = learn_bases(model, learned, batches, steps=variant["bases"])
         fitted = compress(model, plan, batches)
         row["stored"] = sum(fit["parameters"] for fit in fitted)
         row |= {"parameters": sum(p.numel() for p in model.parameters()), "macs_per_token": macs_per_token(model)}
