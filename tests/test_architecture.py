@@ -24,9 +24,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": set(),
     "progress": set(),
     "tables": set(),
+    "clock": set(),
     "operators": {"kernels"},
     "storage": {"operators"},
-    "inference": {"operators", "sites"},
+    "inference": {"clock", "operators", "sites"},
     "methods": {"allocate", "operators", "statistics"},
     # models
     "sites": {"operators"},
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"exam", "settings", "storage"},
     "recover": FACTS,
     "evaluate": FACTS,
-    "profile": FACTS,
+    "profile": FACTS | {"clock"},
     "diagnose": FACTS | {"evaluate"},
     # what is asked for, and carried out
     "recipe": {"diagnose", "methods", "plan", "reparameterise", "settings"},

@@ -62,3 +62,21 @@ def test_what_blind_answers_score(page_maker: Any) -> None:
     answers = [{"predicted": p, "gold": g} for p, g in zip(predicted, gold, strict=True)]
     dealt = fmean(fmean(p == g for p, g in zip(order, gold, strict=True)) for order in permutations(predicted))
     assert page_maker.blind(answers) == pytest.approx(dealt)
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "share"),
+    [("openbookqa_test", 500, 15.4), ("arc_challenge_test", 1172, 19.8), ("hellaswag_val1000", 1000, 27.4)],
+)
+def test_how_often_the_shortest_choice_is_right_is_what_the_page_says(file: str, size: int, share: float) -> None:
+    path = Path(__file__).parents[2] / "shared" / "data" / "bench" / f"{file}.jsonl"
+    if not path.exists():
+        pytest.skip("no ../shared/data/bench beside the repository")
+    right = 0.0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        asked = json.loads(line)
+        lengths = [len(choice) for choice in asked["choices"]]
+        shortest = [number for number, length in enumerate(lengths) if length == min(lengths)]
+        right += (asked["gold"] in shortest) / len(shortest)  # of several shortest ones any is taken
+    assert 100 * right / size == pytest.approx(share, abs=0.05)
+    assert f"{share} %" in (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text(encoding="utf-8")

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import performance_page
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return performance_page
+def script(benchmark_script):
+    return benchmark_script("performance_page")
 
 
 def test_the_page_is_made_of_the_rows(script):

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import fused_page
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return fused_page
+def script(benchmark_script):
+    return benchmark_script("fused_page")
 
 
 def test_the_page_is_made_of_the_rows(script):

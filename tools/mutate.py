@@ -195,7 +195,7 @@ FAULTS = (
     Fault("methods/flat_llm.py", ".eigenvectors[..., -rank:]", ".eigenvectors[..., :rank]", FLAT),
     Fault("methods/flat_llm.py", "(G, H // G)).sum(1)", "(G, H // G))[:, 0]", FLAT),
     Fault("methods/flat_llm.py", "values / (values + damping)", "values", FLAT),
-    Fault("methods/flat_llm.py", "refit_left(wide, wide[:, chosen], pick, root)", "wide[:, chosen]", FLAT),
+    Fault("methods/whitening.py", "refit_left(wide, wide[:, chosen], pick, root)", "wide[:, chosen]", FLAT),
     Fault(
         "methods/flat_llm.py",
         "wide.mT @ v.bias.to(wide).view(G, C, 1)",

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tensormix.clock import seconds_of
 from tensormix.models import quiet
 from tensormix.operators.quantized import Packed
 from tensormix.sites import macs_per_token
@@ -115,16 +115,6 @@ def peak_memory(model: nn.Module, ids: Tensor) -> int:  # ids (B, T)
     return mode.peak
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
 @torch.no_grad()
 def latencies(models: dict[str, Any], num_tokens: int, repeats: int, seed: int = 0) -> list[Row]:
     """Milliseconds of one forward pass over `num_tokens` tokens, the models in turn so that all see the same machine.
@@ -138,7 +128,7 @@ def latencies(models: dict[str, Any], num_tokens: int, repeats: int, seed: int =
         for name, model in models.items():
             device = next(model.parameters()).device
             here = ids.to(device)
-            seconds = _seconds(lambda m=model, x=here: m(input_ids=x, use_cache=False), device)
+            seconds = seconds_of(lambda m=model, x=here: m(input_ids=x, use_cache=False), device)
             if repeat >= 2:  # the first two only warm up
                 times[name].append(1000 * seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tensormix.methods import FlatLlm, SvdLlm
 from tensormix.methods.base import Heads, Layer, RoleError
-from tensormix.methods.flat_llm import head_bases, leading_neurons, refitted
+from tensormix.methods.flat_llm import head_bases, leading_neurons
+from tensormix.methods.whitening import refitted
 from tensormix.statistics import Gram
 
 DOUBLE = {"dtype": torch.float64}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensormix.clock import seconds_of
 from tensormix.operators import Dense, StructuredLinear
 
 Row = dict[str, Any]
@@ -92,18 +92,8 @@ def milliseconds(
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(repeats + 2):
         for module, seconds in zip((one, other), times, strict=True):
-            took = _seconds(lambda m=module: m(x), x.device)
+            took = seconds_of(lambda m=module: m(x), x.device)
             if number >= 2:  # the first two only warm up
                 seconds.append(took)
     ours, theirs = (1000 * statistics.median(seconds) for seconds in times)
     return ours, theirs
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began

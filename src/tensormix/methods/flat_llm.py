@@ -17,7 +17,7 @@ from torch import Tensor
 from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, about
 from tensormix.methods.neurons import check_together, dense, neuron_roles, with_bias
 from tensormix.methods.ranks import rank_for
-from tensormix.methods.whitening import check_inputs, gram_root, output_basis, refit_left, widened
+from tensormix.methods.whitening import check_inputs, gram_root, output_basis, refitted, widened
 from tensormix.operators import Dense, PerHead, Placed, StructuredLinear
 from tensormix.statistics import Gram
 
@@ -166,13 +166,3 @@ def leading_neurons(gram: Tensor, count: int, ridge: float) -> Tensor:  # (I, I)
     values = values.clamp(min=0)
     scores = vectors.square() @ (values / (values + damping))
     return scores.topk(count).indices.sort().values
-
-
-def refitted(weight: Tensor, gram: Tensor, chosen: Tensor) -> Tensor:  # (O, I), (I, I), (R,) -> (O, R)
-    """The matrix that makes most of the chosen inputs: the least squares of W x by x[chosen].
-
-    Where several are equally good, the one nearest to W[:, chosen].
-    """
-    wide, root = widened(weight, gram_root(gram))
-    pick = torch.eye(weight.shape[1]).to(wide)[chosen]  # (R, I)
-    return refit_left(wide, wide[:, chosen], pick, root)

@@ -15,10 +15,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, about
-from tensormix.methods.flat_llm import refitted
 from tensormix.methods.neurons import check_together, dense, neuron_roles, with_bias
 from tensormix.methods.ranks import rank_for
-from tensormix.methods.whitening import best_on_inputs, check_inputs, gram_root, refit_left, widened
+from tensormix.methods.whitening import best_on_inputs, check_inputs, gram_root, refit_left, refitted, widened
 from tensormix.operators import Dense, LowRank, Placed, StructuredLinear
 from tensormix.statistics import Gram
 

@@ -105,6 +105,16 @@ def refit_left(weight: Tensor, left: Tensor, right: Tensor, root: Tensor) -> Ten
     return left + missing @ torch.linalg.pinv(seen, atol=unsure)
 
 
+def refitted(weight: Tensor, gram: Tensor, chosen: Tensor) -> Tensor:  # (O, I), (I, I), (R,) -> (O, R)
+    """The matrix that makes most of the chosen inputs: the least squares of W x by x[chosen].
+
+    Where several are equally good, the one nearest to W[:, chosen].
+    """
+    wide, root = widened(weight, gram_root(gram))
+    pick = torch.eye(weight.shape[1]).to(wide)[chosen]  # (R, I)
+    return refit_left(wide, wide[:, chosen], pick, root)
+
+
 def low_rank(weight: Tensor, left: Tensor, right: Tensor) -> LowRank:  # (O, I), (O, R), (R, I)
     """The operator with these factors, in the dtype and on the device of `weight`."""
     op = LowRank(weight.shape[1], weight.shape[0], rank=left.shape[1]).to(weight)

@@ -20,6 +20,14 @@ from tensormix.operators.mixt_matching import Windows, match, window
 PADDINGS = ("multiple", "power")
 
 
+def under_autocast(x: Tensor, cores: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Both in the dtype that a dense product would take inside autocast, or as they are outside it."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, cores
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), [core.to(dtype) for core in cores]
+
+
 class MixT(StructuredLinear):
     """W = 1/num_branches * sum_k  I_(d^(k-1)) ⊗ core_k ⊗ I_(d^(num_branches-k)), cropped to (O, I).
 
@@ -76,10 +84,7 @@ class MixT(StructuredLinear):
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"MixT: the layer takes {self.in_features} features, got {x.shape[-1]}")
-        cores = self.cores
-        if torch.is_autocast_enabled(x.device.type):  # as for a dense product
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, cores = x.to(dtype), [core.to(dtype) for core in cores]
+        x, cores = under_autocast(x, self.cores)
         rows = x.reshape(-1, self.in_features)
         return mixt(rows, cores, self.bond, self.out_features).view(*x.shape[:-1], self.out_features)
 

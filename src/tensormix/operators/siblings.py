@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.kernels.mixt import mixt_siblings, part_of_cores, stack_cores
-from tensormix.operators.mixt import MixT
+from tensormix.operators.mixt import MixT, under_autocast
 
 
 class Siblings(nn.Module):
@@ -46,10 +46,7 @@ class Siblings(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:  # (..., I) -> each (..., O), without its bias
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Siblings: the layers take {self.in_features} features, got {x.shape[-1]}")
-        cores = self.cores
-        if torch.is_autocast_enabled(x.device.type):  # as for a dense product
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, cores = x.to(dtype), [core.to(dtype) for core in cores]
+        x, cores = under_autocast(x, self.cores)
         rows = x.reshape(-1, self.in_features)
         outputs = mixt_siblings(rows, cores, self.bond, self.core_bonds, self.out_features)
         return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs]
