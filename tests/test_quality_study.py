@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_every_row_that_is_asked_for_can_be_understood(study):
         if method.get("keep") == "KEEP":
             method["keep"] = 0.1
         assert isinstance(study["study"].plan_of(method, 2, 3), Plan)
+
+
+def test_every_row_that_was_measured_is_asked_for_by_the_recipe(study):
+    settings = yaml.safe_load((STUDY / "study.yaml").read_text())
+    labels = study["study"].LABELS
+    asked = {
+        (round_["model"], variant, depth, steps, seed)
+        for round_ in settings["rounds"]
+        for depth, steps, seed, variant in product(*(round_[key] for key in ("depths", "steps", "seeds", "variants")))
+    }
+    assert labels == ("model", "variant", "depth", "steps", "seed")
+    measured = [json.loads(line) for line in (STUDY / "results.jsonl").read_text().splitlines()]
+    assert {tuple(row[name] for name in labels) for row in measured} <= asked
 
 
 def row(variant, seed, after, steps=10):

@@ -76,6 +76,21 @@ def equal_keep(model: Any, depth: int, branches: int, method: dict[str, Any]) ->
     return min((step / 1000 for step in range(10, 400)), key=miss)
 
 
+def fit(model: Any, plan: Plan, variant: dict[str, Any], depth: int, batches: list[torch.Tensor]) -> dict[str, Any]:
+    """Compress in place, in the bases that the variant asks for; what a row says about it."""
+    facts: dict[str, Any] = {}
+    num_blocks = len(blocks(model))
+    if variant.get("rotate"):
+        rotate_residual(model, residual_basis(model, batches, range(num_blocks - depth, num_blocks)))
+    if "bases" in variant:  # learned for the operators of this plan
+        chosen = plan.resolve(find_sites(model), num_blocks).items()
+        learned = {name: method for name, method in chosen if isinstance(method, LinearMethod)}
+        facts["bases"] = learn_bases(model, learned, batches, steps=variant["bases"])
+    facts["stored"] = sum(row["parameters"] for row in compress(model, plan, batches))
+    facts["parameters"] = sum(p.numel() for p in model.parameters())
+    return facts | {"macs_per_token": macs_per_token(model)}
+
+
 class Study:
     """The models, the texts and the rows that are there."""
 
@@ -116,17 +131,7 @@ class Study:
         window = about["recovery"]["window"]
         calibration = Mixture(tokenizer, sources[:1], window=window, num_windows=CALIBRATION_WINDOWS, seed=seed + 1000)
         batches = [calibration[i]["input_ids"][None] for i in range(CALIBRATION_WINDOWS)]
-        if variant.get("rotate"):
-            last = range(len(blocks(model)) - labels["depth"], len(blocks(model)))
-            rotate_residual(model, residual_basis(model, batches, last))
-        if "bases" in variant:  # learned for the operators of this plan
-            sites = find_sites(model)
-            chosen = plan.resolve(sites, len(blocks(model))).items()
-            learned = {name: each for name, each in chosen if isinstance(each, LinearMethod)}
-            row["bases"] = learn_bases(model, learned, batches, steps=variant["bases"])
-        fitted = compress(model, plan, batches)
-        row["stored"] = sum(fit["parameters"] for fit in fitted)
-        row |= {"parameters": sum(p.numel() for p in model.parameters()), "macs_per_token": macs_per_token(model)}
+        row |= fit(model, plan, variant, labels["depth"], batches)
         row["before"] = self.evaluate(labels["model"], model, tokenizer)
         wanted = self.recovery(about, variant, sources, labels["steps"])
         row |= {
@@ -137,15 +142,8 @@ class Study:
         model.to(getattr(torch, about.get("dtype", "float32")))
         began = time.perf_counter()
         name = "_".join(str(labels[key]) for key in LABELS).replace(" ", "")
-        losses = recover(
-            model,
-            tokenizer,
-            wanted,
-            folder=self.work / "checkpoints" / name,
-            seed=seed,
-            teacher=path,
-            cache=self.work / "teacher",
-        )
+        folders = {"folder": self.work / "checkpoints" / name, "cache": self.work / "teacher"}
+        losses = recover(model, tokenizer, wanted, seed=seed, teacher=path, **folders)
         row["seconds_recovery"] = time.perf_counter() - began
         row["last_losses"] = [loss["loss"] for loss in losses if loss["kind"] == "loss"][-5:]
         row["after"] = self.evaluate(labels["model"], model.float(), tokenizer)
