@@ -91,7 +91,7 @@ def plot(variants: dict[str, list[Row]], title: str) -> str:
         parts.append(f'<circle cx="{at}" cy="40" r="5" fill="{COLOURS[text]}"/>')
         parts.append(f'<text x="{at + 10}" y="44">{NAMES[text]} text</text>')
     bottom = 60 + ROW * len(variants)
-    ticks = [t for t in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100) if t <= top]
+    ticks = [t for t in (1, 1.1, 1.2, 1.3, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100) if t <= top]
     ticks = ticks if len(ticks) < 9 else [t for t in ticks if t in (1, 2, 3, 5, 10, 20, 50, 100)]
     for tick in ticks:
         parts.append(f'<path d="M{x(tick):.1f},52V{bottom}" stroke="#ddd"/>')
