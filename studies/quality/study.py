@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 import yaml
 from pydantic import ValidationError
+from variants import equal_keep, plan_of
 
 from tensormix.data import Mixture, packed_source, separator_of
 from tensormix.demo import sweep_file
 from tensormix.evaluate import evaluate_choices, perplexity
 from tensormix.examine import exam_prompts
-from tensormix.methods.base import LinearMethod
+from tensormix.methods import Mixt
 from tensormix.models import load_model, load_tokenizer
-from tensormix.operators import StructuredLinear
 from tensormix.plan import Plan
 from tensormix.recover import recover
 from tensormix.reparameterise import learn_bases, residual_basis, rotate_residual
@@ -36,59 +36,48 @@ from tensormix.settings import Exam, Recover, Source
 from tensormix.sites import blocks, find_sites, macs_per_token
 from tensormix.storage.files import environment, now
 from tensormix.walk import compress
-from tensormix.walk.joint import groups_of
 
 HERE = Path(__file__).parent
-LABELS = ("model", "variant", "depth", "steps", "seed")
+LABELS = ("model", "variant", "depth", "steps", "batch_size", "learning_rate", "seed")
 CALIBRATION_WINDOWS = 32
 LOCAL_SHARE = 0.25  # of the steps, where blocks are trained alone first
+OPTIONS = ("rotate", "hidden", "then_text", "in_steps")  # of a variant, told in its rows
+TASK_SHARE = 0.25  # of the steps, where the last ones learn from the text
 
 
-def stored(model: Any, plan: Plan) -> int:
-    """Numbers that the plan's operators would store."""
-    sites = {site.name: site for site in find_sites(model)}
-    chosen = plan.resolve(list(sites.values()), len(blocks(model)))
-    operators: dict[str, StructuredLinear] = {}
-    for group in groups_of(model, sites, chosen).values():
-        operators |= group.empty()
-    for name, method in chosen.items():
-        if isinstance(method, LinearMethod):
-            operators[name] = method.empty(sites[name].in_features, sites[name].out_features)
-    return sum(operator.num_params for operator in operators.values())
+def asked(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The labels of every row that the recipe asks for, in its order."""
+    for round_ in settings["rounds"]:
+        usual = settings["models"][round_["model"]]["recovery"]
+        batch_sizes = round_.get("batch_sizes", [usual["batch_size"]])
+        rates = round_.get("learning_rates", [usual["learning_rate"]])
+        lists = (round_["depths"], round_["steps"], round_["seeds"], batch_sizes, rates, round_["variants"])
+        for depth, steps, seed, batch_size, rate, variant in product(*lists):
+            yield dict(zip(LABELS, (round_["model"], variant, depth, steps, batch_size, rate, seed), strict=True))
 
 
-def plan_of(method: dict[str, Any], depth: int, branches: int) -> Plan:
-    if method["name"] == "mixt" or method.get("num_branches") == "BRANCHES":
-        method = method | {"num_branches": branches}
-    return Plan.model_validate([{"blocks": f"last {depth}", "method": method}])
+def shares(model: Any, variant: dict[str, Any], labels: dict[str, Any]) -> list[tuple[str, int]]:
+    """Which blocks are compressed, and the steps of recovery that follow; `in_steps`: block by block from the end."""
+    depth, steps = labels["depth"], labels["steps"]
+    if not variant.get("in_steps"):
+        return [(f"last {depth}", steps)]
+    last = len(blocks(model)) - 1
+    return [(str(last - i), steps // depth + (steps % depth if i == depth - 1 else 0)) for i in range(depth)]
 
 
-def equal_keep(model: Any, depth: int, branches: int, method: dict[str, Any]) -> float:
-    """The `keep` at which the method stores the number nearest to what MixT stores in the same blocks."""
-    wanted = stored(model, plan_of({"name": "mixt"}, depth, branches))
-
-    def miss(keep: float) -> float:
-        try:
-            return abs(stored(model, plan_of(method | {"keep": keep}, depth, branches)) - wanted)
-        except ValueError:  # nothing is left of some layer
-            return math.inf
-
-    return min((step / 1000 for step in range(10, 400)), key=miss)
-
-
-def fit(model: Any, plan: Plan, variant: dict[str, Any], depth: int, batches: list[torch.Tensor]) -> dict[str, Any]:
+def fit(model: Any, plan: Plan, variant: dict[str, Any], batches: list[torch.Tensor]) -> dict[str, Any]:
     """Compress in place, in the bases that the variant asks for; what a row says about it."""
     facts: dict[str, Any] = {}
-    num_blocks = len(blocks(model))
+    num_blocks, sites = len(blocks(model)), find_sites(model)
+    chosen = plan.resolve(sites, num_blocks)
     if variant.get("rotate"):
-        rotate_residual(model, residual_basis(model, batches, range(num_blocks - depth, num_blocks)))
-    if "bases" in variant:  # learned for the operators of this plan
-        chosen = plan.resolve(find_sites(model), num_blocks).items()
-        learned = {name: method for name, method in chosen if isinstance(method, LinearMethod)}
+        compressed = {site.block for site in sites if site.name in chosen}
+        rotate_residual(model, residual_basis(model, batches, range(min(compressed), num_blocks)))
+    if "bases" in variant:  # learned for the mixtures of this plan
+        learned = {name: method for name, method in chosen.items() if isinstance(method, Mixt)}
         facts["bases"] = learn_bases(model, learned, batches, steps=variant["bases"])
     facts["stored"] = sum(row["parameters"] for row in compress(model, plan, batches))
-    facts["parameters"] = sum(p.numel() for p in model.parameters())
-    return facts | {"macs_per_token": macs_per_token(model)}
+    return facts
 
 
 class Study:
@@ -117,49 +106,66 @@ class Study:
         if not (path / "model.safetensors").exists():
             return None
         model: Any = load_model(path, dtype="float32")
-        method = dict(variant["method"])
-        if method.get("keep") == "KEEP":
-            method["keep"] = equal_keep(model, labels["depth"], about["branches"], method)
+        tokenizer, branches = load_tokenizer(path), about["branches"]
         try:
-            plan = plan_of(method, labels["depth"], about["branches"])
-        except (ValidationError, ValueError):
+            keep = equal_keep(model, f"last {labels['depth']}", branches, variant)
+            plans = [(plan_of(variant, where, branches, keep), n) for where, n in shares(model, variant, labels)]
+        except (ValidationError, ValueError) as error:
+            print(error)
             return None
-        tokenizer, began = load_tokenizer(path), time.perf_counter()
-        row = dict(labels) | {"method": plan.root[0].method.model_dump(mode="json"), "loss": variant["loss"]}
-        row["dense"] = self.evaluate(labels["model"], model, tokenizer)
-        sources, seed = self.sources(labels["model"]), labels["seed"]
-        window = about["recovery"]["window"]
-        calibration = Mixture(tokenizer, sources[:1], window=window, num_windows=CALIBRATION_WINDOWS, seed=seed + 1000)
-        batches = [calibration[i]["input_ids"][None] for i in range(CALIBRATION_WINDOWS)]
-        row |= fit(model, plan, variant, labels["depth"], batches)
-        row["before"] = self.evaluate(labels["model"], model, tokenizer)
-        wanted = self.recovery(about, variant, sources, labels["steps"])
-        row |= {
-            "tokens": labels["steps"] * wanted.batch_size * wanted.window,
-            "seconds_fit": time.perf_counter() - began,
-        }
-        row["learning_rate"], row["core_rate"] = wanted.learning_rate, wanted.core_rate
-        model.to(getattr(torch, about.get("dtype", "float32")))
-        began = time.perf_counter()
-        name = "_".join(str(labels[key]) for key in LABELS).replace(" ", "")
-        folders = {"folder": self.work / "checkpoints" / name, "cache": self.work / "teacher"}
-        losses = recover(model, tokenizer, wanted, seed=seed, teacher=path, **folders)
-        row["seconds_recovery"] = time.perf_counter() - began
-        row["last_losses"] = [loss["loss"] for loss in losses if loss["kind"] == "loss"][-5:]
-        row["after"] = self.evaluate(labels["model"], model.float(), tokenizer)
+        methods = [rule.method.model_dump(mode="json") for rule in plans[0][0].root]
+        row = dict(labels) | {"method": methods[0] if len(methods) == 1 else methods, "loss": variant["loss"]}
+        row |= {key: variant[key] for key in OPTIONS if key in variant}
+        row |= {"dense": self.evaluate(labels["model"], model, tokenizer), "stored": 0}
+        row |= {"tokens": 0, "seconds_fit": 0.0, "seconds_recovery": 0.0}
+        for number, (plan, steps) in enumerate(plans):
+            self.step(row, model, tokenizer, plan, steps, seed=labels["seed"] + 10_000 * number)
+        if len(plans) > 1:
+            del row["before"]  # of the last block alone: no start of the whole
+        row |= {"parameters": sum(p.numel() for p in model.parameters()), "macs_per_token": macs_per_token(model)}
+        row["after"] = self.evaluate(labels["model"], model, tokenizer)
         return row | {"environment": environment(), "finished": now()}
 
-    def recovery(self, about: dict[str, Any], variant: dict[str, Any], sources: Any, steps: int) -> Recover:
-        given = {key: value for key, value in about["recovery"].items() if key != "text"}
-        distill = {"local_steps": max(1, round(LOCAL_SHARE * steps))} if variant["loss"] == "local_then_kl" else {}
+    def step(self, row: dict[str, Any], model: Any, tokenizer: Any, plan: Plan, steps: int, seed: int) -> None:
+        """Compress what the plan says and recover the whole model, in place; the row gets what that took."""
+        about, variant = self.settings["models"][row["model"]], self.settings["variants"][row["variant"]]
+        wanted, began = self.recovery(row, about, variant, steps), time.perf_counter()
+        windows = {"window": wanted.window, "num_windows": CALIBRATION_WINDOWS, "seed": seed + 1000}
+        calibration = Mixture(tokenizer, wanted.text[:1], **windows)
+        batches = [calibration[i]["input_ids"][None] for i in range(CALIBRATION_WINDOWS)]
+        facts = fit(model, plan, variant, batches)
+        row["stored"] += facts.pop("stored")
+        row |= facts
+        row["seconds_fit"] += time.perf_counter() - began
+        row["before"] = self.evaluate(row["model"], model, tokenizer)
+        model.to(getattr(torch, about.get("dtype", "float32")))
+        began = time.perf_counter()
+        name = "_".join(str(row[key]) for key in LABELS).replace(" ", "") + f"_{seed}"
+        folders = {"folder": self.work / "checkpoints" / name, "cache": self.work / "teacher"}
+        losses = recover(model, tokenizer, wanted, seed=seed, teacher=self.path(row["model"]), **folders)
+        model.float()
+        row["seconds_recovery"] += time.perf_counter() - began
+        row["tokens"] += steps * wanted.batch_size * wanted.window
+        row["core_rate"] = wanted.core_rate
+        row["last_losses"] = [loss["loss"] for loss in losses if loss["kind"] == "loss"][-5:]
+
+    def recovery(self, row: dict[str, Any], about: dict[str, Any], variant: dict[str, Any], steps: int) -> Recover:
+        distill: dict[str, Any] = {"hidden": variant.get("hidden", 0.0)}
+        if variant["loss"] == "local_then_kl":
+            distill["local_steps"] = max(1, round(LOCAL_SHARE * steps))
+        if variant.get("then_text"):
+            distill["task_steps"] = max(1, round(TASK_SHARE * steps))
         return Recover(
-            text=sources,
+            text=self.sources(row["model"]),
             steps=steps,
+            batch_size=row["batch_size"],
+            learning_rate=row["learning_rate"],
+            window=about["recovery"]["window"],
+            loss_on=about["recovery"].get("loss_on", "all"),
             loss=variant["loss"],
             core_rate=variant.get("core_rate", "same"),
             distill=distill,
             save_every=max(100, steps // 4),
-            **given,
         )
 
     def evaluate(self, name: str, model: Any, tokenizer: Any) -> dict[str, float]:
@@ -184,22 +190,18 @@ class Study:
 
     def run(self, only: str | None) -> None:
         there = {tuple(row[key] for key in LABELS) for row in self.rows}
-        for round_ in self.settings["rounds"]:
-            if only not in (None, round_["model"]):
+        for labels in asked(self.settings):
+            if only not in (None, labels["model"]) or tuple(labels.values()) in there:
                 continue
-            for depth, steps, seed, variant in product(
-                *(round_[key] for key in ("depths", "steps", "seeds", "variants"))
-            ):
-                labels = dict(zip(LABELS, (round_["model"], variant, depth, steps, seed), strict=True))
-                if tuple(labels.values()) in there:
-                    continue
-                row = self.measure(labels)
-                if row is None:
-                    print("not there yet:", labels, flush=True)
-                    continue
-                with self.file.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print({key: row[key] for key in (*LABELS, "stored", "before", "after", "seconds_recovery")}, flush=True)
+            row = self.measure(labels)
+            if row is None:
+                print("not there yet:", labels, flush=True)
+                continue
+            there.add(tuple(labels.values()))
+            with self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            told = (*LABELS, "stored", "before", "after", "seconds_recovery")
+            print({key: row[key] for key in told if key in row}, flush=True)
 
 
 if __name__ == "__main__":
