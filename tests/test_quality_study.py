@@ -2,7 +2,6 @@
 
 import json
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,12 @@ def study():
         import page
         import study
         import text
+        import variants
 
-        yield {"page": page, "study": study, "text": text}
+        yield {"page": page, "study": study, "text": text, "variants": variants}
     finally:
         sys.path.remove(str(STUDY))
-        for name in ("page", "study", "text"):
+        for name in ("page", "study", "text", "variants"):
             sys.modules.pop(name, None)
 
 
@@ -42,44 +42,62 @@ def test_what_is_held_out_is_in_nothing_that_is_learned_from(study):
     assert len(c4) == 260  # recovery never reads the corpus of the held-out text
 
 
-def test_the_rival_stores_what_mixt_stores(study):
+@pytest.mark.parametrize("name", ["svd_llm", "narrow", "flat_llm"])
+def test_the_rival_stores_what_mixt_stores(study, name):
+    model, variants = skeleton(sweep_file().parent / "model"), study["variants"]
+    ours = variants.stored(model, variants.plan_of(variants.MIXT, "last 1", 4))
+    rival = {"method": {"name": name, "keep": "KEEP"}}
+    keep = variants.equal_keep(model, "last 1", 4, rival)
+    theirs = variants.stored(model, variants.plan_of(rival, "last 1", 4, keep))
+    assert abs(theirs / ours - 1) < 0.1  # ranks, neurons and channels are whole numbers, here from 2 on
+
+
+def test_a_variant_of_several_rules_stores_what_mixt_stores_and_multiplies_what_it_says(study):
+    model, variants = skeleton(sweep_file().parent / "model"), study["variants"]
+    mixtures = {"sites": ["v", "o"], "method": {"name": "mixt"}}
+    both = {"rules": [mixtures, {"method": {"name": "svd_llm", "keep": "KEEP"}}]}
+    keep = variants.equal_keep(model, "last 1", 3, both)
+    plan = variants.plan_of(both, "last 1", 3, keep)
+    assert [rule.method.name for rule in plan.root] == ["mixt", "svd_llm"]
+    assert (
+        abs(variants.stored(model, plan) / variants.stored(model, variants.plan_of(variants.MIXT, "last 1", 3)) - 1)
+        < 0.05
+    )
+    wide = variants.plan_of({"method": {"name": "svd_llm", "keep": "MACS"}}, "last 1", 3)
+    mixt = variants.plan_of(variants.MIXT, "last 1", 3).root[0].method
+    for shape in ((128, 128), (512, 128)):
+        multiplied = mixt.empty(*shape).macs_per_token
+        assert abs(wide.root[0].method.empty(*shape).macs_per_token / multiplied - 1) < 0.02
+
+
+def test_blocks_one_after_another_take_all_steps_together(study):
     model = skeleton(sweep_file().parent / "model")
-    plan = study["study"].plan_of
-    ours = study["study"].stored(model, plan({"name": "mixt"}, 1, 4))
-    for name in ("svd_llm", "narrow", "flat_llm"):
-        keep = study["study"].equal_keep(model, 1, 4, {"name": name})
-        theirs = study["study"].stored(model, plan({"name": name, "keep": keep}, 1, 4))
-        assert abs(theirs / ours - 1) < 0.1  # ranks, neurons and channels are whole numbers, here from 2 on
+    labels = {"depth": 3, "steps": 200}
+    assert study["study"].shares(model, {"in_steps": True}, labels) == [("11", 66), ("10", 66), ("9", 68)]
+    assert study["study"].shares(model, {}, labels) == [("last 3", 200)]
 
 
 def test_every_row_that_is_asked_for_can_be_understood(study):
     settings = yaml.safe_load((STUDY / "study.yaml").read_text())
-    for round_ in settings["rounds"]:
-        assert round_["model"] in settings["models"]
-        assert set(round_["variants"]) <= set(settings["variants"])
+    for labels in study["study"].asked(settings):
+        assert tuple(labels) == study["study"].LABELS
+        assert labels["model"] in settings["models"] and labels["variant"] in settings["variants"]
     for variant in settings["variants"].values():
-        method = dict(variant["method"])
-        if method.get("keep") == "KEEP":
-            method["keep"] = 0.1
-        assert isinstance(study["study"].plan_of(method, 2, 3), Plan)
+        assert isinstance(study["variants"].plan_of(variant, "last 2", 3, 0.1), Plan)
 
 
-def test_every_row_that_was_measured_is_asked_for_by_the_recipe(study):
+def test_every_row_that_was_measured_is_asked_for_by_the_recipe_and_is_there_once(study):
     settings = yaml.safe_load((STUDY / "study.yaml").read_text())
-    labels = study["study"].LABELS
-    asked = {
-        (round_["model"], variant, depth, steps, seed)
-        for round_ in settings["rounds"]
-        for depth, steps, seed, variant in product(*(round_[key] for key in ("depths", "steps", "seeds", "variants")))
-    }
-    assert labels == ("model", "variant", "depth", "steps", "seed")
+    asked = {tuple(labels.values()) for labels in study["study"].asked(settings)}
     measured = [json.loads(line) for line in (STUDY / "results.jsonl").read_text().splitlines()]
-    assert {tuple(row[name] for name in labels) for row in measured} <= asked
+    found = [tuple(row[name] for name in study["study"].LABELS) for row in measured]
+    assert set(found) <= asked
+    assert len(set(found)) == len(found)
 
 
 def row(variant, seed, after, steps=10):
     numbers = {"before": {"in_domain": 90.0}, "after": {"in_domain": after}, "dense": {"in_domain": 2.0}}
-    labels = {"model": "m", "variant": variant, "depth": 3, "steps": steps, "seed": seed}
+    labels = {"model": "m", "variant": variant, "depth": 3, "steps": steps, "seed": seed, "learning_rate": 1e-3}
     return labels | numbers | {"stored": 1234, "parameters": 5678}
 
 
@@ -98,17 +116,35 @@ def test_the_page_has_the_mean_and_the_spread_of_the_rows_and_their_order(study)
     assert "better, in-domain: 3.000 times" in drawing
 
 
-def test_lengths_are_those_of_variants_that_were_recovered_for_several(study):
+def test_a_table_by_a_label_has_the_variants_that_were_measured_at_several_of_its_values(study):
     rows = [row("a", 0, 8.0), row("a", 0, 5.0, steps=20), row("b", 0, 9.0), row("b", 0, 4.0, steps=20)]
     rows += [row("b", 1, 5.0, steps=20), row("once", 0, 1.0)]
-    page, _ = study["page"].fill("<!-- lengths: m 3 -->\nold\n<!-- end -->\n", rows)
+    page, _ = study["page"].fill("<!-- by steps: m depth=3 -->\nold\n<!-- end -->\n", rows)
     assert [line for line in page.splitlines() if line.startswith("| ")] == [
         "| start and operator, loss | 10 steps | 20 steps |",
         "| --- | --- | --- |",
         "| b | 9.00 | 4.50 ± 0.71 |",
         "| a | 8.00 | 5.00 |",
     ]
-    assert "old" not in page and "Not run." in study["page"].lengths(rows, "m", 7)
+    assert "old" not in page and "Not run." in study["page"].by_label(rows, "steps", "m", "depth=7")
+
+
+def test_a_table_says_at_which_rate_a_variant_ends_lowest(study):
+    rows = [row("a", 0, value) | {"learning_rate": rate} for value, rate in ((8.0, 1e-3), (6.0, 2e-3), (7.0, 4e-3))]
+    rows += [row("a", 0, 5.0, steps=20) | {"learning_rate": 4e-3}]
+    text = study["page"].by_label(rows, "steps", "m", "depth=3 learning_rate=best")
+    assert "| a | 6.00 (at 0.002) | 5.00 (at 0.004) |" in text.splitlines()
+    rates = study["page"].by_label(rows, "learning_rate", "m", "depth=3 steps=10")
+    assert rates.splitlines()[0] == "| start and operator, loss | 0.001 | 0.002 | 0.004 |"
+    assert rates.splitlines()[2] == "| a | 8.00 | 6.00 | 7.00 |"
+
+
+def test_the_main_tables_leave_out_what_was_run_at_another_batch_size_or_rate(study):
+    own = study["page"].own_settings()["stories260k"]
+    usual = row("a", 0, 8.0) | own | {"model": "stories260k"}
+    others = [usual | {"batch_size": 2}, usual | {"learning_rate": own["learning_rate"] / 2}]
+    assert study["page"].select([usual, *others], "stories260k", depth=3, steps=10) == [usual]
+    assert len(study["page"].select([usual, *others], "stories260k", batch_size=None, learning_rate=None)) == 3
 
 
 def test_speeds_are_the_last_that_were_measured(study):
@@ -131,8 +167,9 @@ def test_the_page_in_the_docs_is_the_one_of_the_rows(study):
         assert (STUDY.parents[1] / "docs" / name).read_text() == drawing
 
 
-def test_every_row_carries_where_it_was_measured():
+def test_every_row_carries_where_it_was_measured_and_how_much_it_read():
     for line in (STUDY / "results.jsonl").read_text().splitlines():
         measured = json.loads(line)
         assert measured["environment"]["versions"]["torch"]
-        assert measured["tokens"] == measured["steps"] * 8 * (160 if measured["model"] == "embedded" else 256)
+        window = 160 if measured["model"] == "embedded" else 256
+        assert measured["tokens"] == measured["steps"] * measured["batch_size"] * window

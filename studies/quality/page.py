@@ -3,8 +3,10 @@
     python studies/quality/page.py
 
 A table stands between `<!-- rows: MODEL DEPTH STEPS -->` and `<!-- end -->`; the plot beside it is docs/quality-*.svg.
-`<!-- lengths: MODEL DEPTH -->` is filled with the in-domain perplexity of every variant that was recovered for several
-numbers of steps, and `<!-- speed -->` from benchmarks/results/structures.jsonl.
+`<!-- by LABEL: MODEL LABEL=VALUE ... -->` has the in-domain perplexity after recovery of every variant that was
+measured at several values of the first label, a column for each. Batch size and rate are the model's own where nothing
+is said of them; `learning_rate=best` takes the rate that ends lowest, of those that were run. `<!-- speed -->` is
+filled from benchmarks/results/structures.jsonl.
 """
 
 from __future__ import annotations
@@ -16,27 +18,42 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+import yaml
+
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 MARK = re.compile(r"(<!-- rows: (\S+) (\d+) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
-LENGTHS = re.compile(r"(<!-- lengths: (\S+) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BY = re.compile(r"(<!-- by (\w+): (\S+) ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDTH, LEFT, RIGHT, ROW = 720, 190, 20, 26
 COLOURS = {"in_domain": "#1f6fb4", "held_out": "#c2571a"}
+OWN = ("batch_size", "learning_rate")  # what a table takes from the model, where it says nothing else
+COLUMNS = {"steps": "{} steps", "depth": "last {}", "learning_rate": "{:.3g}", "batch_size": "{} windows a step"}
 NAMES = {"in_domain": "in-domain", "held_out": "held-out", "exam": "exam"}
 Row = dict[str, Any]
+
+
+def own_settings() -> dict[str, dict[str, Any]]:
+    """Batch size and rate of every model, as the recipe has them."""
+    models = yaml.safe_load((HERE / "study.yaml").read_text())["models"]
+    return {name: {key: about["recovery"][key] for key in OWN} for name, about in models.items()}
 
 
 def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def group(rows: list[Row], model: str, depth: int, steps: int) -> dict[str, list[Row]]:
-    """The rows of one table by variant, best first on in-domain text (on the exam, where there is no text)."""
+def select(rows: list[Row], model: str, **labels: Any) -> list[Row]:
+    """The rows of a model with these labels, and with the model's own batch size and rate unless a label is None."""
+    wanted = {"model": model} | own_settings().get(model, {}) | labels
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items() if value is not None)]
+
+
+def group(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows by variant, best first on in-domain text (on the exam, where there is no text)."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if (row["model"], row["depth"], row["steps"]) == (model, depth, steps):
-            found.setdefault(row["variant"], []).append(row)
+        found.setdefault(row["variant"], []).append(row)
 
     def rank(item: tuple[str, list[Row]]) -> float:
         after = [row["after"] for row in item[1]]
@@ -65,7 +82,7 @@ def table(variants: dict[str, list[Row]]) -> str:
     lines = [head, ["---"] * len(head)]
     for variant, rows in variants.items():
         cells = [variant, str(len(rows)), f"{rows[0]['stored']:,}", f"{rows[0]['parameters']:,}"]
-        cells += [shown([row["before"][text] for row in rows]) for text in texts]
+        cells += [shown([row["before"][text] for row in rows]) if "before" in rows[0] else "" for text in texts]
         cells += [shown([row["after"][text] for row in rows]) for text in texts]
         lines.append(cells)
     lines.append(["dense model", "", "", ""] + [""] * len(texts) + [shown([first["dense"][text]]) for text in texts])
@@ -118,7 +135,7 @@ def fill(page: str, rows: list[Row]) -> tuple[str, dict[str, str]]:
 
     def replaced(match: re.Match) -> str:
         model, depth, steps = match[2], int(match[3]), int(match[4])
-        variants = group(rows, model, depth, steps)
+        variants = group(select(rows, model, depth=depth, steps=steps))
         if not variants:
             return f"{match[1]}Not run.\n{match[5]}"
         content = table(variants)
@@ -128,24 +145,44 @@ def fill(page: str, rows: list[Row]) -> tuple[str, dict[str, str]]:
             content = f"![{model}, last {depth} blocks, {steps} steps]({name})\n\n{content}"
         return f"{match[1]}{content}{match[5]}"
 
-    page = LENGTHS.sub(lambda match: match[1] + lengths(rows, match[2], int(match[3])) + match[4], page)
-    return MARK.sub(replaced, page), plots
+    return MARK.sub(
+        replaced, BY.sub(lambda match: match[1] + by_label(rows, *match.group(2, 3, 4)) + match[5], page)
+    ), plots
 
 
-def lengths(rows: list[Row], model: str, depth: int) -> str:
-    """In-domain perplexity after recovery, a row for each variant and a column for each number of steps."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for row in rows:
-        if (row["model"], row["depth"]) == (model, depth):
-            found.setdefault(row["variant"], {}).setdefault(row["steps"], []).append(row["after"]["in_domain"])
-    found = {variant: of_steps for variant, of_steps in found.items() if len(of_steps) > 1}
+def by_label(rows: list[Row], label: str, model: str, labels: str) -> str:
+    """In-domain perplexity after recovery, a row for each variant and a column for each value of the label."""
+    wanted: dict[str, Any] = {label: None}
+    for key, value in (item.split("=") for item in labels.split()):
+        wanted[key] = None if value == "best" else float(value) if key == "learning_rate" else int(value)
+    found: dict[str, dict[Any, list[Row]]] = {}
+    for row in select(rows, model, **wanted):
+        found.setdefault(row["variant"], {}).setdefault(row[label], []).append(row)
+    found = {variant: of_value for variant, of_value in found.items() if len(of_value) > 1}
     if not found:
         return "Not run.\n"
-    steps = sorted({number for of_steps in found.values() for number in of_steps})
-    lines = [["start and operator, loss", *(f"{number} steps" for number in steps)], ["---"] * (len(steps) + 1)]
-    for variant, of_steps in sorted(found.items(), key=lambda item: mean(item[1][max(item[1])])):
-        lines.append([variant, *(shown(of_steps[number]) if number in of_steps else "" for number in steps)])
+    best = "learning_rate=best" in labels.split()
+    values = sorted({value for of_value in found.values() for value in of_value})
+    lines = [["start and operator, loss", *(COLUMNS[label].format(value) for value in values)]]
+    lines.append(["---"] * len(lines[0]))
+    for variant, of_value in sorted(found.items(), key=lambda item: best_of(item[1][max(item[1])])[0]):
+        lines.append([variant, *(cell(of_value.get(value, []), best) for value in values)])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def best_of(rows: list[Row]) -> tuple[float, list[float], float]:
+    """The mean over seeds at the rate at which it is lowest, what was averaged, and the rate."""
+    rates: dict[float, list[float]] = {}
+    for row in rows:
+        rates.setdefault(row["learning_rate"], []).append(row["after"]["in_domain"])
+    return min((mean(values), values, rate) for rate, values in rates.items())
+
+
+def cell(rows: list[Row], with_rate: bool) -> str:
+    if not rows:
+        return ""
+    _, values, rate = best_of(rows)
+    return shown(values) + (f" (at {rate:g})" if with_rate else "")
 
 
 def speed(page: str, rows: list[Row]) -> str:
