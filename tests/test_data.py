@@ -6,14 +6,23 @@ from itertools import islice
 
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
-from tensormix.data import IGNORED, Mixture, calibration_batches, encode, pack, packed_source, read_documents
-from tensormix.exam import documents
+from tensormix.data import (
+    IGNORED,
+    Document,
+    Mixture,
+    calibration_batches,
+    encode,
+    pack,
+    packed_source,
+    read_documents,
+)
 from tensormix.settings import Source
 
 
 def texts_of(path, **settings):
-    return list(read_documents(Source(file=str(path), **settings)))
+    return [document.text for document in read_documents(Source(file=str(path), **settings))]
 
 
 def test_every_kind_of_file_gives_its_documents(tmp_path):
@@ -65,17 +74,18 @@ def test_an_empty_source_is_refused(tmp_path, tokenizer):
 
 
 def test_packing_puts_one_separator_before_each_document(tokenizer):
-    ids = pack(tokenizer, ["3 + 4 = 7.", "", "The opposite of hot is cold."])
+    ids, counted = pack(tokenizer, map(Document, ["3 + 4 = 7.", "", "The opposite of hot is cold."]))
+    assert counted is None
     assert (ids == tokenizer.bos_token_id).sum() == 2
     assert tokenizer.decode(ids, skip_special_tokens=True) == "3 + 4 = 7.The opposite of hot is cold."
 
 
 def test_only_the_answers_count_when_asked(tokenizer):
-    text = next(documents(0))
-    ids, labels = encode(tokenizer, text, answers_only=True)
-    counted = [tokenizer.decode([label]) for label in labels if label != IGNORED]
-    assert counted == [" " + line[-1] for line in text.split("\n") if line.startswith("Answer:")]
-    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    document = next(read_documents(Source(exam=True), answers_only=True))
+    ids, counted = encode(tokenizer, document)
+    assert ids == encode(tokenizer, Document(document.text))[0]
+    answers = [tokenizer.decode([token]) for token, counts in zip(ids, counted, strict=True) if counts]
+    assert answers == [" " + line[-1] for line in document.text.split("\n") if line.startswith("Answer:")]
 
 
 def make(tokenizer, *sources, num_windows=12, seed=0, window=16, **settings):
@@ -141,56 +151,38 @@ def test_the_exam_never_ends(tokenizer):
     assert len(list(islice(read_documents(Source(exam=True)), 700))) == 700
 
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+def test_an_exam_whose_answers_fit_into_no_window_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"no answer of the exam lies in a window of 8 tokens, .*; take a longer"):
+        make(tokenizer, Source(exam=True), window=8, answers_only=True)
 
 
-@pytest.fixture
-def speaking(tokenizer):
-    """The tokenizer with a chat template, which begins with BOS as those of real models do."""
-    own = copy.deepcopy(tokenizer)
-    own.chat_template = TEMPLATE
-    return own
+def test_the_last_of_several_fields_is_the_answer_and_the_separator_that_ends_it_counts(tmp_path, tokenizer):
+    lines = [{"q": "hot?", "more": "say it", "a": "cold"}, {"q": "up?", "more": "", "a": "down"}, {"q": "x", "a": ""}]
+    (tmp_path / "a.json").write_text(json.dumps([{"more": ""} | line for line in lines]))
+    asking = Source(file=str(tmp_path / "a.json"), field="q+more+a")
+    found = list(read_documents(asking, answers_only=True))
+    assert [[d.text[start:stop] for start, stop in d.answers or ()] for d in found] == [["cold"], ["down"], []]
+    ids, counted = pack(tokenizer, found)
+    assert torch.equal(ids, packed_source(tokenizer, asking))
+    assert tokenizer.decode(ids[counted]) == "cold<s>down<s>"  # <s> is the EOS token, too
 
 
-def test_a_field_for_each_role_becomes_a_conversation_and_an_empty_one_nobody_speaks(tmp_path, speaking):
-    lines = [{"s": "", "q": "how?", "more": "two", "a": " so "}, {"s": "be kind", "q": "why?", "more": "", "a": "thus"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = Source(file=str(tmp_path / "a.jsonl"), chat={"system": "s", "user": "q+more", "assistant": "a"})
-    assert list(read_documents(source, speaking)) == [
-        "<user>how?\n\ntwo\n<assistant>so\n",
-        "<system>be kind\n<user>why?\n<assistant>thus\n",
-    ]
+def test_a_separator_that_ends_nothing_does_not_count(tokenizer):
+    begins = copy.deepcopy(tokenizer)
+    begins.add_special_tokens({"eos_token": "</s>"})
+    answers = [Document("hot? cold", ((5, 9),)), Document("up? down", ((4, 8),))]
+    ids, counted = pack(begins, answers)
+    assert begins.decode(ids[counted]) == " cold down"
+    whole, marks = pack(begins, [answers[0], Document("prose")])
+    assert begins.decode(whole[marks]) == " cold<s>prose"  # of prose everything counts
 
 
-def test_a_conversation_is_packed_with_one_bos(tmp_path, speaking):
-    messages = [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "so"}]
-    (tmp_path / "a.json").write_text(json.dumps([{"talk": messages}] * 2))
-    ids = packed_source(speaking, Source(file=str(tmp_path / "a.json"), chat="talk"))
-    assert (ids == speaking.bos_token_id).sum() == 2
-    assert speaking.decode(ids) == "<s><user>how?\n<assistant>so\n" * 2
+def test_a_field_alone_asks_nothing(tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text(json.dumps(["prose", {"text": "more"}]))
+    found = list(read_documents(Source(file=str(tmp_path / "a.json")), answers_only=True))
+    assert found == [Document("prose"), Document("more")]
 
 
-@pytest.mark.parametrize(
-    ("item", "sentence"),
-    [
-        ({"text": "x"}, r"item 1 of .*a\.json has no list of messages 'talk'; each message is an object with role and"),
-        ({"talk": [{"role": "user"}]}, r"item 1 of .*a\.json has no list of messages 'talk'"),
-        ({"talk": [{"role": "user", "content": 3}]}, r"item 1 of .* does not fit the tokenizer's chat template: "),
-    ],
-)
-def test_what_is_no_conversation_is_named(tmp_path, speaking, item, sentence):
-    speaking.chat_template = "{% for m in messages %}{{ m['content'] + '' }}{% endfor %}"
-    (tmp_path / "a.json").write_text(json.dumps([item]))
-    with pytest.raises(ValueError, match=sentence):
-        packed_source(speaking, Source(file=str(tmp_path / "a.json"), chat="talk"))
-
-
-def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, tokenizer):
-    (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"a\.json asks for chat, and the model's tokenizer has no chat template"):
-        packed_source(tokenizer, Source(file=str(tmp_path / "a.json"), chat="talk"))
-
-
-def test_what_is_generated_is_no_conversation():
-    with pytest.raises(ValueError, match="chat belongs to records of a file or of the Hub"):
-        Source(exam=True, chat="messages")
+def test_a_tokenizer_that_does_not_know_its_characters_is_refused():
+    with pytest.raises(ValueError, match=r"says which characters each token holds, and ByT5Tokenizer does not; take"):
+        encode(ByT5Tokenizer(), Document("hot? cold", ((5, 9),)))

@@ -74,7 +74,7 @@ def test_logits_of_another_teacher_or_tokenizer_are_refused(tmp_path, changes, s
 
 def test_logits_of_other_windows_are_refused(tmp_path):
     cache(tmp_path).fill(WINDOWS.__getitem__, range(64), 64, logits_of, 64)
-    with pytest.raises(ValueError, match=r"were kept for other windows \(another text, seed or mixture\)"):
+    with pytest.raises(ValueError, match=r"were kept for other windows \(another text, seed, mixture or loss_on\)"):
         cache(tmp_path).fill(lambda number: WINDOWS[number + 1], range(64), 64, logits_of, 64)
 
 

@@ -51,6 +51,7 @@ AWARE = "methods/test_mixt_aware.py"
 STRUCTURES = "methods/test_mixt_structures.py"
 RESIDUAL = "test_residual_rotation.py"
 REWRITTEN = "test_reparameterise.py"
+CONVERSATIONS = "test_conversations.py"
 
 FAULTS = (
     Fault("reparameterise/heads.py", "turns = num_kv_heads if", "turns = 1 if", REWRITTEN),
@@ -344,9 +345,29 @@ FAULTS = (
         "stays = below[:, place - 1, place]",
         "diagnose/test_boundary.py",
     ),
-    Fault("data.py", "(IGNORED)\n            ids += new", "(0)\n            ids += new[1:]", "test_data.py"),
-    Fault("data.py", 'text.removeprefix(self.tokenizer.bos_token or "")', "text", "test_data.py"),
-    Fault("data.py", "epoch, place = divmod(", "place, epoch = divmod(", "test_data.py"),
+    Fault("data/windows.py", "(IGNORED)\n            ids += new", "(0)\n            ids += new[1:]", "test_data.py"),
+    Fault("data/windows.py", "epoch, place = divmod(", "place, epoch = divmod(", "test_data.py"),
+    Fault("data/windows.py", " and ids[-1] != separator", "", CONVERSATIONS),
+    Fault("data/windows.py", 'counted[-1:] == b"\\1"', "True", "test_data.py"),
+    Fault("data/windows.py", "ends and counted", "counted", "test_data.py"),
+    Fault("data/windows.py", "counted[:, 1:].any(1)", "counted[:, :1].any(1)", CONVERSATIONS),
+    Fault("data/windows.py", "windows.counted[order[place]]", "windows.counted[place]", CONVERSATIONS),
+    Fault("data/windows.py", "start < last and first < stop", "start <= last and first < stop", CONVERSATIONS),
+    Fault("data/documents.py", "text = text.removeprefix(bos)", "pass", CONVERSATIONS),
+    Fault("data/documents.py", "max(0, a - len(bos)), b - len(bos)", "a, b", CONVERSATIONS),
+    Fault("data/documents.py", 'field.rpartition("+")[2]', 'field.partition("+")[0]', "test_data.py"),
+    Fault("data/conversations.py", "if self.end and text.startswith(self.end, last):", "if False:", CONVERSATIONS),
+    Fault("data/conversations.py", "special.end() if special else last", "last", CONVERSATIONS),
+    Fault("data/conversations.py", "after.rstrip() or after", "after", CONVERSATIONS),
+    Fault("data/conversations.py", "else after.rstrip() or after", 'else ""', CONVERSATIONS),
+    Fault("data/conversations.py", "if not found or mark in after:", "if not found:", CONVERSATIONS),
+    Fault("data/conversations.py", "if first < last]", "]", CONVERSATIONS),
+    Fault("data/conversations.py", "if one.startswith(other):", "if True:", CONVERSATIONS),
+    Fault("data/conversations.py", "*messages[place + 1 :]", "", CONVERSATIONS),
+    Fault("recover/trainer.py", "if which.any() and not taught:", "if not taught:", "test_answers_only.py"),
+    Fault("recover/trainer.py", "        if which.any():\n", "        if taught:\n", "test_answers_only.py"),
+    Fault("recover/finetune.py", "self.seed, settings.loss_on, [", "self.seed, [", "test_answers_only.py"),
+    Fault("recover/watch.py", 'if row["loss"] != 0', "", "test_answers_only.py"),
     Fault(
         "exam/families.py",
         "num_smaller = min(random.randrange(4), len(smaller))",

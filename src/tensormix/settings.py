@@ -137,7 +137,9 @@ class Recover(Settings):
     diverged: float | None = Field(default=3.0, gt=0)  # stop when the loss is so far (nats) above its lowest
     parameters: Literal["all", "compressed", "lora"] = "all"  # which are trained; lora: patches of compressed layers
     lora: Lora = Lora()  # of parameters: lora
-    loss_on: Literal["all", "answers"] = "all"  # every token, or the answers of exam questions only
+    # Every token, or answers alone: the letters of the exam, what the assistant says in a conversation (chat), the
+    # last of several fields (field: question+answer). Of text that asks nothing every token counts either way.
+    loss_on: Literal["all", "answers"] = "all"
     save_every: int = Field(default=500, ge=1)  # steps between checkpoints
     early_stop: EarlyStop | None = None  # without it every recovery takes all its steps
     recompute: bool = False  # keep only what enters each block and compute the rest again: less memory, more time

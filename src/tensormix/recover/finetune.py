@@ -210,7 +210,7 @@ class _Recovery:
             "top_k": settings.distill.top_k,
             "window": settings.window,
         }
-        asked = [about, self.seed, [text.model_dump(mode="json") for text in settings.text]]
+        asked = [about, self.seed, settings.loss_on, [text.model_dump(mode="json") for text in settings.text]]
         name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
         own = settings.distill.cache
         logits = TeacherLogits(Path(own) if own is not None else (cache or self.folder / "teacher") / name, **about)

@@ -116,8 +116,8 @@ class TeacherLogits:
         common = min(len(there), len(ids))
         if not torch.equal(there[:common], ids[:common]):
             raise ValueError(
-                f"recover: the logits in {self.folder} were kept for other windows (another text, seed or mixture); "
-                "name another folder as distill.cache, or delete that one."
+                f"recover: the logits in {self.folder} were kept for other windows (another text, seed, mixture or "
+                "loss_on); name another folder as distill.cache, or delete that one."
             )
         return len(there) >= len(ids)
 

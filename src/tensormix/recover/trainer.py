@@ -35,7 +35,8 @@ class TaughtWindows(Dataset):
 
 
 class DistillTrainer(Trainer):
-    """KL to the teacher where a batch carries the teacher's logits, the model's own loss on the text where not.
+    """KL to the teacher where a batch carries the teacher's logits, the model's own loss on the text where not. Of a
+    batch in which no label counts either is 0.
 
     `teacher` runs beside the model only if `hidden` is not 0: the weight of the distance between the residual streams
     behind every block, relative to the teacher's.
@@ -45,15 +46,18 @@ class DistillTrainer(Trainer):
     hidden: float = 0.0
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        if "teacher_tokens" not in inputs:
+        ids, which, taught = inputs["input_ids"], counted(inputs["labels"], IGNORED), "teacher_tokens" in inputs
+        if which.any() and not taught:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        ids = inputs["input_ids"]
         with residual_streams(model) as ours:
             outputs = model(ids, use_cache=False)
-        which = counted(inputs["labels"], IGNORED)
-        kept = (inputs["teacher_tokens"][which], inputs["teacher_values"][which], inputs["teacher_tail"][which])
-        loss = top_k_divergence(outputs.logits[:, :-1][which], *kept).mean()
-        if self.hidden and self.teacher is not None:
+        logits = outputs.logits[:, :-1][which]
+        if which.any():
+            kept = (inputs[f"teacher_{name}"][which] for name in ("tokens", "values", "tail"))
+            loss = top_k_divergence(logits, *kept).mean()
+        else:
+            loss = logits.float().sum()  # of nothing: 0, and so is its gradient; a mean would be no number
+        if self.hidden and self.teacher is not None and taught:
             with torch.no_grad(), residual_streams(self.teacher) as theirs:
                 self.teacher(ids, use_cache=False)
             loss = loss + self.hidden * relative_distance(ours, theirs)

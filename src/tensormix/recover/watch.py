@@ -53,7 +53,7 @@ class Watch(TrainerCallback):
         step, loss, phase = self.steps_before + state.global_step, float(logs["loss"]), self.phase(state.global_step)
         rate = float(logs["learning_rate"])
         earlier = [row for row in self.rows if row["phase"] == phase]
-        lowest = min((row["loss"] for row in earlier), default=math.inf)
+        lowest = min((row["loss"] for row in earlier if row["loss"] != 0), default=math.inf)  # 0: nothing counted there
         recent = [*earlier[1 - PATIENCE :], {"step": step, "loss": loss}]
         high = self.diverged is not None and all(row["loss"] > lowest + self.diverged for row in recent)
         if not math.isfinite(loss) or (high and len(recent) == PATIENCE):
