@@ -82,6 +82,8 @@ FAULTS = (
         "parts, found, error = descend(normal, weight",
         STRUCTURES,
     ),
+    Fault("methods/mixt.py", "pairs = [(1, self.bonds[0])]", "pairs = []", "test_budget_bonds.py"),
+    Fault("methods/mixt.py", "for bond in self.bonds:", "for bond in self.bonds[:1]:", "test_budget_bonds.py"),
     Fault("methods/mixt.py", "self.ridge * gram.diagonal().mean()", "self.ridge", AWARE),
     Fault("operators/base.py", "y + self.bias", "y", CONTRACT),
     Fault(

@@ -61,7 +61,7 @@ def site_row(item: Found, option: Option) -> Row:
         "role": item.site.role,
         "method": "dense" if method is None else method.name,
         "size": None if option.size == "whole" else option.size,
-        "setting": _setting(method),
+        "setting": _setting(method, option.size),
         "cost": option.cost,
         "dense_cost": item.options.dense_cost,
         "error": option.error,
@@ -69,11 +69,11 @@ def site_row(item: Found, option: Option) -> Row:
     }
 
 
-def _setting(method: Method | None) -> str | None:
-    if not isinstance(method, LinearMethod):
+def _setting(method: Method | None, size: Any) -> str | None:
+    if not isinstance(method, LinearMethod) or method.size is None:
         return None
     inner = getattr(method, "of", None)
-    return method.size if inner is None else f"of.{inner.size}"
+    return method.setting_of(size) if inner is None else f"of.{inner.setting_of(size)}"
 
 
 def sized_plan(found: Sequence[Found], chosen: Mapping[str, Option]) -> Plan:

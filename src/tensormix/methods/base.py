@@ -51,6 +51,10 @@ class LinearMethod(Method):
         """The same method at another size."""
         return self.model_copy(update={str(self.size): value})
 
+    def setting_of(self, value: Any) -> str:
+        """The name of what `sized` sets to this value."""
+        return str(self.size)
+
     def spectrum(self, weight: Tensor, stats: Statistics) -> Tensor | None:  # (O, I) -> (K,)
         """The singular values, from the largest on, of which the squares beyond rank R sum to the squared error of the
         fit of rank R. None if the error of this method has no such form."""

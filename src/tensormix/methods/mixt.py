@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from tensormix.methods.base import LinearMethod, Statistics
@@ -46,6 +48,7 @@ class Mixt(LinearMethod):
     name: Literal["mixt"] = "mixt"
     num_branches: int = Field(ge=1)  # N_T of the paper
     bond: int = Field(default=2, ge=2)  # d of the paper
+    bonds: tuple[int, ...] | None = None  # with a budget: those among which it chooses one for each site
     padding: Literal["multiple", "power"] = "multiple"
     init: Literal["matched", "aware", "zero", "random"] = "matched"
     seed: int = 0  # of the random init
@@ -54,14 +57,53 @@ class Mixt(LinearMethod):
     precision: Literal["float32", "float64"] = "float32"  # of aware; float64 weights are always fitted in it
     ridge: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of aware: added to G, times its mean eigenvalue
 
-    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[int, ...]:
-        found: list[int] = []
-        while True:
+    @field_validator("bonds", mode="before")
+    @classmethod
+    def _bonds(cls, bonds: Any) -> Any:
+        if bonds is None:
+            return None
+        if (
+            not isinstance(bonds, list | tuple)
+            or not bonds
+            or not all(type(bond) is int and bond > 1 for bond in bonds)
+        ):
+            raise ValueError(f"bonds are a list of whole numbers from 2 on, got {bonds!r}")
+        if len(set(bonds)) < len(bonds):
+            raise ValueError(f"bonds are each named once, got {bonds!r}")
+        return tuple(bonds)
+
+    @model_validator(mode="after")
+    def _bonds_are_chosen(self) -> Mixt:
+        if self.bonds is not None and self.num_branches != self.largest:
+            raise ValueError(
+                f"bonds are for a budget to choose from, and num_branches={self.num_branches} is chosen already: "
+                "leave out num_branches, or give one bond"
+            )
+        return self
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[Any, ...]:
+        """Every `num_branches`, or with `bonds` every pair of one and a bond."""
+        if self.bonds is None:
+            return tuple(self._branches(self.bond, in_features, out_features))
+        pairs = [(1, self.bonds[0])]  # one branch passes no bond through: the dense layer, whatever the bond
+        for bond in self.bonds:
+            pairs += [(count, bond) for count in self._branches(bond, in_features, out_features) if count > 1]
+        return tuple(pairs)
+
+    def sized(self, value: Any) -> Mixt:
+        count, bond = (value, self.bond) if isinstance(value, int) else value
+        return self.model_copy(update={"num_branches": count, "bond": bond, "bonds": None})
+
+    def setting_of(self, value: Any) -> str:
+        return "num_branches" if isinstance(value, int) else "num_branches, bond"
+
+    def _branches(self, bond: int, in_features: int, out_features: int) -> Iterator[int]:
+        for count in itertools.count(1):
             try:
-                self.sized(len(found) + 1).empty(in_features, out_features)
+                self.sized((count, bond)).empty(in_features, out_features)
             except ValueError:  # more branches than the widths have bonds for
-                return tuple(found)
-            found.append(len(found) + 1)
+                return
+            yield count
 
     def empty(self, in_features: int, out_features: int) -> MixT:
         with torch.device("meta"):
