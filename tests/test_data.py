@@ -36,6 +36,17 @@ def test_every_kind_of_file_gives_its_documents(tmp_path):
     assert texts_of(tmp_path / "b.jsonl", field="question+answer") == ["one\n\ntwo"]
 
 
+def test_what_is_skipped_and_what_is_taken_are_disjoint_parts_of_a_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(["one", "two", "three", "four"]))
+    assert texts_of(path, num_documents=2) + texts_of(path, skip_documents=2) == texts_of(path)
+    assert texts_of(path, skip_documents=1, num_documents=2) == ["two", "three"]
+    with pytest.raises(ValueError, match=r"a\.json holds no text after its first 4 documents\."):
+        packed_source(ByT5Tokenizer(), Source(file=str(path), skip_documents=4))
+    with pytest.raises(ValueError, match="skip_documents belongs to a file or to the Hub; of what is generated take"):
+        Source(exam=True, skip_documents=1)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

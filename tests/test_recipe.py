@@ -112,7 +112,7 @@ M = "model: m\n"
         (
             M + "plan: [{method: {name: mixt, num_branch: 2}}]",
             "recipe.plan[0].method: unknown key 'num_branch', did you mean 'num_branches'? "
-            "Known: name, num_branches, bond, padding, init, seed, tolerance, max_steps, precision, ridge. "
+            "Known: name, num_branches, bond, bonds, padding, init, seed, tolerance, max_steps, precision, ridge. "
             "(1 more error.)",
         ),
         (M + "recovr: {}", "recipe: unknown key 'recovr', did you mean 'recover'? Known: model, start, seed, "),
@@ -150,7 +150,7 @@ M = "model: m\n"
         (
             M + "recover: {steps: 3, text: [{fil: a.txt}]}",
             "recipe.recover.text[0]: unknown key 'fil', did you mean 'file'? Known: file, hub, config, split, exam, "
-            "facts, field, chat, weight, num_documents, seed.",
+            "facts, field, chat, weight, skip_documents, num_documents, seed.",
         ),
         (
             M + "recover: {steps: 3, text: [{exam: true}, {file: a.txt, exam: true}]}",

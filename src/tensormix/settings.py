@@ -27,7 +27,8 @@ class Source(Settings):
     # a field for each role, in the order in which they speak.
     chat: str | dict[Literal["system", "user", "assistant"], str] | None = None
     weight: float = Field(default=1.0, gt=0)  # share of the tokens, relative to the other sources of a mixture
-    num_documents: int | None = Field(default=None, ge=1)  # only the first of them; all without it
+    skip_documents: int = Field(default=0, ge=0)  # leave out the first of them: what is measured on, say
+    num_documents: int | None = Field(default=None, ge=1)  # only the first of those that follow; all without it
     seed: int = Field(default=0, ge=0)  # of what is generated
 
     @model_validator(mode="after")
@@ -39,6 +40,8 @@ class Source(Settings):
             raise ValueError("config and split belong to a hub source")
         if self.chat is not None and (self.exam or self.facts):
             raise ValueError("chat belongs to records of a file or of the Hub, not to what is generated")
+        if self.skip_documents and (self.exam or self.facts):
+            raise ValueError("skip_documents belongs to a file or to the Hub; of what is generated take another seed")
         return self
 
 

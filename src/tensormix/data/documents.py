@@ -53,7 +53,7 @@ def read_documents(source: Source, tokenizer: Any = None, answers_only: bool = F
         found = (_document_of(item, source.field, where, number, answers_only) for number, item in records)
     else:
         found = _conversations(source, tokenizer, records, where, answers_only)
-    return islice(found, source.num_documents)
+    return islice(islice(found, source.skip_documents, None), source.num_documents)
 
 
 def exam_documents(seed: int, answers_only: bool) -> Iterator[Document]:

@@ -97,7 +97,8 @@ def _packed(tokenizer: Any, source: Source, answers_only: bool) -> Packed:
     found = read_documents(source, tokenizer, answers_only)
     packed = pack(tokenizer, islice(found, ENDLESS_DOCUMENTS if endless else None))
     if len(packed.ids) == 0:
-        raise ValueError(f"data: {describe(source)} holds no text.")
+        skipped = f" after its first {source.skip_documents} documents" if source.skip_documents else ""
+        raise ValueError(f"data: {describe(source)} holds no text{skipped}.")
     return packed
 
 
