@@ -116,6 +116,15 @@ def test_the_page_has_the_mean_and_the_spread_of_the_rows_and_their_order(study)
     assert "better, in-domain: 3.000 times" in drawing
 
 
+def test_a_named_table_has_its_variants_alone_and_every_variant_is_in_one(study):
+    rows = [row(variant, 0, 8.0) for variant in ("narrow, kl", "aware, kl", "matched, kl")]
+    page, plots = study["page"].fill("<!-- rows: m 3 10 mixt -->\n<!-- end -->\n", rows)
+    named = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")][2:-1]
+    assert named == ["| aware, kl", "| matched, kl"] and plots == {}
+    recipe = study["page"].recipe()
+    assert {name for names in recipe["tables"].values() for name in names} == set(recipe["variants"])
+
+
 def test_a_table_by_a_label_has_the_variants_that_were_measured_at_several_of_its_values(study):
     rows = [row("a", 0, 8.0), row("a", 0, 5.0, steps=20), row("b", 0, 9.0), row("b", 0, 4.0, steps=20)]
     rows += [row("b", 1, 5.0, steps=20), row("once", 0, 1.0)]

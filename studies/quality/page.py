@@ -3,6 +3,7 @@
     python studies/quality/page.py
 
 A table stands between `<!-- rows: MODEL DEPTH STEPS -->` and `<!-- end -->`; the plot beside it is docs/quality-*.svg.
+With the name of one of the recipe's `tables` behind STEPS it has the variants of that table alone, and no plot.
 `<!-- by LABEL: MODEL LABEL=VALUE ... -->` has the in-domain perplexity after recovery of every variant that was
 measured at several values of the first label, a column for each. Batch size and rate are the model's own where nothing
 is said of them; `learning_rate=best` takes the rate that ends lowest, of those that were run. `<!-- speed -->` is
@@ -14,6 +15,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -22,7 +25,7 @@ import yaml
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-MARK = re.compile(r"(<!-- rows: (\S+) (\d+) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- rows: (\S+) (\d+) (\d+) ?(\w*) -->\n).*?(<!-- end -->)", re.DOTALL)
 BY = re.compile(r"(<!-- by (\w+): (\S+) ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDTH, LEFT, RIGHT, ROW = 720, 190, 20, 26
@@ -33,10 +36,14 @@ NAMES = {"in_domain": "in-domain", "held_out": "held-out", "exam": "exam"}
 Row = dict[str, Any]
 
 
+@cache
+def recipe() -> dict[str, Any]:
+    return yaml.safe_load((HERE / "study.yaml").read_text())
+
+
 def own_settings() -> dict[str, dict[str, Any]]:
     """Batch size and rate of every model, as the recipe has them."""
-    models = yaml.safe_load((HERE / "study.yaml").read_text())["models"]
-    return {name: {key: about["recovery"][key] for key in OWN} for name, about in models.items()}
+    return {name: {key: about["recovery"][key] for key in OWN} for name, about in recipe()["models"].items()}
 
 
 def read(path: Path) -> list[Row]:
@@ -97,7 +104,7 @@ def plot(variants: dict[str, list[Row]], title: str) -> str:
         for variant, rows in variants.items()
     }
     top = max(value for of_text in factors.values() for values in of_text.values() for value in values) * 1.08
-    height = 64 + ROW * len(variants) + 34
+    height, bottom = 64 + ROW * len(variants) + 34, 60 + ROW * len(variants)
 
     def x(value: float) -> float:
         return LEFT + math.log(value) / math.log(top) * (WIDTH - LEFT - RIGHT)
@@ -107,26 +114,33 @@ def plot(variants: dict[str, list[Row]], title: str) -> str:
         at = LEFT + 130 * number
         parts.append(f'<circle cx="{at}" cy="40" r="5" fill="{COLOURS[text]}"/>')
         parts.append(f'<text x="{at + 10}" y="44">{NAMES[text]} text</text>')
-    bottom = 60 + ROW * len(variants)
-    ticks = [t for t in (1, 1.1, 1.2, 1.3, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100) if t <= top]
-    ticks = ticks if len(ticks) < 9 else [t for t in ticks if t in (1, 2, 3, 5, 10, 20, 50, 100)]
-    for tick in ticks:
-        parts.append(f'<path d="M{x(tick):.1f},52V{bottom}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
+    parts += axis(top, bottom, x)
     for number, (variant, of_text) in enumerate(factors.items()):
         y = 60 + ROW * number + ROW / 2
         parts.append(f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(variant)}</text>')
-        for text, values in of_text.items():
-            for value in values:
-                sentence = f"{variant}, {NAMES[text]}: {value:.3f} times the dense model's perplexity"
-                circle = f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="5" fill="{COLOURS[text]}" fill-opacity="0.75">'
-                parts.append(f"{circle}<title>{escape(sentence)}</title></circle>")
-    label = "perplexity after recovery, times the dense model's"
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{bottom + 33}" text-anchor="middle">{label}</text>')
+        parts += [mark(variant, text, value, x(value), y) for text, values in of_text.items() for value in values]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
         f'font-size="13"><rect width="{WIDTH}" height="{height}" fill="white"/>{"".join(parts)}</svg>\n'
     )
+
+
+def axis(top: float, bottom: float, x: Callable[[float], float]) -> list[str]:
+    """Lines at round factors from 1 to `top`, and what they are."""
+    ticks = [t for t in (1, 1.1, 1.2, 1.3, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100) if t <= top]
+    ticks = ticks if len(ticks) < 9 else [t for t in ticks if t in (1, 2, 3, 5, 10, 20, 50, 100)]
+    parts = []
+    for tick in ticks:
+        parts.append(f'<path d="M{x(tick):.1f},52V{bottom}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
+    label = "perplexity after recovery, times the dense model's"
+    return [*parts, f'<text x="{(LEFT + WIDTH) / 2}" y="{bottom + 33}" text-anchor="middle">{label}</text>']
+
+
+def mark(variant: str, text: str, value: float, x: float, y: float) -> str:
+    sentence = f"{variant}, {NAMES[text]}: {value:.3f} times the dense model's perplexity"
+    circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{COLOURS[text]}" fill-opacity="0.75">'
+    return f"{circle}<title>{escape(sentence)}</title></circle>"
 
 
 def fill(page: str, rows: list[Row]) -> tuple[str, dict[str, str]]:
@@ -134,16 +148,17 @@ def fill(page: str, rows: list[Row]) -> tuple[str, dict[str, str]]:
     plots: dict[str, str] = {}
 
     def replaced(match: re.Match) -> str:
-        model, depth, steps = match[2], int(match[3]), int(match[4])
-        variants = group(select(rows, model, depth=depth, steps=steps))
+        begin, model, depth, steps, name, end = match.groups()
+        chosen = select(rows, model, depth=int(depth), steps=int(steps))
+        variants = group([row for row in chosen if not name or row["variant"] in recipe()["tables"][name]])
         if not variants:
-            return f"{match[1]}Not run.\n{match[5]}"
+            return f"{begin}Not run.\n{end}"
         content = table(variants)
-        if "in_domain" in next(iter(variants.values()))[0]["after"]:
-            name = f"quality-{model}-{depth}-{steps}.svg"
-            plots[name] = plot(variants, f"{model}, last {depth} blocks, {steps} steps")
-            content = f"![{model}, last {depth} blocks, {steps} steps]({name})\n\n{content}"
-        return f"{match[1]}{content}{match[5]}"
+        if not name and "in_domain" in next(iter(variants.values()))[0]["after"]:
+            file, title = f"quality-{model}-{depth}-{steps}.svg", f"{model}, last {depth} blocks, {steps} steps"
+            plots[file] = plot(variants, title)
+            content = f"![{title}]({file})\n\n{content}"
+        return f"{begin}{content}{end}"
 
     return MARK.sub(
         replaced, BY.sub(lambda match: match[1] + by_label(rows, *match.group(2, 3, 4)) + match[5], page)
