@@ -23,7 +23,7 @@ import yaml
 from pydantic import ValidationError
 from variants import equal_keep, plan_of
 
-from tensormix.data import Mixture, packed_source, separator_of
+from tensormix.data import calibration_batches, packed_source, separator_of
 from tensormix.demo import sweep_file
 from tensormix.evaluate import evaluate_choices, perplexity
 from tensormix.examine import exam_prompts
@@ -39,9 +39,9 @@ from tensormix.walk import compress
 
 HERE = Path(__file__).parent
 LABELS = ("model", "variant", "depth", "steps", "batch_size", "learning_rate", "seed")
-CALIBRATION_WINDOWS = 32
+CALIBRATION_WINDOWS = 32  # unless the variant says how many
 LOCAL_SHARE = 0.25  # of the steps, where blocks are trained alone first
-OPTIONS = ("rotate", "hidden", "then_text", "in_steps")  # of a variant, told in its rows
+OPTIONS = ("rotate", "hidden", "then_text", "in_steps", "calibration")  # of a variant, told in its rows
 TASK_SHARE = 0.25  # of the steps, where the last ones learn from the text
 
 
@@ -130,9 +130,9 @@ class Study:
         """Compress what the plan says and recover the whole model, in place; the row gets what that took."""
         about, variant = self.settings["models"][row["model"]], self.settings["variants"][row["variant"]]
         wanted, began = self.recovery(row, about, variant, steps), time.perf_counter()
-        windows = {"window": wanted.window, "num_windows": CALIBRATION_WINDOWS, "seed": seed + 1000}
-        calibration = Mixture(tokenizer, wanted.text[:1], **windows)
-        batches = [calibration[i]["input_ids"][None] for i in range(CALIBRATION_WINDOWS)]
+        num_windows = variant.get("calibration", CALIBRATION_WINDOWS)
+        windows = {"window": wanted.window, "num_windows": num_windows, "seed": seed + 1000}
+        batches = calibration_batches(tokenizer, wanted.text[0], **windows)
         facts = fit(model, plan, variant, batches)
         row["stored"] += facts.pop("stored")
         row |= facts
