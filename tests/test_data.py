@@ -152,6 +152,14 @@ def test_answers_only_leaves_other_sources_whole(tokenizer, story):
         assert (labels == IGNORED).any() == (source == 1)
 
 
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_labels_are_the_tokens_themselves_and_none_is_a_separator(tokenizer, answers_only):
+    for window in make(tokenizer, Source(exam=True), Source(facts=True), window=96, answers_only=answers_only):
+        ids, labels = window["input_ids"], window["labels"]
+        assert ids[0] == tokenizer.bos_token_id and (labels[ids == ids[0]] == IGNORED).all()
+        assert ((labels == ids) | (labels == IGNORED)).all()
+
+
 def test_calibration_batches_are_windows(tokenizer, story):
     batches = calibration_batches(tokenizer, story, num_windows=3, window=8, seed=0)
     assert [batch.shape for batch in batches] == [(1, 8)] * 3
