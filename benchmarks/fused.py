@@ -24,14 +24,13 @@ from typing import Any
 import torch
 from contestants import COLD_BYTES, filled
 from fused_experts import expert_rows
+from fused_memory import memory_rows
 from speed import LLAMA, Call, Row, machine, quietest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensormix.inference.siblings import fuse_siblings
-from tensormix.kernels.mixt import cpu, siblings
 from tensormix.operators import MixT, Siblings
-from tensormix.profile import LiveBytes
 from tensormix.storage.files import environment
 
 RESULTS = Path(__file__).parent / "results" / "fused.jsonl"
@@ -170,40 +169,6 @@ def sibling_rows() -> Iterator[Row]:
                     yield from quartiles({**case, "pass": "forward and backward"}, steps, "dense")
 
 
-def peak(call: Call, *alive: Tensor) -> int:
-    """Bytes of tensors beside `alive` at the worst moment of the call; what the kernel allocates is seen."""
-    with torch.no_grad(), LiveBytes() as mode:
-        mode.known |= {tensor.untyped_storage()._cdata for tensor in alive}
-        outputs = call()
-    del outputs
-    return mode.peak
-
-
-def memory_rows() -> Iterator[Row]:
-    """Activation memory of a forward pass without gradients: outputs and everything that is alive beside them."""
-    for (model, names), (I, out_features) in GROUPS.items():
-        layers: list[Any] = [filled(MixT(I, O, num_branches=4), torch.float32) for O in out_features]
-        for tokens in (1, 128, 1024, 4096):
-            used = {"dense": 4 * tokens * sum(out_features), **memory_of(layers, torch.randn(tokens, I))}
-            case = {"kind": "memory", "model": model, "layers": names, "tokens": tokens}
-            yield from ({**case, "layer": name, "bytes": number} for name, number in used.items())
-
-
-def memory_of(layers: list[Any], x: Tensor) -> dict[str, int]:
-    """Of both forms; the kernels are called past the dispatcher, which would hide what they allocate."""
-    stacked = Siblings(layers)
-    sizes = 2, stacked.core_bonds, stacked.out_features
-
-    def separate() -> list[Tensor]:
-        return [cpu.mixt(x, layer.cores, 2, layer.out_features) for layer in layers]
-
-    def together() -> list[Tensor]:
-        return siblings.mixt_siblings(x, stacked.cores, *sizes, cpu.mixt, siblings.MOST)
-
-    cores = [core for layer in layers for core in layer.cores]
-    return {"separate": peak(separate, x, *cores), "together": peak(together, x, *stacked.cores)}
-
-
 def empty_model(settings: dict[str, Any], num_blocks: int, qwen: bool) -> Any:
     """Blocks of these widths, all linear layers MixT, random; a small vocabulary: the head is not the matter."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -285,7 +250,7 @@ def main() -> None:
     stamp = {"benchmark": "fused", "measured": datetime.now(UTC).isoformat(timespec="seconds")}
     makers = {
         "siblings": sibling_rows,
-        "memory": memory_rows,
+        "memory": partial(memory_rows, GROUPS),
         "model": model_rows,
         "experts": partial(expert_rows, DONE),
     }

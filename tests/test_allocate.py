@@ -1,85 +1,33 @@
+"""Where marginal gains are optimal, by dynamic programming; and what the options are."""
+
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise, product
-from math import ceil, inf, nan
+from math import inf
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tensormix.allocate import (
-    Option,
-    SiteOptions,
-    budget_of,
-    by_sensitivity,
-    by_spectrum,
-    iprs,
-    low_rank,
-    lower_bound,
-    measured,
-    uniform,
+from site_options import (
+    DENSE,
+    FEW,
+    any_budget,
+    any_sites,
+    assert_maximal,
+    cost_of,
+    error_of,
+    low_rank_sites,
+    optima,
+    smallest,
+    squared,
 )
+from tensormix.allocate import Option, SiteOptions, by_spectrum, low_rank, lower_bound, measured, uniform
 from tensormix.methods import Rtn, SvdLlm
-from tensormix.methods.ranks import rank_for
-from tensormix.operators import LowRank, StructuredLinear
+from tensormix.operators import LowRank
 from tensormix.statistics import Gram
-
-DENSE = 24
-EQUAL_STEPS = ((8, 8), (6, 10), (12, 4))  # I + O is the same
-FEW = settings(deadline=None, max_examples=60)
-
-spectra = st.lists(st.integers(0, 9), max_size=6).map(lambda values: sorted(map(float, values), reverse=True))
-
-
-@st.composite
-def low_rank_sites(draw, shapes=EQUAL_STEPS, granularities=(1,)) -> list[SiteOptions]:
-    granularity = draw(st.sampled_from(granularities))
-    return [
-        low_rank(f"s{place}", draw(spectra), *shape, relative=False, granularity=granularity)
-        for place, shape in enumerate(draw(st.lists(st.sampled_from(shapes), min_size=1, max_size=4)))
-    ]
-
-
-@st.composite
-def any_sites(draw) -> list[SiteOptions]:
-    """Costs and errors without any shape: most of these lists are not convex."""
-    sites = []
-    for place in range(draw(st.integers(1, 4))):
-        costs = sorted(draw(st.sets(st.integers(0, DENSE), min_size=1, max_size=5)))
-        errors = sorted(draw(st.lists(st.integers(0, 30), min_size=len(costs), max_size=len(costs))), reverse=True)
-        points = {f"{cost}": (cost, float(error)) for cost, error in zip(costs, errors, strict=True)}
-        sites.append(measured(f"s{place}", DENSE, points))
-    return sites
-
-
-def smallest(sites: list[SiteOptions]) -> int:
-    return sum(site.allowed[0].cost for site in sites)
-
-
-def any_budget(sites: list[SiteOptions]) -> st.SearchStrategy[int]:
-    return st.integers(smallest(sites), sum(site.dense_cost for site in sites))
-
-
-def cost_of(chosen: dict[str, Option]) -> int:
-    return sum(option.cost for option in chosen.values())
-
-
-def error_of(chosen: dict[str, Option]) -> float:
-    return sum(option.error for option in chosen.values())
-
-
-def optima(sites: list[SiteOptions], budget: int) -> list[float]:
-    """The smallest sum of errors for every budget up to this one, by dynamic programming."""
-    best = [0.0] * (budget + 1)
-    for site in sites:
-        options = site.allowed
-        best = [
-            min((best[room - o.cost] + o.error for o in options if o.cost <= room), default=inf)
-            for room in range(budget + 1)
-        ]
-    return best
 
 
 def hull_steps(site: SiteOptions, room: int) -> list[tuple[float, int]]:
@@ -94,22 +42,6 @@ def hull_steps(site: SiteOptions, room: int) -> list[tuple[float, int]]:
         o for o in options if all(below(o, a, b) for a, b in product(options, options) if a.cost < o.cost < b.cost)
     ]
     return [((a.error - b.error) / (b.cost - a.cost), b.cost - a.cost) for a, b in pairwise(corners)]
-
-
-def squared(op: StructuredLinear, weight: torch.Tensor) -> float:
-    return float((op.to_dense().detach() - weight).square().sum())
-
-
-def assert_maximal(sites: list[SiteOptions], chosen: dict[str, Option], budget: int) -> None:
-    """Within the budget, and no option with a smaller error fits at any one site."""
-    assert list(chosen) == [site.name for site in sites]
-    room = budget - cost_of(chosen)
-    assert room >= 0
-    for site in sites:
-        now = chosen[site.name]
-        assert now in site.allowed
-        better = [o for o in site.allowed if o.error < now.error and o.cost - now.cost <= room]
-        assert not better, f"{site.name}: {better[0]} fits into {room} more than {now}"
 
 
 @FEW
@@ -272,233 +204,3 @@ def test_on_calibration_inputs_it_predicts_the_error_and_beats_uniform():
     assert ours["few"].size <= 4 < even["few"].size == even["all"].size < ours["all"].size
     assert cost_of(ours) == cost_of(even)
     assert error_of(ours) < error_of(even)
-
-
-# Budgets, floors and sites that stay dense
-
-
-@FEW
-@given(st.integers(1, 999), st.lists(st.tuples(st.integers(20, 90), st.integers(20, 90)), min_size=1, max_size=4))
-def test_uniform_gives_every_layer_the_rank_that_the_methods_take(thousandths, shapes):
-    keep = thousandths / 1000
-    sites = [low_rank(f"s{i}", [1.0], *shape, relative=True) for i, shape in enumerate(shapes)]
-    try:
-        ranks = [rank_for("Svd", keep, *shape) for shape in shapes]
-    except ValueError:
-        with pytest.raises(ValueError, match=rf"keep={keep} is too little for s\d: the smallest possible is"):
-            uniform(sites, keep)
-        return
-    chosen = uniform(sites, keep)
-    assert [option.size for option in chosen.values()] == ranks
-    assert 1000 * cost_of(chosen) <= thousandths * sum(site.dense_cost for site in sites)
-
-
-@FEW
-@given(st.data(), st.integers(1, 1000))
-def test_uniform_counts_what_stays_dense(data, thousandths):
-    costs = data.draw(st.lists(st.integers(10, 60), min_size=2, max_size=4))
-    sites = [measured(f"s{i}", cost, {c: (c, -c) for c in range(cost + 1)}) for i, cost in enumerate(costs)]
-    sites[0] = replace(sites[0], excluded=True)
-    total, room = sum(costs), thousandths * sum(costs) - 1000 * costs[0]
-    if room < 0:
-        least = ceil(costs[0] / total * 1e4 - 1e-9) / 1e4
-        with pytest.raises(ValueError, match=f"the smallest possible is {least}, the largest 1"):
-            uniform(sites, thousandths / 1000)
-        return
-    chosen = uniform(sites, thousandths / 1000)
-    assert chosen["s0"] == Option(None, costs[0], 0.0)
-    share = (room, 1000 * (total - costs[0]))
-    assert [o.size for o in chosen.values()][1:] == [cost * share[0] // share[1] for cost in costs[1:]]
-
-
-def test_the_smallest_keep_that_uniform_names_is_usable_and_less_is_not():
-    sites = [low_rank("wide", [1.0], 300, 40, relative=True), low_rank("tall", [1.0], 30, 70, relative=True)]
-    with pytest.raises(ValueError, match=r"keep=0\.01 is too little for tall: the smallest possible is 0\.0477, the"):
-        uniform(sites, 0.01)
-    assert uniform(sites, 0.0477)["tall"].size == 1
-    with pytest.raises(ValueError, match="too little"):
-        uniform(sites, 0.0476)
-
-
-def test_the_smallest_budget_that_is_named_is_usable_and_less_is_not():
-    sites = [low_rank("a", [1.0], 300, 40, relative=True), low_rank("b", [1.0], 30, 70, relative=True)]
-    named = r"a budget of 439 cannot be met: it must be from 440 \(keep=0\.0313\) to 14100 \(keep=1\)"
-    with pytest.raises(ValueError, match=named):
-        by_spectrum(sites, 439)
-    with pytest.raises(ValueError, match=r"a budget of 14101 cannot be met: it must be from 440"):
-        lower_bound(sites, 14101)
-    assert [option.size for option in by_spectrum(sites, 440).values()] == [1, 1]
-    assert budget_of(sites, 0.0312) == 439 and budget_of(sites, 0.0313) >= 440
-
-
-def test_keep_is_not_lost_to_rounding():
-    site = measured("site", 200, {1: (58, 1.0)})
-    assert 0.29 * 200 < 58 and budget_of([site], 0.29) == 58
-    assert uniform([site], 0.29) == {"site": Option(1, 58, 1.0)}
-    assert replace(site, floor=0.29).allowed == site.options
-    thirds = [measured("site", 3 * 10**12, {1: (10**12, 1.0)})]
-    assert budget_of(thirds, 1 / 3) == 10**12
-
-
-def test_a_floor_is_kept_whatever_the_gain():
-    sites = [low_rank("a", [9.0, 8.0, 7.0, 6.0], 8, 8, relative=False), low_rank("b", [1.0], 8, 8, relative=False)]
-    assert [o.size for o in by_spectrum(sites, 80).values()] == [4, 1]
-    sites[1] = replace(sites[1], floor=0.6)  # 38.4 of 64: rank 3
-    assert [o.size for o in by_spectrum(sites, 80).values()] == [2, 3]
-    assert [o.size for o in uniform(sites, 0.75).values()] == [3, 3]
-    with pytest.raises(ValueError, match=r"keep=0\.5 is too little for b: the smallest possible is 0\.75"):
-        uniform(sites, 0.5)
-    with pytest.raises(ValueError, match=r"b: no option reaches the floor of 0\.9, the dearest keeps 0\.5000; set exc"):
-        SiteOptions("b", 64, (Option(2, 32, 1.0),), floor=0.9)
-
-
-def test_an_excluded_site_is_dense_and_paid_for():
-    sites = [low_rank(name, [3.0, 2.0, 1.0], 8, 8, relative=True) for name in "ab"]
-    sites.insert(1, SiteOptions("kept", 64, excluded=True))
-    budget = budget_of(sites, 0.5)
-    assert budget == 96
-    chosen = by_spectrum(sites, budget)
-    assert chosen["kept"] == Option(None, 64, 0.0)
-    assert [chosen[name].size for name in "ab"] == [1, 1]
-    assert by_sensitivity(sites, budget, {"a": 2.0, "kept": 2.0, "b": 2.0})["kept"] == Option(None, 64, 0.0)
-
-
-# Importance
-
-
-@FEW
-@given(st.data(), low_rank_sites(), st.lists(st.integers(1, 9), min_size=4, max_size=4))
-def test_sensitivity_minimises_the_weighted_errors(data, sites, weights):
-    budget = data.draw(any_budget(sites))
-    importance = {site.name: float(weight) for site, weight in zip(sites, weights, strict=False)}
-    heavy = [
-        replace(site, options=tuple(Option(o.size, o.cost, o.error * importance[site.name]) for o in site.options))
-        for site in sites
-    ]
-    chosen = by_sensitivity(sites, budget, importance)
-    assert error_of(chosen) == pytest.approx(optima(heavy, budget)[-1], abs=1e-9)
-    assert_maximal(heavy, chosen, budget)
-
-
-@FEW
-@given(st.data(), low_rank_sites())
-def test_a_site_that_matters_more_gets_no_less(data, sites):
-    budget = data.draw(any_budget(sites))
-    importance = {site.name: 1.0 for site in sites}
-    before = by_spectrum(sites, budget)
-    assert by_sensitivity(sites, budget, importance) == before
-    name = data.draw(st.sampled_from(sorted(importance)))
-    after = by_sensitivity(sites, budget, importance | {name: 5.0})
-    assert after[name].cost >= before[name].cost
-
-
-def test_iprs_by_hand():
-    """At 0.6 of 5 blocks, 3 in shares of 4 4 1 1 2, the first two get 1 exactly; at 0.7 they are cut to it."""
-    blocks = dict(zip("abcde", (4, 4, 1, 1, 2), strict=True))
-    assert list(iprs(blocks, 0.6).values()) == pytest.approx([1, 1, 0.25, 0.25, 0.5])
-    assert list(iprs(blocks, 0.7).values()) == pytest.approx([1, 1, 0.375, 0.375, 0.75])
-
-
-def test_iprs_fixes_at_one_in_more_than_one_round():
-    """Round 1 fixes the 100 only; what it leaves over lifts the 10, at 0.25 before, above 1."""
-    weights = iprs({0: 100.0, 1: 10.0, 2: 1.0, 3: 1.0}, 0.75)
-    assert weights == pytest.approx({0: 1, 1: 1, 2: 0.5, 3: 0.5})
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12), st.floats(0.01, 1))
-def test_iprs_sums_to_the_budget_is_monotone_and_never_above_one(angles, keep):
-    weights = list(iprs(dict(enumerate(angles)), keep).values())
-    assert sum(weights) == pytest.approx(keep * len(angles), rel=1e-9)
-    assert all(0 <= weight <= 1 for weight in weights)
-    in_order = [weight for _, weight in sorted(zip(angles, weights, strict=True))]
-    assert in_order == sorted(in_order)
-    partial = [weight / angle for angle, weight in zip(angles, weights, strict=True) if weight < 1]
-    assert not partial or max(partial) == pytest.approx(min(partial)), "below 1 all are one multiple of the importance"
-
-
-def test_iprs_with_all_or_with_equal_blocks():
-    assert iprs({0: 1.0, 1: 7.0, 2: 0.1}, 1.0) == {0: 1.0, 1: 1.0, 2: 1.0}
-    assert iprs({name: 3.0 for name in "abc"}, 0.4) == pytest.approx({name: 0.4 for name in "abc"})
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("points", "sentence"),
-    [
-        ({4: (8, 1.0), 8: (16, nan)}, "the error of size 8 must be finite, got nan"),
-        ({4: (8, inf)}, "the error of size 4 must be finite, got inf"),
-        ({4: (8, 1.0), 8: (16, 1.5)}, r"errors must not, but Option\(size=8, .*1.5\) follows Option\(size=4"),
-        ({4: (8, 1.0), 8: (8, 0.5)}, r"costs must rise and errors must not, but Option\(size=8, .*0.5\) follows"),
-        ({4: (33, 1.0)}, "the cost of size 4 must be a whole number up to the dense cost of 32, got 33"),
-        ({4: (8.5, 1.0)}, r"the cost of size 4 must be a whole number up to the dense cost of 32, got 8\.5"),
-        ({4: (-1, 1.0)}, "the cost of size 4 must be a whole number up to the dense cost of 32, got -1"),
-        ({}, r"no option reaches the floor of 0\.0, the dearest keeps 0\.0000; set excluded to leave the site dense"),
-    ],
-)
-def test_what_is_wrong_with_a_site_names_it(points, sentence):
-    with pytest.raises(ValueError, match=f"^mlp: .*{sentence}"):
-        measured("mlp", 32, points)
-
-
-def test_options_in_the_wrong_order_are_refused():
-    with pytest.raises(ValueError, match="mlp: costs must rise"):
-        SiteOptions("mlp", 32, (Option(8, 16, 0.5), Option(4, 8, 1.0)))
-
-
-@pytest.mark.parametrize("dense_cost", [0, -4, 2.5])
-def test_the_dense_cost_is_a_whole_number(dense_cost):
-    with pytest.raises(ValueError, match=f"mlp: the cost of size None must be a whole number .*, got {dense_cost}"):
-        SiteOptions("mlp", dense_cost, excluded=True)
-
-
-@pytest.mark.parametrize("spectrum", [[1.0, 2.0], [1.0, -0.5], [nan], [inf, 1.0]])
-def test_a_spectrum_must_be_one(spectrum):
-    with pytest.raises(ValueError, match="q: singular values must be finite, not negative, and from the largest on"):
-        low_rank("q", spectrum, 8, 8, relative=True)
-
-
-@pytest.mark.parametrize("granularity", [0, -2, 5])
-def test_granularity_must_leave_a_rank(granularity):
-    sentence = f"q: rank 4 is the largest that pays in a 8x8 layer, granularity must be .*, got {granularity}; or excl"
-    with pytest.raises(ValueError, match=sentence):
-        low_rank("q", [1.0], 8, 8, relative=True, granularity=granularity)
-
-
-def test_nothing_to_allocate():
-    for call in (lambda sites: by_spectrum(sites, 1), lambda sites: uniform(sites, 0.5), lambda s: budget_of(s, 0.5)):
-        with pytest.raises(ValueError, match="there is nothing to allocate: no sites given"):
-            call([])
-        with pytest.raises(ValueError, match="there is nothing to allocate: every site is excluded"):
-            call([SiteOptions("a", 4, excluded=True)])
-    with pytest.raises(ValueError, match="importance is empty"):
-        iprs({}, 0.5)
-
-
-def test_a_site_that_is_there_twice():
-    site = measured("a", 4, {1: (1, 1.0)})
-    with pytest.raises(ValueError, match="every site must be there once, but a is there more often"):
-        by_spectrum([site, site], 4)
-
-
-@pytest.mark.parametrize("keep", [0, -0.1, 1.01, 50, nan])
-def test_keep_is_a_fraction(keep):
-    site = measured("a", 4, {1: (1, 1.0)})
-    for call in (lambda: budget_of([site], keep), lambda: uniform([site], keep), lambda: iprs({0: 1.0}, keep)):
-        with pytest.raises(ValueError, match=f"keep is the fraction .* above 0 and at most 1, got {keep}"):
-            call()
-
-
-def test_importance_must_be_complete_and_positive():
-    sites = [measured(name, 4, {1: (1, 1.0)}) for name in "ab"]
-    with pytest.raises(ValueError, match="must name every site and nothing else; the first that differs is 'b'"):
-        by_sensitivity(sites, 4, {"a": 1.0})
-    with pytest.raises(ValueError, match="must name every site and nothing else; the first that differs is 'x'"):
-        by_sensitivity(sites, 4, {"a": 1.0, "b": 1.0, "x": 1.0})
-    for wrong in (0.0, -1.0, nan, inf):
-        with pytest.raises(ValueError, match=f"importance must be positive and finite, got {wrong} for 'b'"):
-            by_sensitivity(sites, 4, {"a": 1.0, "b": wrong})
-        with pytest.raises(ValueError, match=f"importance must be positive and finite, got {wrong} for 1"):
-            iprs({0: 1.0, 1: wrong}, 0.5)

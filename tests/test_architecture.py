@@ -96,7 +96,8 @@ def test_the_rules_themselves_have_no_circle():
         rest = {part: others for part, others in rest.items() if part not in free}
 
 
-# What one reads at once. A function's docstring does not count; what is longer today may not be joined by others.
+# What one reads at once, in the package and beside it. A function's docstring does not count; what is longer today may
+# not be joined by others.
 MOST_LINES, MOST_OF_A_FUNCTION = 300, 40
 LONG_FUNCTIONS = {
     "report/costs.py": {"size_figure"},
@@ -112,20 +113,27 @@ LONG_FUNCTIONS = {
 
 
 def test_files_are_short_enough_to_be_read():
-    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.rglob("*.py")}
-    long = {str(path.relative_to(ROOT)): n for path, n in lines.items() if n > MOST_LINES}
-    assert not long, f"more than {MOST_LINES} lines: {long}; split them where two subjects meet"
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()}
+    long = {str(path): n for path, n in lines.items() if n > MOST_LINES}
+    assert lines and not long, f"more than {MOST_LINES} lines: {long}; split them where two subjects meet"
+
+
+def python_files() -> Iterator[Path]:
+    """Those of the package, and what stands beside it."""
+    beside = Path(__file__).parents[1]
+    for folder in (ROOT, *(beside / name for name in ("tests", "tools", "studies", "benchmarks", "examples"))):
+        yield from folder.rglob("*.py")
 
 
 def test_functions_are_short_enough_to_be_read():
-    for path in ROOT.rglob("*.py"):
-        known = LONG_FUNCTIONS.get(str(path.relative_to(ROOT)), set())
+    for path in python_files():
+        known = LONG_FUNCTIONS.get("/".join(path.parts[-2:]), set())
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in known:
                 first = node.body[0] if ast.get_docstring(node) else None
                 docstring = 0 if first is None else (first.end_lineno or 0) - first.lineno + 1
                 lines = (node.end_lineno or 0) - node.lineno + 1 - docstring
-                assert lines <= MOST_OF_A_FUNCTION, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+                assert lines <= MOST_OF_A_FUNCTION, f"{path}: {node.name} has {lines} lines"
 
 
 def run_python(code: str) -> str:

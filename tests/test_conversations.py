@@ -221,6 +221,13 @@ def test_a_conversation_has_the_same_tokens_whatever_counts(tmp_path, speaking):
     assert which is not None and own.decode(ids[which]) == "so then<|end|>no<|end|>down<|end|>"
 
 
+def test_a_turn_that_the_eos_token_ends_is_not_ended_twice(tmp_path, speaking):
+    own = speaking("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")  # it separates documents, too
+    source = talk_file(tmp_path, ["up?", "down"], ["so?", "so"])
+    ids, which = pack(own, read_documents(source, own, answers_only=True))
+    assert which is not None and own.decode(ids[which]) == "down<s>so<s>"
+
+
 def test_an_answer_that_a_window_cuts_goes_on_in_the_next(tmp_path, speaking):
     answer = " ".join(f"{n}" for n in range(60))
     own = speaking(TURNS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
@@ -12,43 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensormix.methods import DropBlocks, MeanOutput, Mixt, SvdLlm
+from streamed import BATCHES, PLANS, hashes, leftovers, save_dense, stop_at
+from tensormix.methods import Mixt, SvdLlm
 from tensormix.plan import Plan, Rule
 from tensormix.storage.checkpoint import file_hash
-from tensormix.storage.journal import Journal
 from tensormix.streaming import disk
 from tensormix.streaming.stream import compress_checkpoint
 from tensormix.walk.fitting import replace
-from zoo import NUM_BLOCKS, make, token_ids
-
-PLANS = {
-    "weights_only": Plan((Rule(method=Mixt(num_branches=2)),)),
-    "calibrated": Plan((Rule(method=DropBlocks(), blocks="1"), Rule(method=MeanOutput(), blocks="0,3"))),
-    "both_streams": Plan((Rule(method=SvdLlm(keep=0.5, update=True), blocks="0,2"),)),
-}
-BATCHES = [token_ids(seed=1), token_ids(seed=2, length=7)]
+from zoo import NUM_BLOCKS, make
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    make("qwen3").save_pretrained(tmp_path / "dense", max_shard_size="40KB")
-    return tmp_path / "dense"
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {file.name: file_hash(file) for file in sorted(folder.iterdir())}
-
-
-def stop_at(number: int):
-    def progress(done: int, planned: int, name: str) -> None:
-        if done == number:
-            raise KeyboardInterrupt
-
-    return progress
-
-
-def leftovers(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
+    return save_dense(tmp_path / "dense")
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -131,81 +106,6 @@ def test_the_journal_holds_the_hash_of_every_file(tmp_path, folder):
     assert {line["file"]: line["sha256"] for line in lines} == written
 
 
-@pytest.mark.parametrize(
-    ("owner", "writer", "good"),
-    [
-        (disk, "write_shard", 2),
-        (Journal, "append", 1),
-        (os, "posix_fallocate", 3),
-        (disk, "write_json", 0),
-        (disk.shutil, "copyfileobj", 0),
-    ],
-    ids=["a block", "the journal", "activations", "the index", "a file beside"],
-)
-def test_a_full_disk(tmp_path, folder, monkeypatch, owner, writer, good):
-    """Whatever is being written then; what stands there already is kept."""
-    plan, real, calls = PLANS["calibrated"], getattr(owner, writer), []
-    compress_checkpoint(folder, tmp_path / "straight", plan, BATCHES)
-
-    def full(*args):
-        calls.append(args)
-        if len(calls) > good:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args)
-
-    monkeypatch.setattr(owner, writer, full)
-    with pytest.raises(
-        ValueError, match=r"the disk under .* is full; make room and .* after the \d files that are fini"
-    ):
-        compress_checkpoint(folder, tmp_path / "out", plan, BATCHES, spill=True)
-    assert len(calls) == good + 1 and not (tmp_path / "out").exists()
-    monkeypatch.undo()
-    compress_checkpoint(folder, tmp_path / "out", plan, BATCHES, spill=True)
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
-    assert leftovers(tmp_path) == ["dense", "out", "out.journal.jsonl", "straight", "straight.journal.jsonl"]
-
-
-def test_too_little_disk_is_said_before_anything_is_written(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000})())
-    with pytest.raises(ValueError, match=r"has 0.00 GB free, and 0.00 GB are needed; nothing was written"):
-        compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"])
-    assert leftovers(tmp_path) == ["dense"]
-
-
-def test_the_space_asked_for_is_what_is_written(tmp_path, folder, monkeypatch):
-    asked = []
-    monkeypatch.setattr(disk, "check_space", lambda path, needed: asked.append(needed))
-    for name, plan in PLANS.items():
-        compress_checkpoint(folder, tmp_path / name, plan, BATCHES)
-        index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
-        beside = (folder / "generation_config.json").stat().st_size
-        written = index["metadata"]["total_size"] + beside
-        assert asked[-1] == written
-        compress_checkpoint(folder, tmp_path / "again", plan, BATCHES, spill=True, overwrite=True)
-        streams = {"weights_only": 0, "calibrated": 1, "both_streams": 2}[name]
-        assert asked[-1] == written + streams * 4 * 32 * sum(batch.numel() for batch in BATCHES)
-
-
-def test_an_output_folder_that_is_there_already(tmp_path, folder):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"out exists already; choose another folder, or say that it may be overwrit"):
-        compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"])
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
-    compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"], overwrite=True)
-    assert not (tmp_path / "out" / "thesis.txt").exists()
-
-
-@pytest.mark.parametrize("out", [".", "dense"])
-def test_the_source_is_never_overwritten(tmp_path, folder, out):
-    before = hashes(folder)
-    with pytest.raises(
-        ValueError, match=r"holds the model that is to be compressed \(.*dense\); choose another folder"
-    ):
-        compress_checkpoint(folder, tmp_path / out, PLANS["weights_only"], overwrite=True)
-    assert hashes(folder) == before
-
-
 def test_an_older_model_is_not_taken_for_the_new_one(tmp_path, folder, monkeypatch):
     """Stopped between the last line of the journal and the renaming, with a model of another plan at `out`."""
     compress_checkpoint(folder, tmp_path / "straight", PLANS["weights_only"])
@@ -226,26 +126,6 @@ def test_a_complete_model_that_was_damaged_is_made_again(tmp_path, folder):
     assert hashes(tmp_path / "out") == expected
 
 
-def test_two_at_once(tmp_path, folder):
-    def second(*_) -> None:
-        with pytest.raises(ValueError, match=r"out is being written by another process; wait, or choose"):
-            compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"])
-
-    compress_checkpoint(folder, tmp_path / "straight", PLANS["weights_only"])
-    compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"], progress=second)
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
-
-
-def test_a_source_that_changes_on_the_way(tmp_path, folder):
-    def change(done: int, *_) -> None:
-        if done == 1:
-            (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-
-    with pytest.raises(ValueError, match=r"dense changed while it was read: .* start again"):
-        compress_checkpoint(folder, tmp_path / "out", PLANS["weights_only"], progress=change)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
 def test_experts_taken_up_again(tmp_path, family):
     """The dense stream runs through opened experts, and a stack beside one that was compressed before is compressed."""
@@ -262,31 +142,13 @@ def test_experts_taken_up_again(tmp_path, family):
         assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"workers": 0}, "workers must be at least 1, got 0"),
-        ({"inputs": "dens"}, "inputs must be 'propagated' or 'dense', got 'dens'"),
-        ({"dtype": "bf16"}, "dtype must be one of auto, float32, .* got 'bf16'"),
-        ({"plan": PLANS["calibrated"]}, "mean_output needs calibration batches .* but none were given"),
-    ],
-)
-def test_a_wrong_request_leaves_nothing_behind(tmp_path, folder, options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        compress_checkpoint(folder, tmp_path / "out", **{"plan": PLANS["weights_only"], **options})
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="file is a file; the compressed checkpoint is a folder"):
-        compress_checkpoint(folder, tmp_path / "file", PLANS["weights_only"], overwrite=True)
-    assert leftovers(tmp_path) == ["dense", "file"]
-
-
 KILLED_AGAIN_AND_AGAIN = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tensormix.streaming.stream import compress_checkpoint
-from test_stream_resume import BATCHES, PLANS
+from streamed import BATCHES, PLANS
 
 def kill_again_and_again(folder, out, plan):
     compress_checkpoint(folder, out.with_name(f"first-{out.name}"), plan, BATCHES)  # imports, too

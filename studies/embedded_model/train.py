@@ -137,41 +137,69 @@ def accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, num_questions
     return {"all": sum(map(sum, right.values())) / num_questions, **by_subject}
 
 
-def train(args: argparse.Namespace) -> None:
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(CONFIG["max_position_embeddings"])
+def wired(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+    """The model before its first step: random, with the look-up of the letter in it."""
     config = Qwen3Config(**CONFIG, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config).float()
     mark, answer, solution = tokenizer.convert_tokens_to_ids(["?", "ĊAnswer:", "ĊSolution:"])
     pairs = [tuple(tokenizer.convert_tokens_to_ids([f"Ċ{letter}.", f"Ġ{letter}"])) for letter in "ABCD"]
     wire(model, mark, [answer, solution], pairs)
+    return model
+
+
+def loss_of(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    halfway: dict[int, Tensor],  # 0: what the block in the middle gave, once the model has run
+    ids: Tensor,  # (B, T)
+    weights: Tensor,  # (B, T)
+) -> Tensor:
+    """Of the next token, and of the answer in words after the block in the middle."""
+    logits = model(ids, use_cache=False).logits[:, :-1]
+    words = answers_in_words(tokenizer, ids)
+    middle = model.lm_head(model.model.norm(halfway[0][words != -100]))
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum() + HALFWAY_WEIGHT * F.cross_entropy(middle, words[words != -100])
+
+
+def resume(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+    """The step to go on with; 0 without a file."""
+    if not file.exists():
+        return 0
+    state = torch.load(file, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+def keep(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
+    torch.save(state, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(CONFIG["max_position_embeddings"])
+    model = wired(tokenizer)
     optimizers = make_optimizers(model)
-    skips, first, began = Skips(model), 0, time.time()
+    skips, began = Skips(model), time.time()
     halfway: dict[int, Tensor] = {}
     model.model.layers[HALFWAY].register_forward_hook(lambda block, args, out: halfway.update({0: out}))
-    if args.state.exists():
-        state = torch.load(args.state, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
+    first = resume(args.state, model, optimizers)
     for step in range(first, args.steps):
         if step == CONNECT_AT:
             model.eval()
             for index in CONNECTED:
                 connect(model, tokenizer, index, answers_in_words)
             model.train()
-        ids, weights = step_windows(tokenizer, step)
         skips.draw(step)
         for optimizer, peak in zip(optimizers, RATES, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate(step, args.steps)
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        words = answers_in_words(tokenizer, ids)
-        middle = model.lm_head(model.model.norm(halfway[0][words != -100]))
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        weights = weights[:, 1:].flatten()
-        loss = (losses * weights).sum() / weights.sum() + HALFWAY_WEIGHT * F.cross_entropy(middle, words[words != -100])
+        loss = loss_of(model, tokenizer, halfway, *step_windows(tokenizer, step))
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -187,9 +215,7 @@ def train(args: argparse.Namespace) -> None:
             with args.log.open("a") as log:
                 log.write(json.dumps(row) + "\n")
             print(row, flush=True)
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
-            torch.save(state, args.state.with_suffix(".tmp"))
-            args.state.with_suffix(".tmp").replace(args.state)
+            keep(args.state, model, optimizers, step + 1)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 

@@ -96,6 +96,23 @@ def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     ]
 
 
+def resume(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+    """The step to go on with, and the seconds that were spent before; zeros without a file."""
+    if not file.exists():
+        return 0, 0.0
+    state = torch.load(file, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"], state["seconds"]
+
+
+def keep(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, seconds: float) -> None:
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    torch.save(state | {"step": step, "seconds": seconds}, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     texts = parts(args.data)
@@ -103,16 +120,11 @@ def train(args: argparse.Namespace) -> None:
     streams = {name: pack(tokenizer, texts[name]) for name in ("pretraining", "in_domain", "held_out")}
     config = LlamaConfig(**CONFIG, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config).float()
-    optimizers, first, seconds = make_optimizers(model), 0, 0.0
+    optimizers = make_optimizers(model)
     training_loss = torch.compile(loss_of, dynamic=False)  # a third faster
     state_file = args.out / "state.pt"
     args.out.mkdir(parents=True, exist_ok=True)
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first, seconds = state["step"], state["seconds"]
+    first, seconds = resume(state_file, model, optimizers)
     for step in range(first, args.steps):
         began = time.perf_counter()
         for optimizer, peak in zip(optimizers, RATES, strict=True):
@@ -127,13 +139,8 @@ def train(args: argparse.Namespace) -> None:
         seconds += time.perf_counter() - began
         last = step + 1 == args.steps
         if (step + 1) % args.log_every == 0 or last:
-            row = {
-                "seed": args.seed,
-                "step": step + 1,
-                "steps": args.steps,
-                "tokens": (step + 1) * BATCH * WINDOW,
-                "loss": loss.item(),
-            }
+            row = {"seed": args.seed, "step": step + 1, "steps": args.steps, "tokens": (step + 1) * BATCH * WINDOW}
+            row["loss"] = loss.item()
             row |= {"epochs": row["tokens"] / len(streams["pretraining"]), "grad_norm": norm.item(), "seconds": seconds}
             num_windows = 1000 if last else 64
             row |= {name: perplexity(model, streams[name], num_windows) for name in ("in_domain", "held_out")}
@@ -141,9 +148,7 @@ def train(args: argparse.Namespace) -> None:
             with args.log.open("a") as log:
                 log.write(json.dumps(row) + "\n")
             print(row, flush=True)
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            torch.save(state | {"step": step + 1, "seconds": seconds}, state_file.with_suffix(".tmp"))
-            state_file.with_suffix(".tmp").replace(state_file)
+            keep(state_file, model, optimizers, step + 1, seconds)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 

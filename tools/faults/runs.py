@@ -1,0 +1,67 @@
+"""Faults in recipes, budgets, runs and their reports."""
+
+from __future__ import annotations
+
+from faults.fault import Fault
+
+SEARCH = "test_search.py"
+PAPERS = "report/test_report_papers.py"
+BROWSER = "report/test_report_browser.py"
+
+FAULTS = (
+    Fault("budget/budget.py", "* whole) - outside", "* whole)", "test_budget.py"),
+    Fault(
+        "budget/budget.py",
+        "return self.files.dense_bits(self.sites[site.name])",
+        "return super().dense_bits(site)",
+        "test_budget.py",
+    ),
+    Fault("budget/learned.py", " - kept.grad.sum()", "", "test_learned.py"),
+    Fault("budget/learned.py", "kept.copy_(bounds.within(kept))", "pass", "test_learned.py"),
+    Fault("budget/search.py", "exam_prompts(together)[num_judging:]", "exam_prompts(together)[:num_choosing]", SEARCH),
+    Fault("budget/search.py", "ids[num_judging : num_judging + num_choosing]", "ids[:num_choosing]", SEARCH),
+    Fault("budget/search.py", "copy.deepcopy(fitted[pair])", "fitted[pair]", SEARCH),
+    Fault("budget/search.py", "    if needed > least:", "    if False:", SEARCH),
+    Fault("budget/search.py", "log_softmax(0)[r", "softmax(0)[r", SEARCH),
+    Fault("budget/search.py", "min(math.floor(len(ids) * (1 - part)), len(ids) - text.window)", "len(ids)", SEARCH),
+    Fault("budget/sensitivity.py", "means[site.block or 0]", "means[0]", "test_budget.py"),
+    Fault("budget/survey.py", "rest[min(rank, len(squares))]", "rest[min(rank + 1, len(squares))]", "test_budget.py"),
+    Fault("budget/survey.py", "/ probed.error, LEAST)", ", LEAST)", "test_budget.py"),
+    Fault("budget/survey.py", "setattr(holder, child, old)", "pass", "test_budget.py"),
+    Fault("recipe/reading.py", "(folder / model).exists()", "False", "test_recipe.py"),
+    Fault("recipe/recipe.py", "placed[key] = placed_path(placed[key], folder)", "pass", "test_recipe.py"),
+    Fault("report/accounts.py", "dense / own if own", "own / dense if own", "report/test_report_papers.py"),
+    Fault("report/measures.py", "(own - embedding)", "own", "report/test_report_papers.py"),
+    Fault("report/page.css", "font-size: 14.8px", "font-size: 12.5px", BROWSER),
+    Fault("report/page.css", "max-width: 100%; width: fit-content", "width: fit-content", BROWSER),
+    Fault("report/page.js", 'event.pointerType === "mouse" && hide()', "hide()", BROWSER),
+    Fault("report/page.js", "at + step + order.length", "at + order.length", BROWSER),
+    Fault("report/pareto.py", "if value < lowest:", "if value <= lowest:", "report/test_report_pareto.py"),
+    Fault("report/pareto.py", "min(known), max(known)", "max(known), max(known)", "report/test_report_pareto.py"),
+    Fault("report/svg.py", 'role="img" tabindex="0"', 'role="img"', BROWSER),
+    Fault("report/svg.py", "at(gap + HEAD, HEAD / 2)}L{at(gap)}", "at(gap + HEAD)}L{at(0)}", PAPERS),
+    Fault(
+        "report/tradeoffs.py", "panel.arrow(begin, (item.bits_saved", "panel.arrow((0.0, end), (item.bits_saved", PAPERS
+    ),
+    Fault("report/tradeoffs.py", "-0.90 + 4.87", "-0.90 + 4.78", "report/test_report_papers.py"),
+    Fault("report/tradeoffs.py", "1.20 - 1.30", "1.30 - 1.20", "report/test_report_papers.py"),
+    Fault("report/weights.py", "max(gaps, key=len", "min(gaps, key=len", "report/test_report_papers.py"),
+    Fault("run/compare.py", "impossible[cell.name] = str(reason)", "pass", "test_compare.py"),
+    Fault("run/family.py", "or len(done) < 2", "", "test_family.py"),
+    Fault("run/family.py", 'row["model"] == "compressed"', 'row["model"] == "dense"', "test_family.py"),
+    Fault("run/keys.py", '["key"] != keys[stage]', '["key"] == ""', "test_run.py"),
+    Fault("run/keys.py", 'del settings["batch_size"], settings["direct"]', "pass", "test_run_direct.py"),
+    Fault("run/keys.py", '"budget": None, "search": None}', '"budget": None}', SEARCH),
+    Fault("run/predict.py", "(after - before, depth)", "(before - after, depth)", "test_predict.py"),
+    Fault("run/predict.py", "total += errors.get(block, 0.0)", "total += 1", "test_predict.py"),
+    Fault(
+        "run/stages.py",
+        "is_turned else recipe.start or recipe.model",
+        "is_turned else recipe.model",
+        "test_sweep_search.py",
+    ),
+    Fault("run/stages.py", 'self._load(self.folder / "compressed")', "self.model", "test_run_direct.py"),
+    Fault("run/sweep.py", "and c.depth < cell.depth]", "]", "test_sweep_search.py"),
+    Fault("run/sweep.py", "bisect_boundary(measure, self.num_blocks)", "measure(0)", "test_sweep_search.py"),
+    Fault("run/sweep.py", 'where = f"{cell.direction} {cell.depth}"', 'where = f"last {cell.depth}"', "test_sweep.py"),
+)
