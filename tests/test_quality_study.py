@@ -148,6 +148,15 @@ def test_a_table_says_at_which_rate_a_variant_ends_lowest(study):
     assert rates.splitlines()[2] == "| a | 8.00 | 6.00 | 7.00 |"
 
 
+def test_of_exams_the_best_rate_is_the_one_with_most_right(study):
+    def asked(right, rate, steps):
+        return row("a", 0, 0.0, steps=steps) | {"after": {"exam": right}, "learning_rate": rate}
+
+    rows = [asked(0.25, 1e-3, 10), asked(0.5, 2e-3, 10), asked(0.75, 1e-3, 20)]
+    text = study["page"].by_label(rows, "steps", "m", "depth=3 learning_rate=best")
+    assert text.splitlines()[2] == "| a | 0.500 (at 0.002) | 0.750 (at 0.001) |"
+
+
 def test_the_main_tables_leave_out_what_was_run_at_another_batch_size_or_rate(study):
     own = study["page"].own_settings()["stories260k"]
     usual = row("a", 0, 8.0) | own | {"model": "stories260k"}

@@ -3,9 +3,10 @@
     python studies/quality/page.py
 
 A table stands between `<!-- rows: MODEL DEPTH STEPS -->` and `<!-- end -->`; the plot beside it is docs/quality-*.svg.
-With the name of one of the recipe's `tables` behind STEPS it has the variants of that table alone, and no plot.
-`<!-- by LABEL: MODEL LABEL=VALUE ... -->` has the in-domain perplexity after recovery of every variant that was
-measured at several values of the first label, a column for each. Batch size and rate are the model's own where nothing
+With the name of one of the recipe's `tables` behind STEPS it has the variants of that table alone, and a plot if that is
+`main`.
+`<!-- by LABEL: MODEL LABEL=VALUE ... -->` has the in-domain perplexity (or the accuracy) after recovery of every variant
+that was measured at several values of the first label, a column for each. Batch size and rate are the model's own where nothing
 is said of them; `learning_rate=best` takes the rate that ends lowest, of those that were run. `<!-- speed -->` is
 filled from benchmarks/results/structures.jsonl.
 """
@@ -62,11 +63,12 @@ def group(rows: list[Row]) -> dict[str, list[Row]]:
     for row in rows:
         found.setdefault(row["variant"], []).append(row)
 
-    def rank(item: tuple[str, list[Row]]) -> float:
-        after = [row["after"] for row in item[1]]
-        return mean([a["in_domain"] for a in after]) if "in_domain" in after[0] else -mean([a["exam"] for a in after])
+    return dict(sorted(found.items(), key=lambda item: mean([loss(row) for row in item[1]])))
 
-    return dict(sorted(found.items(), key=rank))
+
+def loss(row: Row) -> float:
+    """What is the smaller the better: in-domain perplexity, or minus the accuracy in the exam."""
+    return row["after"]["in_domain"] if "in_domain" in row["after"] else -row["after"]["exam"]
 
 
 def mean(values: list[float]) -> float:
@@ -154,7 +156,7 @@ def fill(page: str, rows: list[Row]) -> tuple[str, dict[str, str]]:
         if not variants:
             return f"{begin}Not run.\n{end}"
         content = table(variants)
-        if not name and "in_domain" in next(iter(variants.values()))[0]["after"]:
+        if name in ("", "main") and "in_domain" in next(iter(variants.values()))[0]["after"]:
             file, title = f"quality-{model}-{depth}-{steps}.svg", f"{model}, last {depth} blocks, {steps} steps"
             plots[file] = plot(variants, title)
             content = f"![{title}]({file})\n\n{content}"
@@ -166,7 +168,7 @@ def fill(page: str, rows: list[Row]) -> tuple[str, dict[str, str]]:
 
 
 def by_label(rows: list[Row], label: str, model: str, labels: str) -> str:
-    """In-domain perplexity after recovery, a row for each variant and a column for each value of the label."""
+    """Perplexity or accuracy after recovery, a row for each variant and a column for each value of the label."""
     wanted: dict[str, Any] = {label: None}
     for key, value in (item.split("=") for item in labels.split()):
         wanted[key] = None if value == "best" else float(value) if key == "learning_rate" else int(value)
@@ -189,7 +191,7 @@ def best_of(rows: list[Row]) -> tuple[float, list[float], float]:
     """The mean over seeds at the rate at which it is lowest, what was averaged, and the rate."""
     rates: dict[float, list[float]] = {}
     for row in rows:
-        rates.setdefault(row["learning_rate"], []).append(row["after"]["in_domain"])
+        rates.setdefault(row["learning_rate"], []).append(loss(row))
     return min((mean(values), values, rate) for rate, values in rates.items())
 
 
@@ -197,7 +199,7 @@ def cell(rows: list[Row], with_rate: bool) -> str:
     if not rows:
         return ""
     _, values, rate = best_of(rows)
-    return shown(values) + (f" (at {rate:g})" if with_rate else "")
+    return shown([abs(value) for value in values]) + (f" (at {rate:g})" if with_rate else "")
 
 
 def speed(page: str, rows: list[Row]) -> str:
