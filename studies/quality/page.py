@@ -3,12 +3,11 @@
     python studies/quality/page.py
 
 A table stands between `<!-- rows: MODEL DEPTH STEPS -->` and `<!-- end -->`; the plot beside it is docs/quality-*.svg.
-With the name of one of the recipe's `tables` behind STEPS it has the variants of that table alone, and a plot if that is
-`main`.
-`<!-- by LABEL: MODEL LABEL=VALUE ... -->` has the in-domain perplexity (or the accuracy) after recovery of every variant
-that was measured at several values of the first label, a column for each. Batch size and rate are the model's own where nothing
-is said of them; `learning_rate=best` takes the rate that ends lowest, of those that were run. `<!-- speed -->` is
-filled from benchmarks/results/structures.jsonl.
+With the name of one of the recipe's `tables` behind STEPS it has the variants of that table alone, and a plot if that
+is `main`. `<!-- by LABEL: MODEL LABEL=VALUE ... -->` has the in-domain perplexity (or the accuracy) after recovery of
+every variant that was measured at several values of the first label, a column for each. Batch size and rate are the
+model's own where nothing is said of them; `learning_rate=best` takes the rate that ends lowest, of those that were run.
+`<!-- speed -->` is filled from benchmarks/results/structures.jsonl.
 """
 
 from __future__ import annotations
