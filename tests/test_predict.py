@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from tensormix.cli import app
 from tensormix.models import load_model, load_tokenizer
 from tensormix.recipe import Sweep
-from tensormix.run.predict import SIGNALS, largest_rise, predict, prediction_rows, rank_agreement
+from tensormix.run.predict import SIGNALS, effective_rank, largest_rise, predict, prediction_rows, rank_agreement
 
 
 def planted(**curves):
@@ -23,6 +23,24 @@ def test_each_signal_says_where_it_rises_most_and_the_lower_median_is_the_predic
     said = {row["signal"]: row["depth"] for row in rows}
     assert said == {"a": 2, "b": 3, "c": 2, "d": 1, "all": 2}
     assert (rows[-1]["low"], rows[-1]["high"]) == (1, 3)
+
+
+def test_the_effective_rank_has_a_row_and_no_say():
+    rows = prediction_rows(planted(drift=[0, 0, 1], divergence=[0, 0, 1], effective_rank=[0, 1, 1]))
+    assert rows[2] == {"kind": "prediction", "signal": "effective_rank", "depth": 1}
+    assert (rows[-1]["depth"], rows[-1]["low"]) == (2, 2)
+
+
+def test_the_effective_rank_counts_directions_around_the_mean():
+    frame = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)).double())[0]
+    centred = frame[:, 1:5] - frame[:, 1:5].mean(0)
+    basis = torch.linalg.qr(centred)[0]  # four orthonormal columns, each of mean zero
+    for scales, expected in (((1, 1, 1, 1), 4), ((2, 2, 0, 0), 2), ((0.5, 0, 0, 0), 1)):
+        states = 7.0 + basis * torch.tensor(scales)
+        assert float(effective_rank(states)) == pytest.approx(expected)
+    uneven = 7.0 + basis * torch.tensor([3.0, 1, 0, 0])  # shares 3/4 and 1/4
+    assert float(effective_rank(uneven)) == pytest.approx(0.75**-0.75 * 0.25**-0.25)
+    assert float(effective_rank(torch.ones(5, 3))) == 1  # no direction at all: no infinity, no NaN
 
 
 def test_a_signal_that_never_rises_says_nothing():
@@ -66,7 +84,7 @@ def test_where_one_block_alone_does_something_every_signal_names_the_depth_that_
     before = [values["divergence", d] for d in range(5)]
     assert max(map(abs, before[:depth])) < 1e-5 < before[depth]
     said = {row["signal"]: row["depth"] for row in rows if row["kind"] == "prediction"}
-    assert said["divergence"] == said["drift"] == said["all"] == depth
+    assert said["divergence"] == said["drift"] == said["effective_rank"] == said["all"] == depth
 
 
 def test_the_command_shows_the_signals_and_the_prediction(tiny, tmp_path):

@@ -20,6 +20,7 @@ from tensormix.evaluate import (
     macro_drop_row,
     macro_row,
     perplexity,
+    read_prompts,
 )
 from tensormix.exam import exam, prompt, worked_examples
 from tensormix.plan import Plan, Rule
@@ -136,7 +137,12 @@ def windows(tokenizer: Any, settings: Calibration | Diagnose, seed: int) -> list
 
 
 def exam_prompts(settings: Exam) -> list[ChoicePrompt]:
-    """The questions of the built-in exam as prompts, the subjects in turn."""
+    """The questions of the exam as prompts: of a file as they stand, the built-in ones with the subjects in turn.
+
+    Raises ValueError for what `read_prompts` refuses.
+    """
+    if settings.file is not None:
+        return read_prompts(settings.file, settings.num_questions)
     examples: dict[str, list] = {}
     prompts = []
     for question in exam(settings.num_questions, settings.seed):

@@ -188,11 +188,19 @@ class Perplexity(Settings):
 
 
 class Exam(Settings):
-    """The built-in four-choice exam."""
+    """The built-in four-choice exam, or four-choice questions of one's own."""
 
-    num_questions: int = Field(default=600, ge=1)
-    seed: int = Field(default=1, ge=0)
-    shots: int = Field(default=5, ge=0)  # worked examples before each question
+    file: str | None = None  # .jsonl with text (a prompt that ends in "Answer:") and gold (0 to 3) on each line
+    num_questions: int = Field(default=600, ge=1)  # of a file the first
+    seed: int = Field(default=1, ge=0)  # of the built-in questions
+    shots: int = Field(default=5, ge=0)  # worked examples before each built-in question
+
+    @model_validator(mode="after")
+    def _as_they_stand(self) -> Self:
+        given = [name for name in ("seed", "shots") if getattr(self, name) != type(self).model_fields[name].default]
+        if self.file is not None and given:
+            raise ValueError(f"the questions of a file are asked as they stand: leave out {_listed(given)}")
+        return self
 
 
 class Benchmark(Settings):

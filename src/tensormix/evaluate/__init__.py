@@ -8,6 +8,7 @@ from tensormix.evaluate.choices import ChoicePrompt, accuracy_rows, evaluate_cho
 from tensormix.evaluate.divergence import kl_divergence
 from tensormix.evaluate.harness import ask, macro_drop_row, macro_row
 from tensormix.evaluate.perplexity import perplexity
+from tensormix.evaluate.questions_file import read_prompts
 
 __all__ = [
     "LETTERED",
@@ -21,4 +22,5 @@ __all__ = [
     "macro_drop_row",
     "macro_row",
     "perplexity",
+    "read_prompts",
 ]

@@ -5,10 +5,13 @@
     divergence       KL(dense || compressed) of all logits at the same place, in nats
     local_error      what is left of each block's error after a few thousand tokens of local distillation, summed over
                      the compressed blocks; 1 for a block that is as good as left out
+    effective_rank   |log of the effective rank over the dense model's| of the states behind the last block at the same
+                     place (Roy and Vetterli 2007): how many directions tell the questions apart
 
 Each of them grows with the damage, so each ranks the depths; the boundary is said to be where it rises most from one
-depth to the next. The prediction is the lower median of what the signals say, and their range is its uncertainty.
-Nothing is fitted to any model: how far the prediction is from boundaries that were measured is in docs/quality.md.
+depth to the next. The prediction is the lower median of what the first four say, and their range is its uncertainty;
+the effective rank came after that rule, which no measured boundary may change, and has no say in it.
+Nothing is fitted to any model: how far the prediction is from boundaries that were measured is in docs/boundary.md.
 
 Blocks are compressed one after another in the order of the direction. What enters a block depends on the blocks before
 it only, and those are the same at every depth that compresses it, so one walk gives the models of all depths.
@@ -44,7 +47,8 @@ from tensormix.sites import blocks
 from tensormix.walk import compress
 
 Row = dict[str, Any]
-SIGNALS = ("drift", "output_entropy", "divergence", "local_error")
+SIGNALS = ("drift", "output_entropy", "divergence", "local_error", "effective_rank")
+WITHOUT_A_SAY = {"effective_rank"}
 
 
 def predict(
@@ -98,13 +102,14 @@ def predict(
 
 
 def prediction_rows(rows: list[Row]) -> list[Row]:
-    """What each signal says, and their lower median with the range (`low`, `high`), as rows of kind "prediction"."""
+    """What each signal says, and the lower median of those with a say, with their range (`low`, `high`), as rows of
+    kind "prediction"."""
     said: dict[str, int | None] = {}
     for signal in dict.fromkeys(row["signal"] for row in rows):
         values = sorted((row["depth"], row["value"]) for row in rows if row["signal"] == signal)
         said[signal] = largest_rise(values)
     found = [{"kind": "prediction", "signal": signal, "depth": depth} for signal, depth in said.items()]
-    depths = sorted(depth for depth in said.values() if depth is not None)
+    depths = sorted(depth for signal, depth in said.items() if depth is not None and signal not in WITHOUT_A_SAY)
     middle = depths[(len(depths) - 1) // 2] if depths else None
     ends = {"low": depths[0], "high": depths[-1]} if depths else {"low": None, "high": None}
     return [*found, {"kind": "prediction", "signal": "all", "depth": middle, **ends}]
@@ -115,6 +120,15 @@ def largest_rise(values: list[tuple[int, float]]) -> int | None:
     rises = [(after - before, depth) for (_, before), (depth, after) in pairwise(values)]
     best = max(rises, key=lambda rise: rise[0], default=(0.0, 0))
     return best[1] if best[0] > 0 else None
+
+
+def effective_rank(states: Tensor) -> Tensor:  # (P, D) -> ()
+    """exp of the entropy of the singular values as shares of their sum, around the mean state (Roy, Vetterli 2007).
+
+    From 1, where the states differ in one direction or in none, to the smaller of P - 1 and D.
+    """
+    values = torch.linalg.svdvals((states - states.mean(0)).double())
+    return torch.special.entr(values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)).sum().exp()
 
 
 def rank_agreement(signal: list[float], accuracy: list[float]) -> float:
@@ -140,10 +154,16 @@ class _Looks:
 
     def __init__(self, dense: Any, tokenizer: Any, prompts: list[ChoicePrompt]) -> None:
         self.tokenizer, self.prompts, self.answers = tokenizer, prompts, answer_tokens(tokenizer)
-        self.similarity, self.logits = similarity_map(last_states(dense, tokenizer, prompts)), self._last(dense)
+        states = last_states(dense, tokenizer, prompts)
+        self.similarity, self.rank, self.logits = (
+            similarity_map(states),
+            effective_rank(states[:, -1]),
+            self._last(dense),
+        )
 
     def rows(self, model: Any, depth: int) -> list[Row]:
-        similarity = similarity_map(last_states(model, self.tokenizer, self.prompts))
+        states = last_states(model, self.tokenizer, self.prompts)
+        similarity = similarity_map(states)
         logits = self._last(model)
         upper = torch.ones_like(similarity, dtype=torch.bool).triu(1)
         dense, here = self.logits.log_softmax(-1), logits.log_softmax(-1)
@@ -152,6 +172,7 @@ class _Looks:
             "drift": (similarity - self.similarity).abs()[upper].mean(),
             "output_entropy": torch.special.entr(four).sum(-1).mean() / torch.tensor(4.0).log(),
             "divergence": (dense.exp() * (dense - here)).sum(-1).mean(),
+            "effective_rank": (effective_rank(states[:, -1]) / self.rank).log().abs(),
         }
         return [{"kind": "signal", "signal": name, "depth": depth, "value": float(v)} for name, v in values.items()]
 
