@@ -32,9 +32,9 @@ def extreme(random: Random) -> Asked:
 
 
 def sums(random: Random) -> Asked:
-    """Two or three numbers; their sum modulo 4."""
-    asked = [[random.randrange(32) for _ in range(2 + place % 2)] for place in range(4)]
-    return [], [([VALUES[n] for n in numbers], sum(numbers) % 4) for numbers in random.sample(asked, 4)]
+    """Two numbers; their sum modulo 4."""
+    pairs = [(random.randrange(32), random.randrange(32)) for _ in range(4)]
+    return [], [([VALUES[one], VALUES[other]], (one + other) % 4) for one, other in pairs]
 
 
 def majority(random: Random) -> Asked:
@@ -83,6 +83,8 @@ TASKS: dict[str, Callable[[Random], Asked]] = {
     task.__name__: task for task in (extreme, sums, majority, knowledge, holder)
 }
 
+BY_HEART = {"knowledge"}  # what is asked is what was learned
+
 
 def _for_testing(given: list[str], asked: list[str]) -> bool:
     return hashlib.sha256(" ".join([*given, "?", *asked]).encode()).digest()[0] % 10 == 0
@@ -98,7 +100,7 @@ def documents(tasks: list[str], seed: int) -> Iterator[str]:
     while True:
         task = random.choice(tasks)
         given, asked = TASKS[task](random)
-        if task == "knowledge" or not any(_for_testing(given, words) for words, _ in asked):
+        if task in BY_HEART or not any(_for_testing(given, words) for words, _ in asked):
             words = [word for words, gold in asked for word in ("?", *words, "Answer:", LETTERS[gold])]
             yield " ".join([*["."] * (length - _length(given, asked)), *given, *words])
 
@@ -115,7 +117,7 @@ def questions(tasks: list[str], seed: int) -> Iterator[tuple[str, str, int]]:
         task = random.choice(tasks)
         given, asked = TASKS[task](random)
         words, gold = asked[0]
-        if task == "knowledge" or _for_testing(given, words):
+        if task in BY_HEART or _for_testing(given, words):
             stops = ["."] * (length - _length(given, asked))
             yield task, " ".join([*stops, *given, "?", *words, "Answer:"]), gold
 
