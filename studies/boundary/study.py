@@ -6,8 +6,8 @@ bisection and early stopping save.
 For every model of models.yaml (trained where it is not there yet) and both directions, in this order, so that nothing
 measured can be known to what is predicted: a row of kind "prediction", before any recovery; "scan", every depth
 compressed with MixT and recovered; "bisect", the cells of it that bisection asks for; "early_stop", those again with
-recoveries that end when their outcome is clear. The embedded model's scan is the demo's, its other rows are made here.
-Rows are appended to results.jsonl; a row that is there is not made again.
+recoveries that end when their outcome is clear. Of the embedded model the scan is the demo's, the prediction that of
+studies/quality. Rows are appended to results.jsonl; a row that is there is not made again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -33,6 +34,7 @@ from tensormix.storage.files import environment, now, read_json
 
 HERE = Path(__file__).parent
 DEMO = HERE.parents[1] / "benchmarks" / "results" / "demo.jsonl"
+PREDICTIONS = HERE.parent / "quality" / "predictions.jsonl"
 RESULTS = HERE / "results.jsonl"
 KINDS = ("prediction", "scan", "bisect", "early_stop")
 DIRECTIONS = get_args(Direction)
@@ -99,6 +101,16 @@ def demo_cells(direction: str, steps: int) -> list[Row]:
     return [{key: row[key] for key in keys} | {"steps": steps if row["depth"] else 0} for row in wanted]
 
 
+def recorded_prediction(direction: str) -> Row:
+    """What studies/quality/predictor.py said of the embedded model, before the effective rank was a signal."""
+    row = [row for row in read(PREDICTIONS) if row["direction"] == direction][-1]
+    signals: dict[str, list[float]] = {}
+    for signal in row["signals"]:
+        signals.setdefault(signal["signal"], []).append(signal["value"])
+    said = {**row["by_signal"], "all": row["predicted"]}
+    return {"said": said, "low": row["low"], "high": row["high"], "signals": signals, "from": PREDICTIONS.name}
+
+
 class Study:
     """The rows of one model and direction."""
 
@@ -114,6 +126,8 @@ class Study:
         return Sweep.model_validate(settings | {"recipe": {**settings["recipe"], "model": str(EMBEDDED)}})
 
     def prediction(self) -> Row:
+        if self.name == "embedded":
+            return recorded_prediction(self.direction)
         rows = predict(self.sweep(self.settings), direction=self.direction)  # type: ignore[arg-type]
         said = {row["signal"]: row["depth"] for row in rows if row["kind"] == "prediction"}
         together = next(row for row in rows if row["kind"] == "prediction" and row["signal"] == "all")
@@ -167,8 +181,8 @@ def relative(settings: Any, work: Path) -> Any:
     return json.loads(json.dumps(settings).replace(str(work) + "/", ""))
 
 
-def study(name: str, work: Path, about: Row | None) -> None:
-    """All rows of one model that are missing; `about` is its entry in models.yaml, None for the embedded one."""
+def study(name: str, work: Path, about: Row | None, kinds: Sequence[str]) -> None:
+    """The rows of one model that are missing; `about` is its entry in models.yaml, None for the embedded one."""
     folder = (work / name).resolve()
     if about is None:
         settings = yaml.safe_load(sweep_file().read_text())
@@ -180,7 +194,7 @@ def study(name: str, work: Path, about: Row | None) -> None:
         settings, num_blocks = settings_of(folder, write_texts(folder, about["tasks"], about["seed"])), about["blocks"]
     for direction in DIRECTIONS:
         one = Study(name, direction, settings, folder / direction, num_blocks)
-        for kind in KINDS:
+        for kind in kinds:
             unknown = name == "embedded" and direction == "first" and kind in ("bisect", "early_stop")
             if unknown or (name, direction, kind) in map(label, read(RESULTS)):
                 continue
@@ -199,10 +213,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="predictions beside measured boundaries, and what a search saves")
     parser.add_argument("--work", type=Path, required=True, help="folder of the models and the sweeps")
     parser.add_argument("--only", nargs="+", help="names of models; all without it")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of rows; all without it")
     args = parser.parse_args()
     models = yaml.safe_load((HERE / "models.yaml").read_text())
-    for name in args.only or [*models, "embedded"]:
-        study(name, args.work, models.get(name))
+    for name in args.only or ["embedded", *models]:
+        study(name, args.work, models.get(name), args.kinds)
 
 
 if __name__ == "__main__":
