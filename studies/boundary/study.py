@@ -93,12 +93,14 @@ def boundary(of: list[Row]) -> Row:
     return find_boundary(measured).row()
 
 
-def demo_cells(direction: str, steps: int) -> list[Row]:
+def demo_scan(direction: str, steps: int) -> Row:
     """The scan of the demo in one direction; the demo's cells of direction `first` are three of twelve."""
     rows = [row for row in map(json.loads, DEMO.read_text().splitlines()) if "depth" in row]
     wanted = [r for r in rows if r["method"] == "dense" or (r["method"], r["direction"]) == ("mixt", direction)]
     keys = ("depth", "accuracy", "num_questions")
-    return [{key: row[key] for key in keys} | {"steps": steps if row["depth"] else 0} for row in wanted]
+    found = [{key: row[key] for key in keys} | {"steps": steps if row["depth"] else 0} for row in wanted]
+    own = {"from": DEMO.name, "seconds": None, "environment": wanted[0]["environment"]}
+    return {"cells": found, "boundary": boundary(found), **own}
 
 
 def recorded_prediction(direction: str) -> Row:
@@ -107,8 +109,9 @@ def recorded_prediction(direction: str) -> Row:
     signals: dict[str, list[float]] = {}
     for signal in row["signals"]:
         signals.setdefault(signal["signal"], []).append(signal["value"])
-    said = {**row["by_signal"], "all": row["predicted"]}
-    return {"said": said, "low": row["low"], "high": row["high"], "signals": signals, "from": PREDICTIONS.name}
+    found = {"said": {**row["by_signal"], "all": row["predicted"]}, "low": row["low"], "high": row["high"]}
+    own = {key: row[key] for key in ("seconds", "environment", "finished")}
+    return {**found, "signals": signals, "from": PREDICTIONS.name, **own}
 
 
 class Study:
@@ -139,10 +142,9 @@ class Study:
 
     def scan(self) -> Row:
         if self.name == "embedded":
-            found = demo_cells(self.direction, self.steps)
-        else:
-            run_sweep(self.sweep(self.settings), self.work / "scan")
-            found = cells(self.work / "scan", self.steps)
+            return demo_scan(self.direction, self.steps)
+        run_sweep(self.sweep(self.settings), self.work / "scan")
+        found = cells(self.work / "scan", self.steps)
         return {"cells": found, "boundary": boundary(found)}
 
     def bisect(self) -> Row:
@@ -199,13 +201,12 @@ def study(name: str, work: Path, about: Row | None, kinds: Sequence[str]) -> Non
             if unknown or (name, direction, kind) in map(label, read(RESULTS)):
                 continue
             began = time.perf_counter()
-            row = {"model": name, "direction": direction, "kind": kind, "blocks": num_blocks, **getattr(one, kind)()}
-            row |= {
-                "seconds": round(time.perf_counter() - began, 1),
-                "settings": relative(one.settings, work.resolve()),
-            }
+            found = getattr(one, kind)()
+            row = {"model": name, "direction": direction, "kind": kind, "blocks": num_blocks}
+            row |= {"seconds": round(time.perf_counter() - began, 1), "environment": environment(), "finished": now()}
+            row |= {"settings": relative(one.settings, work.resolve()), **found}  # what was recorded keeps its own
             with RESULTS.open("a") as file:
-                file.write(json.dumps({**row, "environment": environment(), "finished": now()}) + "\n")
+                file.write(json.dumps(row) + "\n")
             print(name, direction, kind, row.get("said", row.get("boundary", {}).get("value")), flush=True)
 
 

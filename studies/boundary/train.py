@@ -71,6 +71,8 @@ class BatchedMuon:
     def __init__(self, matrices: list[nn.Parameter]) -> None:
         shapes = dict.fromkeys(tuple(sorted(matrix.shape)) for matrix in matrices)
         self.groups = [[m for m in matrices if tuple(sorted(m.shape)) == shape] for shape in shapes]
+        for matrix in matrices:
+            matrix.grad = torch.zeros_like(matrix)  # so that a block that is skipped has one
         self.momenta = [torch.zeros(len(group), *shape) for group, shape in zip(self.groups, shapes, strict=True)]
 
     @torch.no_grad()
@@ -111,7 +113,7 @@ def train(settings: Settings, log: Any = print) -> tuple[Any, Any, Settings]:
         muon.step(RATES[0] * share)
         adamw.param_groups[0]["lr"] = RATES[1] * share
         adamw.step()
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)
         step += 1
         hits = 0.9 * hits + 0.1 * float(
             (logits.flatten(0, 1)[due].argmax(-1) == ids[:, 1:].flatten()[due]).float().mean()
