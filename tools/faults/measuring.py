@@ -5,6 +5,7 @@ from __future__ import annotations
 from faults.fault import Fault
 
 BATCHES = "evaluate/test_batches.py"
+QUESTIONS = "evaluate/test_questions_file.py"
 
 FAULTS = (
     Fault("diagnose/base.py", "num_tokens += ids[:, 1:]", "num_tokens += ids", "diagnose/test_sensitivity.py"),
@@ -40,6 +41,9 @@ FAULTS = (
     Fault("evaluate/batches.py", "max(rates) < GAIN * max(before)", "False", BATCHES),
     Fault("evaluate/batches.py", "self.size // 2, False", "self.size, False", BATCHES),
     Fault("evaluate/batches.py", "self.size, self.size // 2\n", "self.size, self.size - 1\n", BATCHES),
+    Fault("evaluate/questions_file.py", "and len(prompts) < num_questions", "", QUESTIONS),
+    Fault("evaluate/questions_file.py", "isinstance(gold, bool) or ", "", QUESTIONS),
+    Fault("evaluate/questions_file.py", '.split("\\n"), 1)', '.split("\\n"))', QUESTIONS),
     Fault("evaluate/benchmarks.py", '.split("\\n"), 1)', ".splitlines(), 1)", "evaluate/test_benchmarks.py"),
     Fault(
         "evaluate/benchmarks.py",

@@ -53,6 +53,9 @@ FAULTS = (
     Fault("run/keys.py", 'del settings["batch_size"], settings["direct"]', "pass", "test_run_direct.py"),
     Fault("run/keys.py", '"budget": None, "search": None}', '"budget": None}', SEARCH),
     Fault("run/predict.py", "(after - before, depth)", "(before - after, depth)", "test_predict.py"),
+    Fault("run/predict.py", "if depth is not None and signal not in WITHOUT_A_SAY", "if depth", "test_predict.py"),
+    Fault("run/predict.py", "states - states.mean(0)", "states", "test_predict.py"),
+    Fault("run/predict.py", "/ self.rank).log().abs()", "/ self.rank)", "test_predict.py"),
     Fault("run/predict.py", "total += errors.get(block, 0.0)", "total += 1", "test_predict.py"),
     Fault(
         "run/stages.py",
