@@ -39,8 +39,9 @@ def planted(num_tokens, seed=0):
     gate[alive, :6], up[alive, :6] = torch.randn(8, 6, **DOUBLE), torch.randn(8, 6, **DOUBLE)
     gate[:, 0] += 1  # every neuron opens, but those that are not alive have no value or are not read
     down[:6] = torch.randn(6, 24, **DOUBLE)
-    layers = {"gate": Layer(gate), "up": Layer(up), "down": Layer(down, torch.randn(12, **DOUBLE))}
-    return layers, x, F.silu(x @ gate.T) * (x @ up.T)
+    layers = {"down": Layer(down, torch.randn(12, **DOUBLE)), "gate": Layer(gate, torch.randn(24, **DOUBLE))}
+    layers["up"] = Layer(up)
+    return layers, x, F.silu(x @ gate.T + layers["gate"].bias) * (x @ up.T)
 
 
 def test_a_planted_narrow_mlp_is_found_and_loses_nothing():

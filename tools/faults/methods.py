@@ -23,13 +23,6 @@ FAULTS = (
     Fault("methods/flat_llm.py", ".eigenvectors[..., -rank:]", ".eigenvectors[..., :rank]", FLAT),
     Fault("methods/flat_llm.py", "(G, H // G)).sum(1)", "(G, H // G))[:, 0]", FLAT),
     Fault("methods/flat_llm.py", "values / (values + damping)", "values", FLAT),
-    Fault(
-        "methods/flat_llm.py",
-        "wide.mT @ v.bias.to(wide).view(G, C, 1)",
-        "v.bias.to(wide).view(G, C, 1)[:, :kept]",
-        FLAT,
-    ),
-    Fault("methods/flat_llm.py", "bias[chosen], bias.new_zeros", "bias[: len(chosen)], bias.new_zeros", FLAT),
     Fault("methods/mixt.py", "pairs = [(1, self.bonds[0])]", "pairs = []", "test_budget_bonds.py"),
     Fault("methods/mixt.py", "for bond in self.bonds:", "for bond in self.bonds[:1]:", "test_budget_bonds.py"),
     Fault("methods/mixt.py", "self.ridge * gram.diagonal().mean()", "self.ridge", AWARE),
@@ -56,6 +49,10 @@ FAULTS = (
         "methods/narrow.py", "refitted(weight, gram, torch.arange(P, device=weight.device))", "weight[:, :P]", NARROW
     ),
     Fault("methods/narrow.py", "self.keep / width * count", "self.keep * count", NARROW),
+    Fault("methods/neurons.py", "maps @ bias.to(maps).view(G, C, 1)", "bias.to(maps).view(G, C, 1)[:, :R]", FLAT),
+    Fault("methods/neurons.py", "bias[chosen], bias.new_zeros", "bias[: len(chosen)], bias.new_zeros", FLAT),
+    Fault("methods/neurons.py", "maps @ bias.to(maps).view(G, C, 1)", "bias.to(maps).view(G, C, 1)[:, :R]", NARROW),
+    Fault("methods/neurons.py", "bias[chosen], bias.new_zeros", "bias[: len(chosen)], bias.new_zeros", NARROW),
     Fault(
         "methods/null.py",
         "wide @ stats[InputMean].mean.to(wide)",

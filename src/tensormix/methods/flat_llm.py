@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, about
-from tensormix.methods.neurons import check_together, dense, neuron_roles, with_bias
+from tensormix.methods.neurons import check_parts, dense, neuron_bias, neuron_roles, unchanged, value_bias, with_bias
 from tensormix.methods.ranks import rank_for
 from tensormix.methods.whitening import check_inputs, gram_root, output_basis, refitted, widened
 from tensormix.operators import Dense, PerHead, Placed, StructuredLinear
@@ -48,8 +48,7 @@ class FlatLlm(JointMethod):
         return (Gram,) if role in ("q", "k", "o", "down") else ()
 
     def empty(self, shapes: Mapping[str, tuple[int, int]], heads: Heads | None) -> dict[str, StructuredLinear]:
-        check_together(self.name, shapes, ("v", "o"))
-        check_together(self.name, shapes, neuron_roles(shapes))
+        check_parts(self.name, shapes)
         with torch.device("meta"):
             return {role: self._operator(role, *shape, heads) for role, shape in shapes.items()}
 
@@ -85,7 +84,7 @@ class FlatLlm(JointMethod):
         self, layers: Mapping[str, Layer], stats: Mapping[str, Statistics], heads: Heads | None
     ) -> dict[str, StructuredLinear]:
         if self.keep == 1:
-            return {role: with_bias(dense(layer.weight, layer.weight), layer.bias) for role, layer in layers.items()}
+            return unchanged(layers)
         made: dict[str, StructuredLinear] = {}
         for role in layers.keys() & {"q", "k"}:
             assert heads is not None
@@ -119,12 +118,7 @@ class FlatLlm(JointMethod):
         I, O = v.weight.shape[1], o.weight.shape[0]
         ours = Placed(I, G * C, inner=dense(v.weight, turned.flatten(0, 1)), out_groups=G).to(v.weight)
         theirs = Placed(H * C, O, inner=dense(o.weight, read), in_groups=H).to(o.weight)
-        bias = None
-        if v.bias is not None:
-            bias = v.bias.new_zeros(G, C)
-            bias[:, :kept] = (wide.mT @ v.bias.to(wide).view(G, C, 1)).squeeze(-1)
-            bias = bias.flatten()
-        return {"v": with_bias(ours, bias), "o": with_bias(theirs, o.bias)}
+        return {"v": with_bias(ours, value_bias(v.bias, wide.mT)), "o": with_bias(theirs, o.bias)}
 
     def _neurons(self, layers: Mapping[str, Layer], gram: Tensor) -> dict[str, StructuredLinear]:  # (I, I)
         down = layers["down"]
@@ -137,9 +131,7 @@ class FlatLlm(JointMethod):
                 made[role] = with_bias(Placed(*weight.shape[::-1], inner=inner).to(weight), bias)
                 continue
             inner = dense(weight, weight[chosen])
-            if bias is not None:
-                bias = torch.cat([bias[chosen], bias.new_zeros(len(bias) - len(chosen))])
-            made[role] = with_bias(Placed(*weight.shape[::-1], inner=inner).to(weight), bias)
+            made[role] = with_bias(Placed(*weight.shape[::-1], inner=inner).to(weight), neuron_bias(bias, chosen))
         return made
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, about
-from tensormix.methods.neurons import check_together, dense, neuron_roles, with_bias
+from tensormix.methods.neurons import check_parts, dense, neuron_bias, neuron_roles, unchanged, value_bias, with_bias
 from tensormix.methods.ranks import rank_for
 from tensormix.methods.whitening import best_on_inputs, check_inputs, gram_root, refit_left, refitted, widened
 from tensormix.operators import Dense, LowRank, Placed, StructuredLinear
@@ -58,8 +58,7 @@ class Narrow(JointMethod):
         return (Gram,)
 
     def empty(self, shapes: Mapping[str, tuple[int, int]], heads: Heads | None) -> dict[str, StructuredLinear]:
-        check_together(self.name, shapes, ("v", "o"))
-        check_together(self.name, shapes, neuron_roles(shapes))
+        check_parts(self.name, shapes)
         with torch.device("meta"):
             return {role: self._operator(role, *shape, heads) for role, shape in shapes.items()}
 
@@ -99,7 +98,7 @@ class Narrow(JointMethod):
         self, layers: Mapping[str, Layer], stats: Mapping[str, Statistics], heads: Heads | None
     ) -> dict[str, StructuredLinear]:
         if self.keep == 1:
-            return {role: with_bias(dense(layer.weight, layer.weight), layer.bias) for role, layer in layers.items()}
+            return unchanged(layers)
         made: dict[str, StructuredLinear] = {}
         grams = {role: stats[role][Gram].mean for role in layers}
         for role in layers.keys() & {"q", "k"}:
@@ -126,12 +125,7 @@ class Narrow(JointMethod):
         theirs = Placed(H * C, D, inner=dense(o.weight, refit_left(wide, left, every, root)), in_groups=H).to(o.weight)
         read = self._reader(v.weight, grams["v"]).to(into).unflatten(0, (G, C))  # (G, C, P)
         ours = Placed(I, G * C, inner=dense(v.weight, (into @ read).flatten(0, 1)), out_groups=G).to(v.weight)
-        bias = None
-        if v.bias is not None:
-            bias = v.bias.new_zeros(G, C)
-            bias[:, :kept] = (into @ v.bias.to(into).view(G, C, 1)).squeeze(-1)
-            bias = bias.flatten()
-        return {"v": with_bias(ours, bias), "o": with_bias(theirs, o.bias)}
+        return {"v": with_bias(ours, value_bias(v.bias, into)), "o": with_bias(theirs, o.bias)}
 
     def _neurons(self, layers: Mapping[str, Layer], grams: Mapping[str, Tensor]) -> dict[str, StructuredLinear]:
         down = layers["down"]
@@ -141,10 +135,9 @@ class Narrow(JointMethod):
         inner = dense(down.weight, refitted(down.weight[:P], grams["down"], chosen))
         made: dict[str, StructuredLinear] = {"down": with_bias(Placed(F, D, inner=inner).to(down.weight), down.bias)}
         for role in set(neuron_roles(layers)) - {"down"}:
-            weight, bias = layers[role].weight, layers[role].bias
+            weight = layers[role].weight
             inner = dense(weight, self._reader(weight[chosen], grams[role]))
-            if bias is not None:
-                bias = torch.cat([bias[chosen], bias.new_zeros(F - len(chosen))])
+            bias = neuron_bias(layers[role].bias, chosen)
             made[role] = with_bias(Placed(D, F, inner=inner).to(weight), bias)
         return made
 
