@@ -8,6 +8,7 @@ BATCHES = "evaluate/test_batches.py"
 QUESTIONS = "evaluate/test_questions_file.py"
 
 FAULTS = (
+    Fault("diagnose/base.py", '"batches": batches or None', '"batches": batches', "diagnose/test_residual.py"),
     Fault("diagnose/base.py", "num_tokens += ids[:, 1:]", "num_tokens += ids", "diagnose/test_sensitivity.py"),
     Fault(
         "diagnose/boundary.py",

@@ -26,17 +26,24 @@ Batches = Sequence[Tensor]  # token ids (B, T) each
 Compress = Callable[[nn.Module, int], None]  # compresses one block of a model in place, by its index
 
 
+NEEDS = {
+    "batches": "batches of tokens",
+    "reference": "the dense model as reference",
+    "compress": "a way to compress one block",
+}
+
+
 class Diagnostic(Settings, ABC):
     """One diagnostic with its settings; the docstring's first line is what `tensormix list diagnostics` shows."""
 
     looks_at: ClassVar[Literal["dense", "pair"]]  # the untouched model alone, or a compressed one beside it
+    needs: ClassVar[tuple[str, ...]] = ("batches",)  # what `measure` is given beside the model: names of NEEDS
     name: str
 
-    @abstractmethod
     def __call__(
         self,
         model: nn.Module,
-        batches: Batches,
+        batches: Batches = (),
         *,
         reference: nn.Module | None = None,
         compress: Compress | None = None,
@@ -47,14 +54,19 @@ class Diagnostic(Settings, ABC):
             batches: token ids; diagnostics of weights alone do not read them.
             reference: the dense model, for a diagnostic that looks at a pair.
             compress: how one block is compressed, for a diagnostic that tries it.
+
+        Raises:
+            ValueError: it was not given what it needs, or what its docstring names.
         """
+        given: dict[str, Any] = {"batches": batches or None, "reference": reference, "compress": compress}
+        for part in self.needs:
+            if given[part] is None:
+                raise ValueError(f"{self.name}: it needs {NEEDS[part]}, and none was given")
+        return self.measure(model, **{part: given[part] for part in self.needs})
 
-
-def needed(value: Any, name: str, diagnostic: Diagnostic) -> Any:
-    """`value`, or ValueError that says what the diagnostic was not given."""
-    if value is None or (isinstance(value, Sequence) and not value):
-        raise ValueError(f"{diagnostic.name}: it needs {name}, and none was given")
-    return value
+    @abstractmethod
+    def measure(self, model: nn.Module, **given: Any) -> list[Row]:
+        """The rows about `model`, from what the diagnostic needs: its own parameters say what that is."""
 
 
 def run(model: nn.Module, ids: Tensor) -> Any:  # (B, T)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, needed, run
+from tensormix.diagnose.base import Batches, Diagnostic, Row, run
 from tensormix.diagnose.geometry import observe
 from tensormix.evaluate.forward import quiet
 from tensormix.operators import DenseStack, StackedLinear, StandIn, StructuredLinear
@@ -32,26 +32,19 @@ class ResidualStream(Diagnostic):
     """
 
     looks_at: ClassVar[Literal["dense", "pair"]] = "pair"
+    needs: ClassVar[tuple[str, ...]] = ("batches", "reference")
     name: Literal["residual_stream"] = "residual_stream"
 
-    def __call__(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        reference: nn.Module | None = None,
-        compress: Compress | None = None,
-    ) -> list[Row]:
-        dense, layers = needed(reference, "the dense model as reference", self), blocks(model)
-        needed(batches, "batches of tokens", self)
-        if len(blocks(dense)) != len(layers):
+    def measure(self, model: nn.Module, batches: Batches, reference: nn.Module) -> list[Row]:
+        layers, dense_layers = blocks(model), blocks(reference)
+        if len(dense_layers) != len(layers):
             raise ValueError(
-                f"{self.name}: this model has {len(layers)} blocks and the dense reference {len(blocks(dense))}; "
+                f"{self.name}: this model has {len(layers)} blocks and the dense reference {len(dense_layers)}; "
                 "the reference must be the same model before compression"
             )
         sums = torch.zeros(len(layers) + 1, 3, dtype=torch.float64)  # angle, ratio, tokens
         for ids in batches:
-            for layer, (own, other) in enumerate(zip(_states(model, ids), _states(dense, ids), strict=True)):
+            for layer, (own, other) in enumerate(zip(_states(model, ids), _states(reference, ids), strict=True)):
                 sums[layer] += _compared(own, other)
         if not bool((sums[:, 2] > 0).all()):
             raise ValueError(f"{self.name}: at layer {int(sums[:, 2].argmin())} every hidden state has length zero")

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, needed, run_hooked
+from tensormix.diagnose.base import Batches, Diagnostic, Row, run_hooked
 from tensormix.diagnose.super_weights import SuperWeights
 from tensormix.operators.base import computing_dtype
 from tensormix.sites import Site, find_sites
@@ -40,15 +40,7 @@ class Restoration(Diagnostic):
     num_ranks: int = Field(default=32, ge=2)  # evenly spaced, up to the full rank
     seed: int = Field(default=0, ge=0)  # of the inliers
 
-    def __call__(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        reference: nn.Module | None = None,
-        compress: Compress | None = None,
-    ) -> list[Row]:
-        needed(batches, "batches of tokens", self)
+    def measure(self, model: nn.Module, batches: Batches) -> list[Row]:
         found = [row for row in SuperWeights()(model, batches) if row["kind"] == "super_weight"]
         known = [row for row in found if row["expert"] is None]  # those of linear layers
         site = self._site(model, known)

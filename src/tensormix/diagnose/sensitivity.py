@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, mean_loss, needed, perplexity_of
+from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, mean_loss, perplexity_of
 from tensormix.operators import Bypass
 from tensormix.sites import install, locate_blocks, returns_tuple
 
@@ -24,15 +24,7 @@ class DropSensitivity(Diagnostic):
     looks_at: ClassVar[Literal["dense", "pair"]] = "dense"
     name: Literal["drop_sensitivity"] = "drop_sensitivity"
 
-    def __call__(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        reference: nn.Module | None = None,
-        compress: Compress | None = None,
-    ) -> list[Row]:
-        needed(batches, "batches of tokens", self)
+    def measure(self, model: nn.Module, batches: Batches) -> list[Row]:
         return _one_by_one(model, batches, "drop", lambda index: _drop(model, index))
 
 
@@ -44,20 +36,11 @@ class CompressSensitivity(Diagnostic):
     """
 
     looks_at: ClassVar[Literal["dense", "pair"]] = "pair"
+    needs: ClassVar[tuple[str, ...]] = ("batches", "reference", "compress")
     name: Literal["compress_sensitivity"] = "compress_sensitivity"
 
-    def __call__(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        reference: nn.Module | None = None,
-        compress: Compress | None = None,
-    ) -> list[Row]:
-        needed(batches, "batches of tokens", self)
-        dense = needed(reference, "the dense model as reference", self)
-        how: Compress = needed(compress, "a way to compress one block", self)
-        return _one_by_one(dense, batches, "compress", lambda index: how(dense, index))
+    def measure(self, model: nn.Module, batches: Batches, reference: nn.Module, compress: Compress) -> list[Row]:
+        return _one_by_one(reference, batches, "compress", lambda index: compress(reference, index))
 
 
 def _one_by_one(model: nn.Module, batches: Batches, change: str, apply: Callable[[int], None]) -> list[Row]:

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row
+from tensormix.diagnose.base import Diagnostic, Row
 from tensormix.operators.base import computing_dtype
 from tensormix.sites import Site, find_sites
 
@@ -86,19 +86,13 @@ class Spectra(Diagnostic):
     """
 
     looks_at: ClassVar[Literal["dense", "pair"]] = "dense"
+    needs: ClassVar[tuple[str, ...]] = ()
     name: Literal["spectra"] = "spectra"
     start: float = Field(default=0.0, ge=0, lt=1)  # fraction of the singular values before the fitted range
     stop: float = Field(default=0.5, gt=0, le=1)  # fraction at which the range ends
     blocks: tuple[int, ...] | None = None  # all without it
 
-    def __call__(
-        self,
-        model: nn.Module,
-        batches: Batches = (),
-        *,
-        reference: nn.Module | None = None,
-        compress: Compress | None = None,
-    ) -> list[Row]:
+    def measure(self, model: nn.Module) -> list[Row]:
         rows = []
         for site in find_sites(model):
             if site.kind == "block" or (self.blocks is not None and site.block not in self.blocks):

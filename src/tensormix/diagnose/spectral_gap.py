@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, needed
+from tensormix.diagnose.base import Diagnostic, Row
 from tensormix.operators import DenseStack, StackedLinear, StructuredLinear
 from tensormix.sites import Site, find_sites
 
@@ -37,21 +37,14 @@ class SpectralGap(Diagnostic):
     """
 
     looks_at: ClassVar[Literal["dense", "pair"]] = "pair"
+    needs: ClassVar[tuple[str, ...]] = ("reference",)
     name: Literal["spectral_gap"] = "spectral_gap"
     order: int = Field(default=2, ge=2)  # d, the number of modes that the method truncates; 3 for stacks of experts
 
-    def __call__(
-        self,
-        model: nn.Module,
-        batches: Batches = (),
-        *,
-        reference: nn.Module | None = None,
-        compress: Compress | None = None,
-    ) -> list[Row]:
-        dense = needed(reference, "the dense model as reference", self)
+    def measure(self, model: nn.Module, reference: nn.Module) -> list[Row]:
         modules = dict(model.named_modules())
         rows = []
-        for site in find_sites(dense):
+        for site in find_sites(reference):
             for mode, weight, made, rank, rank_of, order in self._matrices(site, modules.get(site.name)):
                 value, bound = spectral_gap(weight, made, rank, order)
                 labels = {"site": site.name, "block": site.block, "role": site.role, "mode": mode}

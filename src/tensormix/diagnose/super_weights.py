@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, mean_loss, needed, run_hooked
+from tensormix.diagnose.base import Batches, Diagnostic, Row, mean_loss, run_hooked
 from tensormix.sites import Site, find_sites, opened
 
 
@@ -60,15 +60,7 @@ class SuperWeights(Diagnostic):
     share: float = Field(default=0.5, gt=0, le=1)  # of the output that one product has to make
     most: int = Field(default=8, ge=1)  # found before the search stops
 
-    def __call__(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        reference: nn.Module | None = None,
-        compress: Compress | None = None,
-    ) -> list[Row]:
-        needed(batches, "batches of tokens", self)
+    def measure(self, model: nn.Module, batches: Batches) -> list[Row]:
         loss, rows = mean_loss(model, batches), []
         with _kept() as zero:
             while len(rows) < self.most and (found := self.search(model, batches)) is not None:
