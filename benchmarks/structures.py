@@ -2,8 +2,9 @@
 
     python benchmarks/structures.py
 
-A block of LLaMA-2-7B in float32, only its linear layers, one after another: dense, MixT (N_T = 4), and whitened low
-rank and `narrow` with as many numbers (random ones: time does not depend on them). They take turns as in speed.py.
+A block of LLaMA-2-7B in float32, its linear layers and the activation between gate, up and down, one after another:
+dense, MixT (N_T = 4), and whitened low rank and `narrow` with as many numbers (random ones: time does not depend on
+them), `narrow` also as `tensormix.without_zeros` makes it. They take turns as in speed.py.
 Rows go to benchmarks/results/structures.jsonl; studies/quality/page.py makes a table of docs/quality.md from them.
 """
 
@@ -17,8 +18,10 @@ from typing import Any
 
 import torch
 from speed import filled, take_turns
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+from tensormix.inference.zeros import without_zeros
 from tensormix.methods import Mixt, Narrow, SvdLlm
 from tensormix.methods.base import Heads
 from tensormix.operators import Dense, StructuredLinear
@@ -41,14 +44,27 @@ def contestants() -> dict[str, dict[str, StructuredLinear]]:
         "mixt": {role: Mixt(num_branches=4).empty(I, O) for role, (O, I) in SHAPES.items()},
         "low rank": {role: SvdLlm(keep=KEEP).empty(I, O) for role, (O, I) in SHAPES.items()},
         "narrow": Narrow(keep=KEEP).empty(SHAPES, HEADS),
+        "narrow, without zeros": Narrow(keep=KEEP).empty(SHAPES, HEADS),
         "narrow, width 3/4": Narrow(keep=KEEP, width=0.75).empty(SHAPES, HEADS),
     }
 
 
+class Mlp(nn.Module):
+    """gate, up and down with names that `without_zeros` knows."""
+
+    def __init__(self, layers: dict[str, StructuredLinear]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = layers["gate"], layers["up"], layers["down"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 @torch.no_grad()
-def run(layers: dict[str, StructuredLinear], inputs: dict[int, Tensor]) -> None:
-    for layer in layers.values():
-        layer.multiply(inputs[layer.in_features])
+def run(attention: list[StructuredLinear], mlp: Mlp, x: Tensor) -> None:
+    for layer in attention:
+        layer.multiply(x)
+    mlp(x)
 
 
 def main() -> None:
@@ -56,10 +72,17 @@ def main() -> None:
         name: {role: filled(layer.to_empty(device="cpu"), torch.float32) for role, layer in layers.items()}
         for name, layers in contestants().items()
     }
+    attention = {name: [layers[role] for role in ("q", "k", "v", "o")] for name, layers in block.items()}
+    mlps = {name: nn.ModuleDict({"mlp": Mlp(layers)}) for name, layers in block.items()}
+    with without_zeros(mlps["narrow, without zeros"]):
+        measure(block, attention, {name: mlp["mlp"] for name, mlp in mlps.items()})
+
+
+def measure(block: dict[str, dict[str, StructuredLinear]], attention: dict[str, Any], mlps: dict[str, Any]) -> None:
     about = environment()
     for tokens in TOKENS:
-        inputs = {width: torch.randn(tokens, width) for width in (WIDTH, NEURONS)}
-        calls = {name: partial(run, layers, inputs) for name, layers in block.items()}
+        x = torch.randn(tokens, WIDTH)
+        calls = {name: partial(run, attention[name], mlps[name], x) for name in block}
         times, others = take_turns(calls, seconds=8)
         dense = statistics.median(times["dense"])
         for name, values in times.items():

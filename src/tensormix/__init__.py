@@ -29,11 +29,13 @@ _HOMES = {
     "load_tokenizer": "tensormix.models",
     "run_recipe": "tensormix.run",
     "run_sweep": "tensormix.run.sweep",
+    "without_zeros": "tensormix.inference.zeros",
 }
 
 if TYPE_CHECKING:
     from tensormix.inference.faster import dense_where_faster
     from tensormix.inference.siblings import fuse_siblings
+    from tensormix.inference.zeros import without_zeros
     from tensormix.models import load_model, load_tokenizer
     from tensormix.plan import Plan
     from tensormix.recipe import Recipe
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CompressConfig", "Plan", "Recipe", "build_report", "compress", "compress_checkpoint",
     "dense_where_faster", "fuse_siblings", "load_model",
-    "load_tokenizer", "run_recipe", "run_sweep",
+    "load_tokenizer", "run_recipe", "run_sweep", "without_zeros",
 ]  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def _groups(parent: nn.Module, layers: Layers) -> tuple[list[dict[str, MixT]], d
     for name, layer in layers.items():
         if type(layer) is not MixT:
             alone[name] = f"it is a {type(layer).__name__}, and only MixT layers become one product"
-        elif _is_watched(layer) or "forward" in vars(layer) or not isinstance(_forward(parent), _Sharing | None):
+        elif is_watched(layer) or "forward" in vars(layer) or not isinstance(_forward(parent), _Sharing | None):
             alone[name] = "hooks or a forward of its own, or of the module that calls it, would be passed over"
         else:
             home = next((group for group in groups if not why_apart(next(iter(group.values())), layer)), None)
@@ -145,7 +145,7 @@ def _forward(parent: nn.Module) -> Any:
     return vars(parent).get("forward")
 
 
-def _is_watched(layer: nn.Module) -> bool:
+def is_watched(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
@@ -197,7 +197,7 @@ class _Part:
         self._sibling, self._shared = sibling, shared
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        if _is_watched(self._sibling):  # somebody wants to see it called
+        if is_watched(self._sibling):  # somebody wants to see it called
             return self._sibling(x)
         y = self._shared.fetch(self._sibling.index, x)
         return y if self._sibling.bias is None else y + self._sibling.bias

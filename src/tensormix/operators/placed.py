@@ -58,9 +58,18 @@ class Placed(StructuredLinear):
         return cls(I, O, inner=inner, in_groups=in_groups, out_groups=out_groups).to(weight)
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        return self._filled(self.inner.multiply(self._picked(x)))
+
+    def _picked(self, x: Tensor) -> Tensor:  # (..., I) -> (..., inner in_features)
         kept = self.inner.in_features // self.in_groups
-        x = x.unflatten(-1, (self.in_groups, self.in_features // self.in_groups))[..., :kept].flatten(-2)
-        y = self.inner.multiply(x).unflatten(-1, (self.out_groups, self.inner.out_features // self.out_groups))
+        if self.inner.in_features == self.in_features:
+            return x
+        return x.unflatten(-1, (self.in_groups, self.in_features // self.in_groups))[..., :kept].flatten(-2)
+
+    def _filled(self, y: Tensor) -> Tensor:  # (..., inner out_features) -> (..., O)
+        if self.inner.out_features == self.out_features:
+            return y  # a padding of nothing would copy
+        y = y.unflatten(-1, (self.out_groups, self.inner.out_features // self.out_groups))
         return F.pad(y, (0, self._missing(self.out_features, self.inner.out_features, self.out_groups))).flatten(-2)
 
     def to_dense(self) -> Tensor:  # (O, I)
