@@ -95,6 +95,16 @@ def placed(inputs, outputs, kept, **groups):
     return Placed.from_dense(torch.randn(outputs, inputs), inner_type=Dense, kept=kept, **groups)
 
 
+def test_what_the_layers_read_and_put_out_elsewhere_stays_in_groups():
+    up, down = placed(8, 12, (6, 4), in_groups=2), placed(12, 8, (4, 6), out_groups=2)
+    model, x = nn.ModuleDict({"mlp": Mlp(up, down)}), torch.randn(3, 8)
+    before = down(up(x))
+    with without_zeros(model):
+        inside = model["mlp"]
+        torch.testing.assert_close(inside.down_proj(inside.up_proj(x)), before)
+        assert inside.up_proj(x).shape == (3, 6)
+
+
 @pytest.mark.parametrize(
     ("mlp", "why"),
     [

@@ -23,7 +23,7 @@ FAULTS = (
     Fault("inference/siblings.py", "if all(isinstance(sibling, Sibling) for sibling in siblings):", "if True:", FUSED),
     Fault("inference/zeros.py", "self.bias[: self.out_features]", "self.bias[-self.out_features :]", ZEROS),
     Fault("inference/zeros.py", "setattr(parent, name, layer.train(kept.training))", "pass", ZEROS),
-    Fault("inference/zeros.py", "return self._sizes", "return super().sizes", ZEROS),
+    Fault("inference/zeros.py", "return self._spec", "return super().spec", ZEROS),
     Fault("inference/zeros.py", "if len(kept) > 1:", "if False:", ZEROS),
     Fault("inference/zeros.py", "in_groups=1 if reads else layer.in_groups", "in_groups=layer.out_groups", ZEROS),
     Fault("kernels/mixt/cpu.py", "beta=int(k > 0)", "beta=0", KERNEL),

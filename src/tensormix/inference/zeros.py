@@ -68,19 +68,15 @@ class Kept(Placed):
             I, O, inner=layer.inner, in_groups=1 if reads else layer.in_groups, out_groups=layer.out_groups
         )
         self.train(layer.training)
-        self.bias, self._sizes = layer.bias, layer.sizes
+        self.bias, self._spec = layer.bias, layer.spec
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., N), or (..., N) -> (..., D)
         y = self.multiply(x)
         return y if self.bias is None else y + self.bias[: self.out_features]
 
     @property
-    def sizes(self) -> dict[str, Any]:
-        return self._sizes
-
-    @property
     def spec(self) -> dict[str, Any]:
-        return {"operator": Placed.__name__, **self._sizes}
+        return self._spec
 
 
 def _neuron_layers(path: str, parent: nn.Module) -> Layers:
