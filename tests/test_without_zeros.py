@@ -39,6 +39,9 @@ def test_the_logits_stay_and_only_the_neurons_that_stay_are_written(family, widt
         assert [row["chosen"] for row in rows] == ["without", "without"]
         inside = [module for module in model.modules() if isinstance(module, Kept)]
         assert len(inside) == sum(len(row["layers"]) for row in rows)
+        for name, module in model.named_modules():
+            if isinstance(module, Kept):
+                assert module.spec == modules[name].spec  # it is described as the layer that it stands for
         for module in inside:
             module.register_forward_hook(lambda _m, args, y: seen.append((args[0].shape[-1], y.shape[-1])))
         torch.testing.assert_close(logits(model), before, rtol=1e-11, atol=1e-11)
