@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+import torch
+import transformers  # noqa: F401
 from faults import FAULTS
 from faults.fault import Fault
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Trainer  # noqa: F401
 
+sys.dont_write_bytecode = True  # two faults of one file may have the same size and second, and the stale one would run
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "runs")
 
@@ -61,16 +66,36 @@ def caught(copy: Path, fault: Fault) -> bool:
 
 
 def first_failure(copy: Path, tests: str) -> str | None:
-    """The first red line of these tests, or None when all are green."""
-    # no .pyc: two faults of one file may have the same size and second, and the stale one would run
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [f"tests/{name}" for name in tests.split()]
-    run = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
-    if run.returncode == 0:
+    """The first red line of these tests, or None when all are green.
+
+    They run in a fork of this process, which has imported what takes long and nothing of the package.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        child = os.fork()
+        if child == 0:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            os._exit(run_tests(copy, tests))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        log.seek(0)
+        lines = log.read().splitlines()
+    if code == 0:
         return None
-    lines = run.stdout.splitlines()
-    return next((line for line in lines if line.startswith(("FAILED", "ERROR"))), (lines or [run.stderr.strip()])[-1])
+    return next((line for line in lines if line.startswith(("FAILED", "ERROR"))), (lines or [f"exit code {code}"])[-1])
+
+
+def run_tests(copy: Path, tests: str) -> int:
+    """In the child: the exit code of pytest on the copy's own package."""
+    os.chdir(copy)
+    sys.path[:] = [str(copy / "src"), *(path for path in sys.path if Path(path).resolve() != ROOT / "src")]
+    ignored = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins are imported before pytest asks for them
+    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *ignored, *(f"tests/{name}" for name in tests.split())])
+    package = sys.modules.get("tensormix")
+    if package is not None and not str(package.__file__).startswith(str(copy)):
+        print(f"ERROR the tests ran on {package.__file__}, not on the copy")
+        code = 1
+    sys.stdout.flush()
+    return int(code)
 
 
 if __name__ == "__main__":
