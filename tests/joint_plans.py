@@ -50,8 +50,3 @@ class Same(JointMethod):
         assert all(stats[role][kind].num_tokens for role, kind in (("k", Gram), ("v", InputMean), ("down", Gram)))
         assert stats["v"] is stats["k"] and "gate" not in stats
         return made
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=9)).logits

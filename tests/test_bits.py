@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from tensormix.models import skeleton
 from tensormix.operators import Dense, Quantized, StructuredLinear
@@ -20,7 +19,7 @@ from tensormix.sites import find_sites
 from tensormix.storage.bits import checkpoint_bits, stored_bits
 from tensormix.walk import compress
 from tensormix.walk.fitting import bytes_after
-from zoo import make, token_ids
+from zoo import load_saved, logits, make, token_ids
 
 I, O = 48, 80
 RTN = {"name": "rtn", "bits": 4, "group": 16}
@@ -45,17 +44,6 @@ def compressed(family, plan, **changes):
     return model
 
 
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=3)).logits
-
-
-def load(folder, **options):
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(report.values()), report
-    return model
-
-
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bits_in_memory_are_bits_on_disk(family, plan, tmp_path):
@@ -64,7 +52,7 @@ def test_bits_in_memory_are_bits_on_disk(family, plan, tmp_path):
     assert (len(list(tmp_path.glob("*.safetensors"))) == 1) == (family == "llama")
     bits = stored_bits(model)
     assert checkpoint_bits(tmp_path) == bits == stored_bits(model.state_dict())
-    assert stored_bits(load(tmp_path)) == bits
+    assert stored_bits(load_saved(tmp_path)) == bits
     assert stored_bits(skeleton(tmp_path)) == bits
     size = 8 * sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert bits < size < bits + 8 * 20_000  # the headers
@@ -190,17 +178,17 @@ def test_a_folder_without_whole_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_models_come_back_bit_equal(family, dtype, tmp_path):
     make(family).save_pretrained(tmp_path / "dense")
-    model = load(tmp_path / "dense", dtype=dtype)
+    model = load_saved(tmp_path / "dense", dtype=dtype)
     compress(model, Plan.model_validate(PLANS["mixed"]), [token_ids()])
     model.save_pretrained(tmp_path, max_shard_size="10KB")
-    again = load(tmp_path, dtype="auto")
+    again = load_saved(tmp_path, dtype="auto")
     assert again.dtype == dtype and torch.equal(logits(again), logits(model))
     state, expected = again.state_dict(), model.state_dict()
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
         assert tensor.numel() == 0 or (tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]))
     again.save_pretrained(tmp_path / "twice")
-    assert torch.equal(logits(load(tmp_path / "twice", dtype="auto")), logits(model))
+    assert torch.equal(logits(load_saved(tmp_path / "twice", dtype="auto")), logits(model))
 
 
 def test_loading_in_another_dtype_moves_no_integer_and_no_scale(tmp_path):
@@ -208,7 +196,7 @@ def test_loading_in_another_dtype_moves_no_integer_and_no_scale(tmp_path):
     model.save_pretrained(tmp_path)
     part = "model.layers.1.mlp.up_proj"
     for dtype in (torch.bfloat16, torch.float16):
-        again = load(tmp_path, dtype=dtype)
+        again = load_saved(tmp_path, dtype=dtype)
         op, original = again.get_submodule(part), model.get_submodule(part)
         assert isinstance(op, Quantized) and op.to_dense().dtype == dtype
         assert {t.dtype for t in op.state_dict().values() if t.numel()} == {torch.uint8, torch.bfloat16}
@@ -219,7 +207,7 @@ def test_loading_in_another_dtype_moves_no_integer_and_no_scale(tmp_path):
 def test_a_device_map_and_generation_work(tmp_path):
     model = compressed("qwen3", "mixed")
     model.save_pretrained(tmp_path)
-    again = load(tmp_path, device_map={"": "cpu"})
+    again = load_saved(tmp_path, device_map={"": "cpu"})
     assert torch.equal(logits(again), logits(model))
     options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert torch.equal(again.generate(token_ids(), **options), model.generate(token_ids(), **options))
@@ -231,7 +219,7 @@ def test_a_quantized_model_becomes_dense_again(family, tmp_path):
     model = compressed(family, "rtn_of_mixt")
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    model = load(tmp_path)
+    model = load_saved(tmp_path)
     model.dequantize()
     assert not any(isinstance(part, StructuredLinear) for part in model.modules())
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)

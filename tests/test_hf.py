@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import tensormix.hf
 from tensormix.operators import StructuredLinear
 from tensormix.plan import Plan
 from tensormix.sites import blocks
 from tensormix.walk import compress
-from zoo import ZOO, make, token_ids
+from zoo import ZOO, load_saved, logits, make, token_ids
 
 # One block of each kind of operator, and a constant where most families have no bias.
 MIXED = Plan.model_validate(
@@ -42,24 +41,13 @@ def compressed(family, plan=MIXED):
     return model
 
 
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=3)).logits
-
-
-def load(folder, **options):
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(report.values()), report
-    return model
-
-
 @pytest.mark.parametrize("family", ZOO)
 @pytest.mark.parametrize("shard", ["5GB", "20KB"], ids=["one file", "sharded"])
 def test_reload_is_bit_equal(family, shard, tmp_path):
     model = compressed(family)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "20KB")
-    again = load(tmp_path)
+    again = load_saved(tmp_path)
     assert torch.equal(logits(again), logits(model))
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert not again.is_quantized and not again.training
@@ -68,8 +56,8 @@ def test_reload_is_bit_equal(family, shard, tmp_path):
 def test_twice_around_is_bit_equal(tmp_path):
     model = compressed("gpt2")
     model.save_pretrained(tmp_path / "once")
-    load(tmp_path / "once").save_pretrained(tmp_path / "twice")
-    assert torch.equal(logits(load(tmp_path / "twice")), logits(model))
+    load_saved(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    assert torch.equal(logits(load_saved(tmp_path / "twice")), logits(model))
     once, twice = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("once", "twice"))
     assert once["quantization_config"] == twice["quantization_config"]
 
@@ -77,19 +65,19 @@ def test_twice_around_is_bit_equal(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_bf16(family, tmp_path):
     make(family).save_pretrained(tmp_path / "dense")
-    model = load(tmp_path / "dense", dtype=torch.bfloat16)
+    model = load_saved(tmp_path / "dense", dtype=torch.bfloat16)
     compress(model, MIXED, [token_ids()])
     model.save_pretrained(tmp_path / "small")
-    again = load(tmp_path / "small", dtype="auto")
+    again = load_saved(tmp_path / "small", dtype="auto")
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(again), logits(model))
-    assert {p.dtype for p in load(tmp_path / "small", dtype=torch.float32).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_saved(tmp_path / "small", dtype=torch.float32).parameters()} == {torch.float32}
 
 
 def test_tied_embeddings(tmp_path):
     model = compressed("qwen3")
     model.save_pretrained(tmp_path)
-    again = load(tmp_path)
+    again = load_saved(tmp_path)
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
     assert torch.equal(logits(again), logits(model))
 
@@ -99,15 +87,15 @@ def test_both_calls_of_compress_are_saved(tmp_path):
     compress(model, Plan.model_validate([{"blocks": "0", "method": {"name": "svd", "keep": 0.5}}]))
     compress(model, Plan.model_validate([{"blocks": "1", "method": {"name": "zero"}}]))
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(load(tmp_path)), logits(model))
+    assert torch.equal(logits(load_saved(tmp_path)), logits(model))
 
 
 def test_a_loaded_model_can_be_compressed_further(tmp_path):
     compressed("llama").save_pretrained(tmp_path / "once")
-    model = load(tmp_path / "once")
+    model = load_saved(tmp_path / "once")
     compress(model, Plan.model_validate([{"blocks": "3", "method": {"name": "zero"}}]))
     model.save_pretrained(tmp_path / "twice")
-    assert torch.equal(logits(load(tmp_path / "twice")), logits(model))
+    assert torch.equal(logits(load_saved(tmp_path / "twice")), logits(model))
 
 
 def test_the_config_holds_specs():
@@ -131,7 +119,7 @@ def test_generation_with_and_without_cache_agrees(family, dropped, tmp_path):
     ]
     compress(model, Plan.model_validate(rules))
     model.save_pretrained(tmp_path)
-    model = load(tmp_path)
+    model = load_saved(tmp_path)
     ids = token_ids()
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -147,7 +135,7 @@ def test_generation_with_and_without_cache_agrees(family, dropped, tmp_path):
 def test_hidden_states_of_dropped_blocks_are_there(family, tmp_path):
     model = compressed(family)
     model.save_pretrained(tmp_path)
-    for one in (model, load(tmp_path), copy.deepcopy(model)):
+    for one in (model, load_saved(tmp_path), copy.deepcopy(model)):
         states = one(token_ids(), output_hidden_states=True).hidden_states
         assert len(states) == 5
         assert torch.equal(states[2], states[3])  # block 2 is dropped
@@ -165,14 +153,14 @@ def test_dequantize_gives_dense_layers(family, tmp_path):
     assert getattr(model.config, "quantization_config", None) is None
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(load(tmp_path)), logits(model))
+    assert torch.equal(logits(load_saved(tmp_path)), logits(model))
     assert type(model) is type(make(family))
 
 
 def test_dequantize_after_loading(tmp_path):
     model = compressed("gpt2", LINEAR)
     model.save_pretrained(tmp_path)
-    again = load(tmp_path)
+    again = load_saved(tmp_path)
     again.dequantize()
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
     assert type(blocks(again)[0].mlp.c_fc).__name__ == "Conv1D"

@@ -20,7 +20,7 @@ from tensormix.operators import DenseStack, Experts, ExpertStack, LowRank, MixT,
 from tensormix.profile import bytes_on_disk, macs_per_token, num_parameters
 from tensormix.sites import find_sites, install
 from tensormix.sites.fused_experts import is_fused, open_experts
-from zoo import MOE, NUM_BLOCKS, make, token_ids
+from zoo import MOE, NUM_BLOCKS, logits, make, token_ids
 
 
 def experts_of(index):
@@ -54,11 +54,6 @@ def compressed(family, constants=False):
     open_experts(model, experts_of(3))
     tensormix.hf.attach(model)
     return model
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=3)).logits
 
 
 def load(folder, **options):

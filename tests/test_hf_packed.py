@@ -15,7 +15,7 @@ from tensormix.hf import StructuredConfig, operators_of
 from tensormix.models import load_model, skeleton
 from tensormix.plan import Plan
 from tensormix.walk import compress
-from zoo import token_ids
+from zoo import logits
 
 # Ragged blocks, one block for everything, and no blocks at all.
 CASES = [
@@ -29,11 +29,6 @@ CASES = [
     ("gpt_oss", None),
 ]
 packs = pytest.mark.parametrize(("family", "block"), CASES, ids=[f"{family} {block}" for family, block in CASES])
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=3)).logits
 
 
 def assert_same(model, expected):

@@ -15,7 +15,7 @@ from tensormix.operators import LowRank
 from tensormix.plan import Plan
 from tensormix.sites import blocks
 from tensormix.walk import compress
-from zoo import ZOO, make, token_ids
+from zoo import ZOO, logits, make, token_ids
 
 PLAN = Plan.model_validate(
     [
@@ -30,11 +30,6 @@ def compressed(family):
     model = make(family)
     compress(model, PLAN)
     return model
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=3)).logits
 
 
 def load(folder):

@@ -20,7 +20,7 @@ from tensormix.operators import StructuredLinear
 from tensormix.plan import Plan
 from tensormix.streaming.while_loading import CompressConfig
 from tensormix.walk import compress
-from zoo import MOE, ZOO, make, token_ids
+from zoo import MOE, ZOO, logits, make, token_ids
 
 # One block of each kind of operator; every family has projections with these roles.
 MIXED = Plan.model_validate(
@@ -33,11 +33,6 @@ MIXED = Plan.model_validate(
 )
 SVD = Plan.model_validate([{"blocks": "1", "method": {"name": "svd", "keep": 0.5}}])
 DROP = Plan.model_validate([{"blocks": "last 2", "method": {"name": "drop_blocks"}}])
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=3)).logits
 
 
 def save(folder, family, dtype=torch.float32, **options):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tensormix.hf  # noqa: F401
-from joint_plans import BATCHES, BOTH, Same, logits
+from joint_plans import BATCHES, BOTH, Same
 from plans import one_rule
 from tensormix.methods import Svd
 from tensormix.models import load_model
@@ -22,7 +22,7 @@ from tensormix.streaming.stream import compress_checkpoint
 from tensormix.walk import compress
 from tensormix.walk.fitting import bytes_after
 from tensormix.walk.joint import groups_of
-from zoo import ZOO, make, token_ids
+from zoo import ZOO, logits, make, token_ids
 
 
 @pytest.mark.parametrize("family", ZOO)

@@ -11,14 +11,9 @@ from tensormix.reparameterise.learned import orthogonal
 from tensormix.sites import find_sites
 from tensormix.statistics import Gram
 from tensormix.walk.fitting import observe
-from zoo import make, token_ids
+from zoo import logits, make, token_ids
 
 MIXT = Mixt(num_branches=2, init="aware")
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=9)).logits
 
 
 def linear(model, block=1):

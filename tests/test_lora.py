@@ -20,7 +20,7 @@ from tensormix.settings import Lora, Recover, Source
 from tensormix.sites import install
 from tensormix.storage.bits import stored_bits
 from tensormix.walk import compress
-from zoo import MOE, make, token_ids
+from zoo import MOE, logits, make
 
 MIXT, THIN, SMALL = (f"model.layers.{name}_proj" for name in ("1.mlp.up", "2.self_attn.q", "3.mlp.down"))
 PLAN = Plan.model_validate(
@@ -48,11 +48,6 @@ def load(tiny, dtype="float32"):
 
 def state(model):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=3)).logits
 
 
 def run(model, tiny, folder, wanted, **options):

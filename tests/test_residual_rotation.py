@@ -14,7 +14,7 @@ from tensormix.reparameterise import residual_basis, rotate_residual
 from tensormix.reparameterise.residual import find_stream
 from tensormix.sites import blocks, find_sites
 from tensormix.walk import compress
-from zoo import ZOO, make, token_ids
+from zoo import ZOO, logits, make, token_ids
 
 TURNED = ["llama", "qwen2", "qwen3", "mistral", "phi3", "opt", "gpt2", "gptj", "gpt_neox"]
 LAYER_NORMS = ["opt", "gpt2", "gptj", "gpt_neox"]
@@ -44,11 +44,6 @@ def exact(family, **changes):
                 low = 0.5 if name.endswith("weight") else -0.5
                 parameter.copy_(low + torch.rand(parameter.shape, generator=generator, dtype=torch.float64))
     return model
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=9)).logits
 
 
 def rotation(width, *, keeps_ones=False):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
+from plans import plan_of
 from tensormix.methods import DropBlocks, Svd
 from tensormix.methods.block_distances import BlockDistances
 from tensormix.models import load_model
 from tensormix.operators import Bypass
-from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
 from tensormix.run.check import check
 from tensormix.sites import blocks
@@ -58,10 +58,6 @@ class Rotations(nn.Module):
         return hidden
 
 
-def plan(*rules) -> Plan:
-    return Plan(tuple(Rule(**rule) for rule in rules))
-
-
 def choosing(choose, count, blocks="all", **more) -> dict:
     return {"method": DropBlocks(choose=choose, count=count, **more), "blocks": blocks}
 
@@ -74,7 +70,7 @@ def test_the_two_choices_differ_where_they_must():
     """Block 2 undoes block 1: together they are the identity, though each turns more than any other. Block influence
     looks at each alone and takes blocks 3 and 5, which are not neighbours."""
     model = Rotations(TURNS)
-    rows = compress(model, plan(choosing("angular", 2)), BATCHES)
+    rows = compress(model, plan_of(choosing("angular", 2)), BATCHES)
     assert dropped(model) == [1, 2] and [row["window"] for row in rows] == [[1, 2], [1, 2]]
     assert abs(rows[0]["angle"]) < 1e-12
     sums = [abs(a + b) / math.pi for a, b in pairwise(TURNS)]
@@ -82,7 +78,7 @@ def test_the_two_choices_differ_where_they_must():
     assert list(rows[0]["candidates"].values()) == pytest.approx(sums, abs=1e-12)
 
     model = Rotations(TURNS)
-    rows = compress(model, plan(choosing("influence", 2)), BATCHES)
+    rows = compress(model, plan_of(choosing("influence", 2)), BATCHES)
     assert dropped(model) == [3, 5]
     assert [row["influence"] for row in rows] == pytest.approx([1 - math.cos(0.1), 1 - math.cos(0.2)])
     assert [row["chosen_by"] for row in rows] == ["influence", "influence"]
@@ -93,14 +89,14 @@ def test_the_two_choices_differ_where_they_must():
 def test_no_other_choice_turns_less(turns, data):
     count = data.draw(st.integers(1, len(turns)))
     model = Rotations(turns)
-    compress(model, plan(choosing("angular", count, tokens="all")), BATCHES)
+    compress(model, plan_of(choosing("angular", count, tokens="all")), BATCHES)
     found = dropped(model)
     ends = [abs(sum(turns[i : i + count])) for i in range(len(turns) - count + 1)]
     ends = [min(end % (2 * math.pi), 2 * math.pi - end % (2 * math.pi)) for end in ends]
     assert found == list(range(found[0], found[0] + count))
     assert ends[found[0]] == pytest.approx(min(ends), abs=1e-7)
     model = Rotations(turns)
-    compress(model, plan(choosing("influence", count)), BATCHES)
+    compress(model, plan_of(choosing("influence", count)), BATCHES)
     alone = sorted(abs(turn) for turn in turns)[:count]
     assert sorted(abs(turns[i]) for i in dropped(model)) == pytest.approx(alone, abs=1e-7)
 
@@ -138,18 +134,18 @@ def planted(family, index=2, **changes):
 def test_a_block_that_does_nothing_is_chosen_and_nothing_changes(family):
     model = planted(family)
     expected = model(token_ids(), use_cache=False).logits
-    rows = compress(model, plan(choosing("angular", 1)), BATCHES)
+    rows = compress(model, plan_of(choosing("angular", 1)), BATCHES)
     assert dropped(model) == [2] and rows[0]["angle"] == 0
     assert torch.equal(model(token_ids(), use_cache=False).logits, expected)
     model = planted(family)
-    assert compress(model, plan(choosing("influence", 1)), BATCHES)[0]["influence"] == 0
+    assert compress(model, plan_of(choosing("influence", 1)), BATCHES)[0]["influence"] == 0
     assert dropped(model) == [2]
 
 
 @pytest.mark.parametrize(("family", "spill"), [("gemma3", True), ("gptj", False), ("mixtral", False)])
 def test_streamed_it_is_the_same(tmp_path, family, spill):
     planted(family).save_pretrained(tmp_path / "dense")
-    rules = plan(choosing("influence", 1, "first 3"), choosing("angular", 1, "0-1"), {"method": Svd(keep=0.5)})
+    rules = plan_of(choosing("influence", 1, "first 3"), choosing("angular", 1, "0-1"), {"method": Svd(keep=0.5)})
     in_memory = compress(load_model(tmp_path / "dense"), rules, BATCHES)
     rows = compress_checkpoint(tmp_path / "dense", tmp_path / "out", rules, BATCHES, spill=spill)
     assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in in_memory]
@@ -160,7 +156,7 @@ def test_streamed_it_is_the_same(tmp_path, family, spill):
 
 def test_blocks_that_an_earlier_rule_claims_are_left_alone():
     model = Rotations(TURNS)
-    rules = plan({"method": Svd(keep=0.9), "blocks": "1"}, choosing("angular", 2), choosing("influence", 1))
+    rules = plan_of({"method": Svd(keep=0.9), "blocks": "1"}, choosing("angular", 2), choosing("influence", 1))
     rows = compress(model, rules, BATCHES)
     assert {row["block"]: row["method"] for row in rows} == {
         1: "svd", 3: "drop_blocks", 4: "drop_blocks", 5: "drop_blocks",
@@ -169,7 +165,7 @@ def test_blocks_that_an_earlier_rule_claims_are_left_alone():
 
 def test_the_model_keeps_its_mode():
     model = Rotations(TURNS).train()
-    compress(model, plan(choosing("angular", 2)), BATCHES)
+    compress(model, plan_of(choosing("angular", 2)), BATCHES)
     assert model.training and all(module.training for module in model.modules())
 
 
@@ -198,7 +194,7 @@ def test_the_model_keeps_its_mode():
 )
 def test_what_cannot_be_chosen(rules, batches, sentence):
     with pytest.raises(ValueError, match=sentence):
-        compress(Rotations(TURNS), plan(*rules), batches)
+        compress(Rotations(TURNS), plan_of(*rules), batches)
 
 
 def test_a_state_without_direction_names_the_blocks():
@@ -207,7 +203,7 @@ def test_a_state_without_direction_names_the_blocks():
         model.layers[3].turn.weight.fill_(torch.nan)
     sentence = r"layers\.2 to layers\.3: hidden states are NaN, infinite or zero there, and have no direction"
     with pytest.raises(ValueError, match=sentence):
-        compress(model, plan(choosing("angular", 2)), BATCHES)
+        compress(model, plan_of(choosing("angular", 2)), BATCHES)
     assert not dropped(model)
 
 
@@ -227,9 +223,9 @@ def test_settings_that_contradict_each_other(settings, sentence):
 
 def test_while_a_checkpoint_is_loaded_nothing_can_be_measured():
     with pytest.raises(ValueError, match=r"drop_blocks needs calibration \(BlockDistances\)"):
-        CompressConfig(plan(choosing("angular", 1)))
+        CompressConfig(plan_of(choosing("angular", 1)))
     with pytest.raises(ValueError, match=r"plan\[0\] .* its blocks are chosen by measuring, which was not done"):
-        plan(choosing("angular", 1)).resolve([], 4)
+        plan_of(choosing("angular", 1)).resolve([], 4)
 
 
 def test_a_check_counts_the_last_blocks_that_could_be_chosen(tiny, tmp_path, capsys):

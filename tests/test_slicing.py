@@ -22,7 +22,7 @@ from tensormix.sites.sliced import width_of
 from tensormix.storage.bits import stored_bits
 from tensormix.streaming.stream import compress_checkpoint
 from tensormix.walk import compress
-from zoo import make, token_ids
+from zoo import logits, make, token_ids
 
 BATCHES = [token_ids(rows=6, length=10, seed=seed) for seed in range(2)]
 FAMILIES = ["llama", "mistral", "phi3", "qwen2", "qwen3"]  # qwen3 is tied, qwen2 has biases
@@ -30,11 +30,6 @@ FAMILIES = ["llama", "mistral", "phi3", "qwen2", "qwen3"]  # qwen3 is tied, qwen
 
 def plan(keep_channels, **more):
     return Plan.model_validate([{"method": {"name": "slice_gpt", "keep_channels": keep_channels, **more}}])
-
-
-@torch.no_grad()
-def logits(model):
-    return model(token_ids(seed=9)).logits
 
 
 def narrow(family, rank, seed=0):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from plans import plan_of
 from tensormix.methods import Streamline, Svd
 from tensormix.models import load_model
 from tensormix.operators import Bypass, ResidualMLP, build
-from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
 from tensormix.run.check import check
 from tensormix.sites import blocks, macs_per_token
@@ -49,10 +49,6 @@ class LinearModel(nn.Module):
         return hidden
 
 
-def plan(*rules) -> Plan:
-    return Plan(tuple(Rule(**rule) for rule in rules))
-
-
 def streamlined(blocks="all", **settings) -> dict:
     return {"method": Streamline(**settings), "blocks": blocks}
 
@@ -77,7 +73,7 @@ def test_a_linear_window_is_matched_at_the_optimum_of_every_rank(width):
     """With 2 D units exactly, with fewer at the reduced rank optimum: the singular values of change that are cut."""
     model = LinearModel()
     before, after = ends(model, 1, 2)
-    (row, _) = compress(model, plan(streamlined(count=2, replacement="mlp", width=width, steps=0)), BATCHES)
+    (row, _) = compress(model, plan_of(streamlined(count=2, replacement="mlp", width=width, steps=0)), BATCHES)
     assert row["block"] == 1 and row["window"] == [1, 2] and row["operator"] == "ResidualMLP"
     optimum = torch.linalg.svdvals(after - before)[width // 2 :].square().sum() / after.numel()
     assert row["mse"] == pytest.approx(float(optimum), rel=1e-4, abs=1e-12)
@@ -89,7 +85,7 @@ def test_a_linear_window_is_matched_at_the_optimum_of_every_rank(width):
 def test_a_layer_of_the_same_kind_learns_the_product_of_two():
     model = LinearModel()
     first, second = (layer.proj.weight.detach().clone() for layer in model.layers[1:3])
-    (row, dropped) = compress(model, plan(streamlined(count=2, steps=800, learning_rate=3e-2)), BATCHES)
+    (row, dropped) = compress(model, plan_of(streamlined(count=2, steps=800, learning_rate=3e-2)), BATCHES)
     assert type(model.layers[1]) is Linear and isinstance(model.layers[2], Bypass)
     assert row["mse"] < 1e-4 * row["mse_dropped"] and "mse" not in dropped
     product = first + second + second @ first
@@ -100,14 +96,14 @@ def test_a_layer_of_the_same_kind_learns_the_product_of_two():
 def test_training_starts_at_the_optimum_and_never_makes_it_worse():
     """A learning rate that destroys everything leaves the closed form."""
     trained = {"steps": 30, "learning_rate": 10.0}
-    rules = [plan(streamlined(count=2, replacement="mlp", width=6, **more)) for more in ({"steps": 0}, trained)]
+    rules = [plan_of(streamlined(count=2, replacement="mlp", width=6, **more)) for more in ({"steps": 0}, trained)]
     start, after = (compress(LinearModel(), each, BATCHES)[0]["mse"] for each in rules)
     assert after == start
 
 
 def test_fewer_tokens_than_features():
     model = LinearModel()
-    (row, _) = compress(model, plan(streamlined(count=2, replacement="mlp", width=16, steps=0)), [token_ids(1, 3)])
+    (row, _) = compress(model, plan_of(streamlined(count=2, replacement="mlp", width=16, steps=0)), [token_ids(1, 3)])
     assert row["mse"] < 1e-9 * row["mse_dropped"]
 
 
@@ -116,7 +112,7 @@ def test_it_beats_dropping_and_streams_to_the_bit(tmp_path, family):
     """Trained layers and mlps in turn over the families; the other rule sees what the replacement passes on."""
     number = [*ZOO, *MOE].index(family)
     kind = {"replacement": "layer"} if number % 2 else {"replacement": "mlp", "width": 16}
-    rules = plan(streamlined("1-3", count=2, steps=10, **kind), {"method": Svd(keep=0.5), "blocks": "0"})
+    rules = plan_of(streamlined("1-3", count=2, steps=10, **kind), {"method": Svd(keep=0.5), "blocks": "0"})
     model = make(family)
     model.save_pretrained(tmp_path / "dense")
     rows = compress(model, rules, BATCHES)
@@ -136,7 +132,7 @@ def test_it_beats_dropping_and_streams_to_the_bit(tmp_path, family):
 
 def test_in_bfloat16_from_a_saved_model_and_back(tmp_path):
     make("qwen2").bfloat16().save_pretrained(tmp_path / "dense")
-    rules = plan(streamlined(count=2, steps=5))
+    rules = plan_of(streamlined(count=2, steps=5))
     model = load_model(tmp_path / "dense")
     rows = compress(model, rules, BATCHES)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -147,7 +143,7 @@ def test_in_bfloat16_from_a_saved_model_and_back(tmp_path):
 
 def test_a_stopped_walk_goes_on_behind_the_replacement(tmp_path):
     make("llama").save_pretrained(tmp_path / "dense")
-    rules = plan(streamlined("0-1", count=2, steps=5), {"method": Svd(keep=0.5)}, {"method": Svd(keep=0.5)})
+    rules = plan_of(streamlined("0-1", count=2, steps=5), {"method": Svd(keep=0.5)}, {"method": Svd(keep=0.5)})
 
     def stop(done, total, name):
         if done == 4:
@@ -165,7 +161,7 @@ def test_a_stopped_walk_goes_on_behind_the_replacement(tmp_path):
 def test_the_same_seed_the_same_layer_another_seed_another():
     def first(seed):
         model = LinearModel()
-        compress(model, plan(streamlined(count=2, steps=5, seed=seed)), BATCHES)
+        compress(model, plan_of(streamlined(count=2, steps=5, seed=seed)), BATCHES)
         return model.layers[1].proj.weight
 
     assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(5))

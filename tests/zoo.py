@@ -135,3 +135,15 @@ def make(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 def token_ids(rows: int = 2, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(token_ids(seed=3)).logits
+
+
+def load_saved(folder: Any, **options: Any) -> Any:
+    """By transformers alone, which must have nothing to say about it."""
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(report.values()), report
+    return model

@@ -2,22 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fitted import draw, seen, tail
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensormix.methods import Coala, Svd, SvdLlm
 from tensormix.statistics import Gram, QRFactor
-
-
-def seen(kind, x, dtype=torch.float64):  # (N, I)
-    statistic = kind(x.shape[1], dtype=dtype)
-    for batch in x.split(7):
-        statistic.update(batch)
-    return {kind: statistic}
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def problem(O=24, I=32, num_tokens=100, smallest=1e-2):
@@ -28,10 +18,6 @@ def problem(O=24, I=32, num_tokens=100, smallest=1e-2):
 
 def output_error(weight, op, x):
     return (x.double() @ (weight - op.to_dense().detach()).double().T).norm()
-
-
-def tail(matrix, rank):
-    return torch.linalg.svdvals(matrix)[rank:].norm()
 
 
 @settings(deadline=None, max_examples=40)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fitted import applied, gram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,19 +15,8 @@ from tensormix.methods import FlatLlm, SvdLlm
 from tensormix.methods.base import Heads, Layer, RoleError
 from tensormix.methods.flat_llm import head_bases, leading_neurons
 from tensormix.methods.whitening import refitted
-from tensormix.statistics import Gram
 
 DOUBLE = {"dtype": torch.float64}
-
-
-def gram(tokens):  # (N, I)
-    statistic = Gram(tokens.shape[1])
-    statistic.update(tokens)
-    return {Gram: statistic}
-
-
-def rotated(op, x):
-    return x @ op.to_dense().T + (0 if op.bias is None else op.bias)
 
 
 @settings(max_examples=25, deadline=None)
@@ -88,7 +78,7 @@ def test_an_mlp_without_its_redundant_neurons_is_the_same():
     x = torch.randn(80, 6, **DOUBLE)
     hidden = (x @ up.weight.T + up.bias).relu()
     made = FlatLlm(keep=0.8, ridge=1e-9).fit({"up": up, "down": down}, {"down": gram(hidden)}, None)
-    ours = rotated(made["down"], rotated(made["up"], x).relu())
+    ours = applied(made["down"], applied(made["up"], x).relu())
     torch.testing.assert_close(ours, hidden @ down.weight.T + down.bias, rtol=1e-6, atol=1e-6)
     assert made["up"].num_params == 8 * 6 and made["down"].num_params == 4 * 8
 
@@ -119,11 +109,11 @@ def test_heads_of_low_rank_lose_nothing_through_v_and_o():
     weights = torch.rand(4, 50, 50, **DOUBLE)  # any attention
     outputs = torch.einsum("hnm,mhc->nhc", weights, values).flatten(1)
     made = FlatLlm(keep=3 / 8).fit(layers, {"o": gram(outputs)}, heads)
-    ours = rotated(made["v"], x).view(50, 2, 8).repeat_interleave(2, dim=1)
+    ours = applied(made["v"], x).view(50, 2, 8).repeat_interleave(2, dim=1)
     assert not ours[..., 3:].any()
     ours = torch.einsum("hnm,mhc->nhc", weights, ours).flatten(1)
     expected = outputs @ layers["o"].weight.T + layers["o"].bias
-    torch.testing.assert_close(rotated(made["o"], ours), expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(applied(made["o"], ours), expected, rtol=1e-8, atol=1e-8)
     assert made["v"].num_params == 2 * 3 * 10 and made["o"].num_params == 12 * 4 * 3
 
 

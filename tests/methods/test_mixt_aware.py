@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fitted import problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,17 +21,6 @@ def seen(x):  # (N, I)
     gram = Gram(x.shape[1])
     gram.update(x)
     return {Gram: gram}
-
-
-def problem(O=24, I=32, num_tokens=100, smallest=1e-2, seed=0):
-    """A weight (O, I), and inputs (N, I) whose spectrum falls to `smallest` in no particular basis; fp64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-    scales = torch.logspace(0, torch.tensor(smallest).log10().item(), I, dtype=torch.float64)
-    return draw(O, I), draw(num_tokens, I) * scales @ torch.linalg.qr(draw(I, I)).Q
 
 
 def relative_error(weight, op, x):

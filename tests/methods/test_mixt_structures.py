@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fitted import draw
 
 from tensormix.methods import (
     Mixt,
@@ -22,10 +23,6 @@ from tensormix.operators import Chain, Kronecker, LowRank, MixT, Monarch, Sum
 from tensormix.statistics import Gram
 
 O, I = 64, 48
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def planted(op, seed=0):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fitted import applied, gram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -18,16 +19,6 @@ from tensormix.methods.narrow import loudest_neurons, value_maps
 from tensormix.statistics import Gram
 
 DOUBLE = {"dtype": torch.float64}
-
-
-def gram(tokens):  # (N, I)
-    statistic = Gram(tokens.shape[1])
-    statistic.update(tokens)
-    return {Gram: statistic}
-
-
-def applied(op, x):
-    return x @ op.to_dense().T + (0 if op.bias is None else op.bias)
 
 
 def planted(num_tokens, seed=0):

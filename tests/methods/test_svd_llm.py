@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fitted import problem, seen, tail
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,30 +11,8 @@ from tensormix.methods.whitening import gram_factor, gram_root, output_basis, re
 from tensormix.statistics import DenseGram, Gram, PropagatedGram, QRFactor
 
 
-def seen(kind, x, dtype=torch.float64):  # (N, I)
-    statistic = kind(x.shape[1], dtype=dtype)
-    for batch in x.split(7):
-        statistic.update(batch)
-    return {kind: statistic}
-
-
-def problem(O=24, I=32, num_tokens=100, smallest=1e-2, seed=0):
-    """A weight (O, I), and inputs (N, I) whose spectrum falls to `smallest` in no particular basis; fp64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-    scales = torch.logspace(0, torch.tensor(smallest).log10().item(), I, dtype=torch.float64)
-    return draw(O, I), draw(num_tokens, I) * scales @ torch.linalg.qr(draw(I, I)).Q
-
-
 def output_error(weight, op, x):
     return (x @ (weight - op.to_dense().detach()).T).norm()
-
-
-def tail(matrix, rank):
-    return torch.linalg.svdvals(matrix)[rank:].norm()
 
 
 @settings(deadline=None, max_examples=40)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from relative import assert_relative
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,13 +53,6 @@ CASES = {
 def stack(request):
     torch.manual_seed(0)
     return CASES[request.param]()
-
-
-def assert_relative(actual, expected, tolerance, what):
-    """Raise if the relative error exceeds `tolerance`."""
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    error = float(((actual - expected).norm() / expected.norm().clamp_min(1e-30)).detach())
-    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
 
 
 def test_every_stack_has_a_case():

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from relative import assert_relative
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,13 +85,6 @@ def op(request):
 
 def inputs(op, *batch, dtype=torch.float32):
     return torch.randn(*batch, op.in_features, dtype=dtype)
-
-
-def assert_relative(actual, expected, tolerance, what):
-    """Raise if the relative error exceeds `tolerance`."""
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    error = float(((actual - expected).norm() / expected.norm().clamp_min(1e-30)).detach())
-    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
 
 
 def test_every_operator_has_a_case():
