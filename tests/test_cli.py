@@ -1,5 +1,6 @@
 """The command line as a user types it: what it prints, and what it says when something is wrong."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tensormix import cli
 from tensormix.cli import app, listing
 from tensormix.methods import METHODS
 from tensormix.progress import duration
-from tensormix.tables import blocks_text
+from tensormix.tables import blocks_text, show_results
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,10 +68,35 @@ def test_run_then_report(recipe, tmp_path):
     folder = tmp_path / "out"
     text = invoke("run", recipe, "--out", folder).stdout
     assert "evaluate:" in text and "Finished. See it with: tensormix report" in text
+    values = [
+        json.loads((path / "evaluate.json").read_text())["rows"][0]["value"] for path in (folder / "dense", folder)
+    ]
+    assert ["dense", "compressed"] in [line.split() for line in text.splitlines()]
+    said = next(line for line in text.splitlines() if line.startswith("accuracy, exam"))
+    assert [float(word) for word in said.split() if word[0].isdigit()] == [round(100 * value, 1) for value in values]
     assert (folder / "profile.json").exists()
     text = invoke("report", folder).stdout
     assert text.strip().endswith("report.html")
     assert "<html" in (folder / "report.html").read_text()
+
+
+def test_what_was_measured_has_a_line_each_and_a_column_for_each_model():
+    def rows(*perplexities):
+        found = [{"kind": "perplexity", "text": "a.txt", "value": value} for value in perplexities]
+        exam = [{"kind": "accuracy", "task": "exam", "subject": name, "value": 0.5} for name in ("all", "addition")]
+        return [*found, {"kind": "kl", "text": "a.txt", "value": 0.125}, *exam, {"kind": "answer", "value": 1}]
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    show_results(console, {"dense": rows(4.0, 5.0), "compressed": [], "recovered": rows(6.25, 7.0)})
+    assert [line.split() for line in console.export_text().splitlines()] == [
+        ["dense", "recovered"],
+        ["perplexity,", "a.txt", "4", "6.25"],
+        ["perplexity,", "a.txt", "(2)", "5", "7"],
+        ["KL,", "a.txt", "0.125", "0.125"],
+        ["accuracy,", "exam", "50.0", "%", "50.0", "%"],
+    ]
+    show_results(console, {"dense": []})
+    assert console.export_text() == ""
 
 
 def test_sweep_ends_with_the_name_of_the_page(recipe, tmp_path):

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tensormix.tables import show_check, show_prediction, show_rows
+from tensormix.tables import show_check, show_prediction, show_results, show_rows
 
 app = typer.Typer(
     help="Make large language models small with structured operators, and see where they break.",
@@ -68,6 +68,7 @@ def run(
         torch.set_num_threads(threads)
     with resumable(), stage_bars(console) as progress:
         run_recipe(loaded, folder, progress=progress, workers=workers)
+    show_results(console, measured_in(folder))
     console.print(f"Finished. See it with: tensormix report {folder}")
 
 
@@ -194,6 +195,16 @@ def listing(what: str) -> list[dict[str, Any]]:
     if not isinstance(table, dict):
         return [{"name": name} for name in table]
     return [{"name": name, "summary": (item.__doc__ or "").strip().splitlines()[0]} for name, item in table.items()]
+
+
+def measured_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of evaluate in a run folder, by what they were measured of."""
+    from tensormix.report.read import read_run
+
+    run = read_run(folder)
+    last = "recovered" if "recover" in run.stages else "compressed" if run.dense is not None else "model"
+    found = {"dense": run.dense.rows("evaluate") if run.dense is not None else []}
+    return found | {"compressed": run.rows("direct"), last: run.rows("evaluate")}
 
 
 def check_out(folder: Path, ours: str, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -93,6 +94,32 @@ def show_prediction(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
     found = said["all"]
     console.print(f"Predicted boundary: {found['depth']} (the signals say {found['low']} to {found['high']})")
+
+
+def show_results(console: Console, measured: dict[str, list[dict[str, Any]]]) -> None:
+    """What evaluate measured of each model: a line for each text, exam and benchmark. Nothing where nothing was."""
+    columns = {name: dict(_results(rows)) for name, rows in measured.items() if rows}
+    labels = dict.fromkeys(label for found in columns.values() for label in found)
+    if not labels:
+        return
+    table = Table("", *columns, box=None, pad_edge=False)
+    for label in labels:
+        table.add_row(label, *(found.get(label, "") for found in columns.values()))
+    console.print(table)
+
+
+def _results(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Perplexities, divergences and accuracies over all subjects; what is measured of one text twice is numbered."""
+    seen: dict[str, int] = {}
+    for row in rows:
+        if row["kind"] in ("perplexity", "kl"):
+            label, value = f"{'KL' if row['kind'] == 'kl' else 'perplexity'}, {row['text']}", f"{row['value']:.4g}"
+        elif row["kind"] == "accuracy" and row.get("subject", "all") == "all":
+            label, value = f"accuracy, {row['task']}", f"{100 * row['value']:.1f} %"
+        else:
+            continue
+        seen[label] = seen.get(label, 0) + 1
+        yield label if seen[label] == 1 else f"{label} ({seen[label]})", value
 
 
 def show_rows(console: Console, rows: list[dict[str, Any]]) -> None:
