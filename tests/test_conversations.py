@@ -138,6 +138,16 @@ def test_every_turn_of_the_assistant_counts_with_what_ends_it(speaking, template
     assert counted(speaking(template), messages) == expected
 
 
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_where_the_end_is_marked_the_token_of_the_next_speaker_does_not_count(speaking, between):
+    own = speaking(
+        "{% for m in messages %}{{ '<|turn|>' + m['role'] + ':' }}{% if m['role'] == 'assistant' %}{% generation %}"
+        f"{{{{ m['content'] + '<|end|>{between}' }}}}{{% endgeneration %}}"
+        "{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    )
+    assert counted(own, said("so?", "so", "no?", "no")) == [f"so<|end|>{between}", f"no<|end|>{between}"]
+
+
 def test_a_question_that_follows_the_last_answer_does_not_count(speaking):
     assert counted(speaking(TURNS), said("so?", "so", "no?")) == ["so<|end|>"]
     assert counted(speaking(TURNS), said("so?")) == []

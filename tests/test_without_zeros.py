@@ -8,6 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tensormix.hf  # noqa: F401
+from tensormix.inference import faster
+from tensormix.inference.faster import dense_where_faster
 from tensormix.inference.zeros import Kept, without_zeros
 from tensormix.operators import Dense, Placed
 from tensormix.plan import Plan
@@ -130,7 +132,45 @@ def test_layers_that_are_watched_are_left():
     model = nn.ModuleDict({"mlp": Mlp(placed(8, 12, (6, 8)), placed(12, 8, (8, 6)))})
     model["mlp"].up_proj.register_forward_hook(lambda *_: None)
     with without_zeros(model) as rows:
-        assert rows[0]["why"] == "hooks would be passed over"
+        assert rows[0]["why"] == "hooks or a forward of its own would be passed over"
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left():
+    """As accelerate gives one to every layer of a model that it places on several devices."""
+    up = placed(8, 12, (6, 8))
+    model, theirs = nn.ModuleDict({"mlp": Mlp(up, placed(12, 8, (8, 6)))}), up.forward
+    up.forward = lambda x: theirs(x) + 1
+    with without_zeros(model) as rows:
+        assert model["mlp"].up_proj is up
+        assert rows[0]["why"] == "hooks or a forward of its own would be passed over"
+
+
+def test_the_neurons_that_stay_have_their_biases_in_the_dense_form_too(monkeypatch):
+    monkeypatch.setattr(faster, "milliseconds", lambda *_: (2.0, 1.0))
+    model = narrow("gpt2")
+    before = logits(model)
+    with without_zeros(model), dense_where_faster(model, num_tokens=3) as rows:
+        assert {row["chosen"] for row in rows} == {"dense"}
+        torch.testing.assert_close(logits(model), before, rtol=1e-11, atol=1e-11)
+    assert torch.equal(logits(model), before)
+
+
+def test_inside_itself_it_changes_nothing_and_says_so():
+    model = narrow("llama")
+    with without_zeros(model):
+        modules = list(model.modules())
+        with without_zeros(model) as rows:
+            assert {row["why"] for row in rows} == {"they do without already"}
+        assert list(model.modules()) == modules
+
+
+def test_a_bias_that_was_put_there_inside_stays():
+    model = nn.ModuleDict({"mlp": Mlp(placed(8, 12, (6, 8)), placed(12, 8, (8, 6)))})
+    model["mlp"].up_proj.bias = nn.Parameter(torch.zeros(12))
+    loaded = {name: value + 1 for name, value in model.state_dict().items()}
+    with without_zeros(model):
+        model.load_state_dict(loaded, assign=True)
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
 
 
 def test_an_error_inside_leaves_the_model_as_it_was_and_a_dense_model_has_no_rows():

@@ -14,7 +14,7 @@ MATCHING = "operators/test_mixt_matching.py"
 
 FAULTS = (
     Fault("inference/faster.py", "setattr(parent, child, operator)", "pass", "test_faster.py"),
-    Fault("inference/faster.py", "dense.bias = operator.bias", "dense.bias = None", "test_faster.py"),
+    Fault("inference/faster.py", "dense.bias = bias = operator.bias", "bias = None", "test_faster.py"),
     Fault("inference/siblings.py", "if self.x is not x or index", "if index", FUSED),
     Fault("inference/siblings.py", "core.data = value.detach().clone()", "core.data = value.detach()", FUSED),
     Fault("inference/siblings.py", "core.data = core.data.new_empty(0)", "pass", FUSED),
@@ -23,6 +23,9 @@ FAULTS = (
     Fault("inference/siblings.py", "if all(isinstance(sibling, Sibling) for sibling in siblings):", "if True:", FUSED),
     Fault("inference/zeros.py", "self.bias[: self.out_features]", "self.bias[-self.out_features :]", ZEROS),
     Fault("inference/zeros.py", "setattr(parent, name, layer.train(kept.training))", "pass", ZEROS),
+    Fault("inference/zeros.py", ' or "forward" in vars(layer)', "", ZEROS),
+    Fault("inference/zeros.py", "layer.bias = kept.bias", "pass", ZEROS),
+    Fault("inference/faster.py", "bias.detach()[: operator.out_features]", "bias.detach()[-1:]", ZEROS),
     Fault("inference/zeros.py", "return self._spec", "return super().spec", ZEROS),
     Fault("inference/zeros.py", "if len(kept) > 1:", "if False:", ZEROS),
     Fault("inference/zeros.py", "in_groups=1 if reads else layer.in_groups", "in_groups=layer.out_groups", ZEROS),

@@ -9,6 +9,8 @@ CONVERSATIONS = "test_conversations.py"
 
 FAULTS = (
     Fault("data/conversations.py", "if self.end and text.startswith(self.end, last):", "if False:", CONVERSATIONS),
+    Fault("data/conversations.py", "if self.marked and self.end and", "if False and", CONVERSATIONS),
+    Fault("data/conversations.py", "text[first:last].rstrip()", "text[first:last]", CONVERSATIONS),
     Fault("data/conversations.py", "special.end() if special else last", "last", CONVERSATIONS),
     Fault("data/conversations.py", "after.rstrip() or after", "after", CONVERSATIONS),
     Fault("data/conversations.py", "else after.rstrip() or after", 'else ""', CONVERSATIONS),

@@ -55,7 +55,7 @@ class Conversations:
         if self.end is None:
             self.end = self._end_of_turn(messages[: said[0]], name)
         spans = self._generated(messages) if self.marked else [self._said(messages, i, text, name) for i in said]
-        spans = [(first, self._with_end(text, last)) for first, last in spans if first < last]
+        spans = [(first, self._with_end(text, first, last)) for first, last in spans if first < last]
         if any(one[1] > other[0] for one, other in pairwise(spans)):
             raise _hidden(name, "it writes the messages in another order")
         return spans
@@ -95,10 +95,12 @@ class Conversations:
         special = self.special.search(after)
         return after[: special.end()] if special else after.rstrip() or after
 
-    def _with_end(self, text: str, last: int) -> int:
+    def _with_end(self, text: str, first: int, last: int) -> int:
         """The end of a turn that ends in `text` at `last`; some templates let the next speaker's token end it."""
         if self.end and text.startswith(self.end, last):
             return last + len(self.end)
+        if self.marked and self.end and text[first:last].rstrip().endswith(self.end):
+            return last  # the end is marked with what was said; what follows is the next speaker's
         special = self.special.match(text, last)
         return special.end() if special else last
 

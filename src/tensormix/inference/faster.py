@@ -79,9 +79,11 @@ def structured_layers(model: nn.Module) -> list[tuple[str, StructuredLinear]]:
 
 
 def _dense(operator: StructuredLinear) -> Dense:
-    """Its dense form, with its very bias."""
+    """Its dense form, with its very bias; inside `without_zeros` that of the neurons which stay, the first ones."""
     dense = Dense.from_dense(operator.to_dense().detach()).train(operator.training).requires_grad_(False)
-    dense.bias = operator.bias
+    dense.bias = bias = operator.bias
+    if bias is not None and len(bias) > operator.out_features:
+        dense.bias = nn.Parameter(bias.detach()[: operator.out_features], requires_grad=False)
     return dense
 
 

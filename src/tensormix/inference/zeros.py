@@ -53,6 +53,7 @@ def without_zeros(model: nn.Module) -> Iterator[list[Row]]:
         for parent, name, layer in replaced:
             kept = getattr(parent, name)
             if isinstance(kept, Kept):  # else something was installed there inside
+                layer.bias = kept.bias
                 setattr(parent, name, layer.train(kept.training))
 
 
@@ -95,6 +96,8 @@ def _counts(layers: Layers) -> dict[str, int]:
 
 def _why_not(layers: Layers) -> str:
     """Why the layers cannot do without; empty if they can."""
+    if any(isinstance(layer, Kept) for _, layer in layers.values()):
+        return "they do without already"
     if "up" not in layers or "down" not in layers:
         return "gate and up are one layer, or stand in another module"
     whole = [name for name, layer in layers.values() if type(layer) is not Placed]
@@ -106,6 +109,6 @@ def _why_not(layers: Layers) -> str:
     kept = {layer.inner.in_features if role == "down" else layer.inner.out_features for role, layer in placed.items()}
     if len(kept) > 1:
         return "the layers keep different neurons"
-    if any(is_watched(layer) for layer in placed.values()):
-        return "hooks would be passed over"
+    if any(is_watched(layer) or "forward" in vars(layer) for layer in placed.values()):
+        return "hooks or a forward of its own would be passed over"
     return ""
