@@ -34,7 +34,7 @@ def test_the_sizes_are_those_of_every_bond_and_the_dense_layer_once():
     assert len(set(both)) == len(both)
     assert set(both) == {(1, 2)} | {(count, bond) for bond, counts in alone.items() for count in counts if count > 1}
     costs = [Mixt(num_branches=1, bonds=(2, 4)).sized(size).empty(64, 128).num_params for size in both]
-    assert len(set(costs)) == len(costs)
+    assert costs == sorted(set(costs), reverse=True)
 
 
 def test_a_wider_choice_meets_the_budget_with_less_error(llama):
@@ -43,6 +43,12 @@ def test_a_wider_choice_meets_the_budget_with_less_error(llama):
     assert many.rows[0]["error"] < one.rows[0]["error"]
     assert {row["size"][1] for row in many.rows[1:] if row["size"]} == {2, 4}
     assert {row["setting"] for row in many.rows[1:] if row["size"]} == {"num_branches, bond"}
+
+
+def test_where_few_sizes_are_fitted_the_smallest_of_all_bonds_is_among_them(llama):
+    plan = Plan((Rule(method=Mixt(num_branches=1, bonds=(2, 4))),))
+    budget = Budget(keep=0.1, of="parameters", by="greedy", levels=2)
+    assert {row["size"] for row in allocate(llama, plan, budget, BATCHES).rows[1:]} == {(5, 2), (2, 4)}
 
 
 def test_the_plan_stores_what_was_counted_and_its_layers_have_the_chosen_bonds(llama):

@@ -82,13 +82,13 @@ class Mixt(LinearMethod):
         return self
 
     def allowed_sizes(self, in_features: int, out_features: int) -> tuple[Any, ...]:
-        """Every `num_branches`, or with `bonds` every pair of one and a bond."""
+        """Every `num_branches`, or with `bonds` every pair of one and a bond; the largest layer first."""
         if self.bonds is None:
             return tuple(self._branches(self.bond, in_features, out_features))
         pairs = [(1, self.bonds[0])]  # one branch passes no bond through: the dense layer, whatever the bond
         for bond in self.bonds:
             pairs += [(count, bond) for count in self._branches(bond, in_features, out_features) if count > 1]
-        return tuple(pairs)
+        return tuple(sorted(pairs, key=lambda pair: -self.sized(pair).empty(in_features, out_features).num_params))
 
     def sized(self, value: Any) -> Mixt:
         count, bond = (value, self.bond) if isinstance(value, int) else value
