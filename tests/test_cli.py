@@ -99,6 +99,26 @@ def test_what_was_measured_has_a_line_each_and_a_column_for_each_model():
     assert console.export_text() == ""
 
 
+@pytest.mark.parametrize(
+    ("asked", "columns"),
+    [
+        ({"plan": [{}], "recover": {}, "direct": True}, {"dense": 3, "compressed": 2, "recovered": 1}),
+        ({"plan": [{}], "recover": {}, "direct": False}, {"dense": 3, "recovered": 1}),
+        ({"plan": [{}], "recover": None, "direct": True}, {"dense": 3, "compressed": 1}),
+        ({"plan": [], "recover": None, "direct": False}, {"model": 1}),
+    ],
+)
+def test_files_of_stages_that_the_recipe_asks_for_no_more_are_not_shown(tmp_path, asked, columns):
+    recipe = {"plan": asked["plan"], "recover": asked["recover"], "evaluate": {"direct": asked["direct"]}}
+    files = {"recipe": recipe, "dense/recipe": recipe, "recover": {"rows": []}}
+    files |= {name: {"rows": [{"value": n}]} for n, name in enumerate(("evaluate", "direct", "dense/evaluate"), 1)}
+    (tmp_path / "dense").mkdir()
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = {name: rows[0]["value"] for name, rows in cli.measured_in(tmp_path).items() if rows}
+    assert found == columns
+
+
 def test_sweep_ends_with_the_name_of_the_page(recipe, tmp_path):
     data = yaml.safe_load(recipe.read_text())
     data["plan"] = [{"method": {"name": "mixt", "num_branches": 3}}]

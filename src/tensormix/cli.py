@@ -198,13 +198,20 @@ def listing(what: str) -> list[dict[str, Any]]:
 
 
 def measured_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of evaluate in a run folder, by what they were measured of."""
+    """The rows of evaluate in a run folder, by what they were measured of. Stages that its recipe asked for once and
+    asks for no more are passed over.
+    """
     from tensormix.report.read import read_run
 
     run = read_run(folder)
-    last = "recovered" if "recover" in run.stages else "compressed" if run.dense is not None else "model"
-    found = {"dense": run.dense.rows("evaluate") if run.dense is not None else []}
-    return found | {"compressed": run.rows("direct"), last: run.rows("evaluate")}
+    dense = run.dense if run.recipe["plan"] else None
+    if run.recipe["recover"] is None:
+        last, direct = "compressed" if dense is not None else "model", []
+    else:
+        last, direct = "recovered", run.rows("direct") if run.recipe["evaluate"]["direct"] else []
+    return {"dense": dense.rows("evaluate") if dense is not None else [], "compressed": direct} | {
+        last: run.rows("evaluate")
+    }
 
 
 def check_out(folder: Path, ours: str, overwrite: bool) -> None:
