@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,13 @@ def first_failure(copy: Path, tests: str) -> str | None:
         if child == 0:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-            os._exit(run_tests(copy, tests))
+            code = 1
+            try:
+                code = run_tests(copy, tests)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)  # whatever was raised: the copy is the parent's to remove
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         log.seek(0)
         lines = log.read().splitlines()
