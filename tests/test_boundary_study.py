@@ -111,8 +111,8 @@ def rows_of(model, direction, measured, said, accuracies, blocks=4, signals=None
     prediction = {"said": dict(zip(names, said, strict=True)), "low": min(said), "high": max(said), "signals": signals}
     early = [cell | {"steps": min(cell["steps"], 15)} for cell in cells[::2]]
     return [
-        labels | {"kind": "prediction"} | prediction,
-        labels | {"kind": "scan", "cells": cells, "boundary": boundary},
+        labels | {"kind": "prediction", "seconds": 20.0} | prediction,
+        labels | {"kind": "scan", "cells": cells, "boundary": boundary, "seconds": 200.0},
         labels | {"kind": "bisect", "cells": cells[::2], "boundary": boundary},
         labels | {"kind": "early_stop", "cells": early, "boundary": boundary},
     ]
@@ -140,8 +140,8 @@ def test_errors_are_of_held_out_models_alone_and_in_blocks(study):
 def test_savings_count_recovered_checkpoints_and_their_steps(study):
     page = study["page"]
     lines = page.savings(page.cases(rows_of("a", "last", 3, [3] * 6, FALL)))
-    assert lines[1] == ["a", "last", "4, 120", "2, 60", "0.50", "2, 30", "0.25", "3", "3", "3"]
-    assert lines[-1][4] == "0.50" and lines[-1][6] == "0.25"
+    assert lines[1] == ["a", "last", "4, 120", "2, 60", "0.50", "2, 30", "0.25", "0.10", "3", "3", "3"]
+    assert (lines[-1][4], lines[-1][6], lines[-1][7]) == ("0.50", "0.25", "0.10")
 
 
 def test_bisection_asks_for_about_log2_of_the_depths(study):

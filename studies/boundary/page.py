@@ -127,25 +127,25 @@ def recovered(kinds: dict[str, Row], kind: str) -> tuple[int, int]:
 
 
 def savings(of: Cases) -> list[list[str]]:
-    lines = [["model", "from", "scan: checkpoints, steps", "bisection", "share of the steps", "with early stop"]]
-    lines[0] += ["share of the steps", "boundary: scan", "bisection", "with early stop"]
-    shares: dict[str, list[float]] = {"bisect": [], "early_stop": []}
+    lines = [["model", "from", "scan: checkpoints, steps", "bisection", "its share", "with early stop", "its share"]]
+    lines[0] += ["predictor's share of the time", "boundary: scan", "bisection", "early stop"]
+    shares: dict[str, list[float]] = {"bisect": [], "early_stop": [], "time": []}
     for (model, direction), kinds in of.items():
-        if not {"scan", "bisect"} <= kinds.keys():
+        if not {"prediction", "scan", "bisect"} <= kinds.keys():
             continue
-        line, (count, whole) = [model, direction], recovered(kinds, "scan")
-        line.append(f"{count}, {whole}")
-        for kind in shares:
-            if kind in kinds:
-                made, steps = recovered(kinds, kind)
-                shares[kind].append(steps / whole)
-                line += [f"{made}, {steps}", f"{steps / whole:.2f}"]
-            else:
-                line += ["", ""]
-        line += [str(kinds[k]["boundary"]["value"]) if k in kinds else "" for k in ("scan", *shares)]
+        count, whole = recovered(kinds, "scan")
+        line = [model, direction, f"{count}, {whole}"]
+        for kind in ("bisect", "early_stop"):
+            made, steps = recovered(kinds, kind) if kind in kinds else (0, 0)
+            line += [f"{made}, {steps}", f"{steps / whole:.2f}"] if made else ["", ""]
+            shares[kind] += [steps / whole] if made else []
+        if kinds["scan"]["seconds"]:  # of the embedded model it was not recorded for one direction alone
+            shares["time"].append(kinds["prediction"]["seconds"] / kinds["scan"]["seconds"])
+        line.append(f"{shares['time'][-1]:.2f}" if kinds["scan"]["seconds"] else "")
+        line += [str(kinds[k]["boundary"]["value"]) if k in kinds else "" for k in ("scan", "bisect", "early_stop")]
         lines.append(line)
-    means = [f"{fmean(values):.2f}" if values else "" for values in shares.values()]
-    lines.append(["mean", "", "", "", means[0], "", means[1], "", "", ""])
+    bisection, early, time = (f"{fmean(values):.2f}" if values else "" for values in shares.values())
+    lines.append(["mean", "", "", "", bisection, "", early, time, "", "", ""])
     return lines
 
 

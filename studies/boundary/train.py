@@ -1,7 +1,7 @@
 """Train the study's models from scratch: small Llama decoders that answer a kind of question each.
 
-Nothing is wired or connected by hand. Some models skip later blocks at random while training (stochastic depth, arXiv
-1603.09382), more often the later they stand; `models.yaml` says which. The batches of a step are a function of the
+Nothing is wired or connected by hand. Some models skip blocks at random while training (stochastic depth, arXiv
+1603.09382); `models.yaml` says which, and how often. The batches of a step are a function of the
 step's number and the seed. A row per model goes to training.jsonl.
 """
 
@@ -51,18 +51,22 @@ def batch(tokenizer: Any, settings: Settings, stream: Any) -> Tensor:  # (B, T)
     return torch.tensor(tokenizer(list(islice(stream, settings["batch"])))["input_ids"])
 
 
-def skipping(model: nn.Module, most: float, random: Random) -> None:
-    """From now on block i of L passes its input on with probability most * i / (L - 1), while training."""
-    layers = model.model.layers  # type: ignore[union-attr]
+def skip_rates(settings: Settings) -> list[float]:
+    """Of every block how often it is skipped while training: `skips`, or from 0 at the first to `skip` at the last."""
+    last = settings["blocks"] - 1
+    return settings.get("skips") or [settings["skip"] * index / last for index in range(last + 1)]
 
-    def wrap(index: int, forward: Any) -> Any:
-        rate = most * index / (len(layers) - 1)
+
+def skipping(model: nn.Module, rates: list[float], random: Random) -> None:
+    """From now on each block passes its input on at random, as often as its rate says, while training."""
+
+    def wrap(rate: float, forward: Any) -> Any:
         return lambda hidden, *args, **kwargs: (
             hidden if model.training and random.random() < rate else forward(hidden, *args, **kwargs)
         )
 
-    for index, block in enumerate(layers):
-        block.forward = wrap(index, block.forward)
+    for rate, block in zip(rates, model.model.layers, strict=True):  # type: ignore[union-attr]
+        block.forward = wrap(rate, block.forward)
 
 
 class BatchedMuon:
@@ -95,7 +99,7 @@ def train(settings: Settings, log: Any = print) -> tuple[Any, Any, Settings]:
     torch.manual_seed(settings["seed"])
     tokenizer = make_tokenizer()
     model = AutoModelForCausalLM.from_config(config_of(settings, len(tokenizer))).float().train()
-    skipping(model, settings["skip"], Random(settings["seed"]))
+    skipping(model, skip_rates(settings), Random(settings["seed"]))
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
     muon, adamw = BatchedMuon(matrices), torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.98))
