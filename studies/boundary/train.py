@@ -52,21 +52,26 @@ def batch(tokenizer: Any, settings: Settings, stream: Any) -> Tensor:  # (B, T)
 
 
 def skip_rates(settings: Settings) -> list[float]:
-    """Of every block how often it is skipped while training: `skips`, or from 0 at the first to `skip` at the last."""
+    """Of every block how often it is skipped at first: `skips`, or from 0 at the first to `skip` at the last.
+
+    A model that is grown begins with the blocks of `grown_from` alone; the others join once these know enough.
+    """
     last = settings["blocks"] - 1
+    if "grown_from" in settings:
+        return [float(index not in settings["grown_from"]) for index in range(last + 1)]
     return settings.get("skips") or [settings["skip"] * index / last for index in range(last + 1)]
 
 
 def skipping(model: nn.Module, rates: list[float], random: Random) -> None:
-    """From now on each block passes its input on at random, as often as its rate says, while training."""
+    """From now on each block passes its input on at random, as often as `rates` says at the time, while training."""
 
-    def wrap(rate: float, forward: Any) -> Any:
+    def wrap(index: int, forward: Any) -> Any:
         return lambda hidden, *args, **kwargs: (
-            hidden if model.training and random.random() < rate else forward(hidden, *args, **kwargs)
+            hidden if model.training and random.random() < rates[index] else forward(hidden, *args, **kwargs)
         )
 
-    for rate, block in zip(rates, model.model.layers, strict=True):  # type: ignore[union-attr]
-        block.forward = wrap(rate, block.forward)
+    for index, block in enumerate(model.model.layers):  # type: ignore[union-attr]
+        block.forward = wrap(index, block.forward)
 
 
 class BatchedMuon:
@@ -99,11 +104,13 @@ def train(settings: Settings, log: Any = print) -> tuple[Any, Any, Settings]:
     torch.manual_seed(settings["seed"])
     tokenizer = make_tokenizer()
     model = AutoModelForCausalLM.from_config(config_of(settings, len(tokenizer))).float().train()
-    skipping(model, skip_rates(settings), Random(settings["seed"]))
+    rates = skip_rates(settings)
+    skipping(model, rates, Random(settings["seed"]))
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
     muon, adamw = BatchedMuon(matrices), torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.98))
     deadline, stream, began = settings["steps"], documents(settings["tasks"], settings["seed"]), time.perf_counter()
+    joined_at = None
     mark = tokenizer.convert_tokens_to_ids("Answer:")
     hits, falling_from, step = 0.0, deadline - deadline // 5, 0
     while step < min(deadline, falling_from + falling_from // 4):
@@ -122,11 +129,18 @@ def train(settings: Settings, log: Any = print) -> tuple[Any, Any, Settings]:
         hits = 0.9 * hits + 0.1 * float(
             (logits.flatten(0, 1)[due].argmax(-1) == ids[:, 1:].flatten()[due]).float().mean()
         )
-        if hits > ENOUGH and falling_from > step:
+        if hits > ENOUGH and "grown_from" in settings and 1.0 in rates:
+            rates[:], hits, joined_at = [0.0] * len(rates), 0.0, step
+        elif hits > ENOUGH and falling_from > step:
             falling_from = step
         if step % 100 == 0:
             log(step, f"{hits:.3f}", f"{losses[due].mean():.3f}", f"{time.perf_counter() - began:.0f} s", flush=True)
-    took = {"steps": step, "tokens": step * ids.numel(), "seconds": round(time.perf_counter() - began, 1)}
+    took = {
+        "steps": step,
+        "joined_at": joined_at,
+        "tokens": step * ids.numel(),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
     return model.eval(), tokenizer, took
 
 
