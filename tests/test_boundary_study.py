@@ -102,6 +102,31 @@ def test_the_batched_muon_takes_torchs_steps(study):
         assert (one - other).norm() < 0.03 * moved  # torch turns them in bfloat16
 
 
+def trained(study, **changes):
+    """Some steps of a tiny model; the update of each block's `o_proj` relative to itself, and what was noted."""
+    settings = {"tasks": ["sums"], "blocks": 3, "width": 16, "seed": 0, "batch": 2, "steps": 10, "skip": 0.0} | changes
+    model, tokenizer, took = study["train"].train(settings)
+    torch.manual_seed(0)
+    before = type(model)(study["train"].config_of(settings, len(tokenizer)))
+    pairs = zip(model.model.layers, before.model.layers, strict=True)
+    return [float((a.self_attn.o_proj.weight - b.self_attn.o_proj.weight).detach().norm()) for a, b in pairs], took
+
+
+def test_a_grown_model_begins_with_its_blocks_alone_and_the_others_join_once_these_know_enough(study, monkeypatch):
+    (first, middle, last), took = trained(study, grown_from=[1])
+    assert max(first, last) < 0.01 * middle and took["joined_at"] is None  # of the others only the decay
+    assert min(trained(study)[0]) > 0.5 * middle
+    monkeypatch.setattr(study["train"], "ENOUGH", -1.0)
+    (first, _, last), took = trained(study, grown_from=[1])
+    assert min(first, last) > 0.1 * middle and took["joined_at"] == 1
+
+
+def test_later_blocks_are_skipped_more_often(study):
+    settings = {"blocks": 5, "skip": 0.4}
+    assert study["train"].skip_rates(settings) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert study["train"].skip_rates(settings | {"grown_from": [1, 2]}) == [1, 0, 0, 1, 1]
+
+
 def rows_of(model, direction, measured, said, accuracies, blocks=4, signals=None):
     cells = [{"depth": d, "accuracy": a, "num_questions": 400, "steps": 30 * (d > 0)} for d, a in enumerate(accuracies)]
     labels = {"model": model, "direction": direction, "blocks": blocks}

@@ -99,6 +99,14 @@ class BatchedMuon:
                 matrix.mul_(1 - rate * decay).sub_(change if change.shape == matrix.shape else change.T, alpha=scale)
 
 
+def losses_of(model: nn.Module, ids: Tensor, mark: int) -> tuple[Tensor, Tensor, float]:
+    """The mean loss of the tokens behind `mark`, of all others, and the share of the former that is right."""
+    logits, wanted = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    losses, due = F.cross_entropy(logits, wanted, reduction="none"), (ids[:, :-1] == mark).flatten()
+    right = (logits[due].argmax(-1) == wanted[due]).float().mean()
+    return losses[due].mean(), losses[~due].mean(), float(right)
+
+
 def train(settings: Settings, log: Any = print) -> tuple[Any, Any, Settings]:
     """The model, its tokenizer, and what its training took: at most `steps`, fewer once it knows enough."""
     torch.manual_seed(settings["seed"])
@@ -116,32 +124,23 @@ def train(settings: Settings, log: Any = print) -> tuple[Any, Any, Settings]:
     while step < min(deadline, falling_from + falling_from // 4):
         share = min(1.0, (step + 1) / 50, 1 - max(0, step - falling_from) / (falling_from // 4))
         ids = batch(tokenizer, settings, stream)
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        due = (ids[:, :-1] == mark).flatten()
-        (losses[due].mean() + OTHER_WEIGHT * losses[~due].mean()).backward()
+        answers, others_loss, right = losses_of(model, ids, mark)
+        (answers + OTHER_WEIGHT * others_loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step(RATES[0] * share)
         adamw.param_groups[0]["lr"] = RATES[1] * share
         adamw.step()
         model.zero_grad(set_to_none=False)
         step += 1
-        hits = 0.9 * hits + 0.1 * float(
-            (logits.flatten(0, 1)[due].argmax(-1) == ids[:, 1:].flatten()[due]).float().mean()
-        )
+        hits = 0.9 * hits + 0.1 * right
         if hits > ENOUGH and "grown_from" in settings and 1.0 in rates:
             rates[:], hits, joined_at = [0.0] * len(rates), 0.0, step
         elif hits > ENOUGH and falling_from > step:
             falling_from = step
         if step % 100 == 0:
-            log(step, f"{hits:.3f}", f"{losses[due].mean():.3f}", f"{time.perf_counter() - began:.0f} s", flush=True)
-    took = {
-        "steps": step,
-        "joined_at": joined_at,
-        "tokens": step * ids.numel(),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    return model.eval(), tokenizer, took
+            log(step, f"{hits:.3f}", f"{answers:.3f}", f"{time.perf_counter() - began:.0f} s", flush=True)
+    took = {"steps": step, "joined_at": joined_at, "tokens": step * ids.numel()}
+    return model.eval(), tokenizer, took | {"seconds": round(time.perf_counter() - began, 1)}
 
 
 def make(name: str, settings: Settings, work: Path) -> None:
