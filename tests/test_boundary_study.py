@@ -114,7 +114,7 @@ def trained(study, **changes):
 
 def test_a_grown_model_begins_with_its_blocks_alone_and_the_others_join_once_these_know_enough(study, monkeypatch):
     (first, middle, last), took = trained(study, grown_from=[1])
-    assert max(first, last) < 0.01 * middle and took["joined_at"] is None  # of the others only the decay
+    assert max(first, last) < 0.05 * middle and took["joined_at"] is None  # of the others only the decay
     assert min(trained(study)[0]) > 0.5 * middle
     monkeypatch.setattr(study["train"], "ENOUGH", -1.0)
     (first, _, last), took = trained(study, grown_from=[1])
