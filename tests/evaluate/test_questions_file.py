@@ -4,12 +4,13 @@ import json
 
 import pytest
 
+from tensormix.budget.search import scorer
 from tensormix.evaluate import read_prompts
 from tensormix.examine import exam_prompts
 from tensormix.recipe import Sweep
 from tensormix.run.predict import predict
 from tensormix.run.sweep import run_sweep
-from tensormix.settings import Exam
+from tensormix.settings import Evaluate, Exam
 from tensormix.storage.files import read_json
 
 ROWS = [{"text": f"Is it {n}?\nAnswer:", "gold": n % 4, "subject": "odd" if n % 2 else "even"} for n in range(12)]
@@ -27,6 +28,19 @@ def test_the_first_questions_of_the_file_are_asked_as_they_stand(file):
     assert [(p.text, p.gold, p.subject) for p in prompts] == [tuple(row.values()) for row in ROWS[:5]]
     file.write_text('{"text": "Answer:", "gold": 3}')
     assert read_prompts(str(file), 1)[0].subject == "own"
+
+
+def test_a_search_divides_them_and_refuses_too_few(file):
+    def divided(num_questions):
+        return scorer(None, Evaluate(exam=Exam(file=str(file), num_questions=num_questions)), 0.4)[1]
+
+    assert divided(7) == {"exam": {"file": str(file), "first": 7, "num_questions": 5}}
+    with pytest.raises(ValueError) as refused:
+        divided(9)
+    assert str(refused.value) == (
+        f"search: {file} has 12 questions, of which evaluate.exam asks 9, and the search needs 6 others; the largest "
+        "possible num_questions is 7"
+    )
 
 
 def test_a_sweep_bisects_and_is_predicted_by_them(tiny, file, tmp_path):

@@ -19,7 +19,7 @@ from torch import nn
 
 from tensormix.budget.survey import in_place
 from tensormix.data import describe, packed_source, separator_of
-from tensormix.evaluate import evaluate_choices, perplexity
+from tensormix.evaluate import evaluate_choices, perplexity, read_prompts
 from tensormix.evaluate.batches import Asked
 from tensormix.examine import exam_prompts
 from tensormix.methods import Laser, laser_search
@@ -162,13 +162,18 @@ def scorer(tokenizer: Any, settings: Evaluate, part: float) -> tuple[Score, Row]
     Accuracy and log-loss over the four answers, each question counted once; on text the accuracy is 0 and the log-loss
     the mean over tokens. `part` of all questions (or tokens) chooses, so that the rest is what evaluate has.
 
-    Raises ValueError if the text has too few tokens behind those that evaluate reads.
+    Raises ValueError if the text has too few tokens behind those that evaluate reads, or the exam's file questions.
     """
     if settings.exam is None:
         return _text_scorer(tokenizer, settings.perplexity[0], settings.batch_size, part)
     num_judging = settings.exam.num_questions
     num_choosing = max(1, round(num_judging * part / (1 - part)))
-    together = settings.exam.model_copy(update={"num_questions": num_judging + num_choosing})
+    together, file = settings.exam.model_copy(update={"num_questions": num_judging + num_choosing}), settings.exam.file
+    if file is not None and (there := len(read_prompts(file))) < together.num_questions:
+        raise ValueError(
+            f"search: {file} has {there} questions, of which evaluate.exam asks {num_judging}, and the search needs "
+            f"{num_choosing} others; the largest possible num_questions is {math.floor(there * (1 - part))}"
+        )
     prompts = exam_prompts(together)[num_judging:]
 
     def score(model: nn.Module) -> tuple[float, float]:
@@ -177,7 +182,8 @@ def scorer(tokenizer: Any, settings: Evaluate, part: float) -> tuple[Score, Row]
         losses = [-torch.tensor(r["logits"]).double().log_softmax(0)[r["gold"]].item() for r in answers]
         return fmean(row["predicted"] == row["gold"] for row in answers), fmean(losses)
 
-    return score, {"exam": {"seed": together.seed, "first": num_judging, "num_questions": num_choosing}}
+    which: Row = {"seed": together.seed} if file is None else {"file": file}
+    return score, {"exam": {**which, "first": num_judging, "num_questions": num_choosing}}
 
 
 def _text_scorer(tokenizer: Any, text: Perplexity, batch_size: Asked, part: float) -> tuple[Score, Row]:

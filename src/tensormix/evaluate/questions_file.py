@@ -14,8 +14,8 @@ from typing import Any
 from tensormix.evaluate.choices import LETTERS, ChoicePrompt
 
 
-def read_prompts(path: str, num_questions: int) -> list[ChoicePrompt]:
-    """The first `num_questions` of a file, in its order; a question without `subject` belongs to "own".
+def read_prompts(path: str, num_questions: int | None = None) -> list[ChoicePrompt]:
+    """The first `num_questions` of a file (None: all), in its order; a question without `subject` belongs to "own".
 
     Raises ValueError for a missing file, a line that is no such question (both name the file), and fewer questions
     than were asked for.
@@ -25,9 +25,9 @@ def read_prompts(path: str, num_questions: int) -> list[ChoicePrompt]:
         raise ValueError(f"exam: there is no file {path}; give a .jsonl with text and gold on each line")
     prompts: list[ChoicePrompt] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip() and len(prompts) < num_questions:
+        if line.strip() and (num_questions is None or len(prompts) < num_questions):
             prompts.append(_prompt(line, f"{path}, line {number}", str(number)))
-    if len(prompts) < num_questions:
+    if num_questions is not None and len(prompts) < num_questions:
         raise ValueError(
             f"exam: {num_questions} questions were asked for, {path} has {len(prompts)}; the largest possible "
             f"num_questions is {len(prompts)}"
