@@ -1,4 +1,6 @@
-"""One row per finished cell of a comparison, with environment, and the table of docs/comparison.md from the same rows.
+"""One row per finished cell of a comparison, with environment, and the table of docs/comparison.md from all rows.
+
+Rows are added to those that are there; a cell that is there is left as it was measured.
 
 python benchmarks/comparison_rows.py runs/stories260k_comparison benchmarks/results/stories260k_comparison.jsonl
 """
@@ -17,8 +19,8 @@ Row = dict[str, Any]
 
 
 def table(rows: list[Row]) -> str:
-    """Means over seeds; of several seeds also the least and the largest."""
-    dense, cells = rows[0], rows[1:]
+    """Means over seeds; of several seeds also the least and the largest. Rows from before a recovery are left out."""
+    dense, *cells = [row for row in rows if not row["cell"].endswith("-before-recovery")]
     measures = [key for key in cells[0] if key.startswith(("perplexity", "kl"))]
     lines = [
         f"| method | {' | '.join(measures)} | stored bits | misses the budget by | seeds |",
@@ -48,7 +50,10 @@ def number(value: float | None) -> str:
 
 
 def main(folder: Path, out: Path) -> None:
-    rows = [row for row in comparison_rows(folder) if row["bits"] is not None]  # the others are being made
+    there = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    made = [row for row in comparison_rows(folder) if row["bits"] is not None]  # the others are being made
+    known = {row["cell"] for row in there}
+    rows = there + [row for row in made if row["cell"] not in known]
     out.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     print(table(rows))
 
