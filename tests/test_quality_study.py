@@ -70,6 +70,15 @@ def test_a_variant_of_several_rules_stores_what_mixt_stores_and_multiplies_what_
         assert abs(wide.root[0].method.empty(*shape).macs_per_token / multiplied - 1) < 0.02
 
 
+def test_a_variant_that_cannot_store_as_much_is_refused(study):
+    model, variants = skeleton(sweep_file().parent / "model"), study["variants"]
+    few = {"rules": [{"sites": ["k"], "method": {"name": "svd_llm", "keep": "KEEP"}}]}
+    with pytest.raises(
+        ValueError, match=r"no KEEP stores about the \d+ numbers of MixT; the nearest, 0\.\d+, misses by"
+    ):
+        variants.equal_keep(model, "last 1", 2, few)
+
+
 def test_blocks_one_after_another_take_all_steps_together(study):
     model = skeleton(sweep_file().parent / "model")
     labels = {"depth": 3, "steps": 200}

@@ -104,6 +104,7 @@ class Study:
         about, variant = self.settings["models"][labels["model"]], self.settings["variants"][labels["variant"]]
         path = self.path(labels["model"])
         if not (path / "model.safetensors").exists():
+            print("passed over:", labels, f"there is no model in {path}", flush=True)
             return None
         model: Any = load_model(path, dtype="float32")
         tokenizer, branches = load_tokenizer(path), about["branches"]
@@ -111,7 +112,7 @@ class Study:
             keep = equal_keep(model, f"last {labels['depth']}", branches, variant)
             plans = [(plan_of(variant, where, branches, keep), n) for where, n in shares(model, variant, labels)]
         except (ValidationError, ValueError) as error:
-            print(error)
+            print("passed over:", labels, error, flush=True)
             return None
         methods = [rule.method.model_dump(mode="json") for rule in plans[0][0].root]
         row = dict(labels) | {"method": methods[0] if len(methods) == 1 else methods, "loss": variant["loss"]}
@@ -195,7 +196,6 @@ class Study:
                 continue
             row = self.measure(labels)
             if row is None:
-                print("not there yet:", labels, flush=True)
                 continue
             there.add(tuple(labels.values()))
             with self.file.open("a") as file:

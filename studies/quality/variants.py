@@ -56,7 +56,10 @@ def has_keep(variant: Variant) -> bool:
 
 
 def equal_keep(model: Any, where: str, branches: int, variant: Variant) -> float | None:
-    """The KEEP at which the variant stores the number nearest to MixT's; None if it has no KEEP."""
+    """The KEEP at which the variant stores the number nearest to MixT's; None if it has no KEEP.
+
+    Raises ValueError if that is a tenth or more away.
+    """
     if not has_keep(variant):
         return None
     wanted = stored(model, plan_of(MIXT, where, branches))
@@ -67,4 +70,9 @@ def equal_keep(model: Any, where: str, branches: int, variant: Variant) -> float
         except ValueError:  # nothing is left of some layer
             return math.inf
 
-    return min((step / 1000 for step in range(10, 400)), key=miss)
+    best = min((step / 1000 for step in range(5, 1000)), key=miss)
+    if miss(best) > 0.1 * wanted:
+        raise ValueError(
+            f"no KEEP stores about the {wanted} numbers of MixT; the nearest, {best}, misses by {miss(best)}"
+        )
+    return best

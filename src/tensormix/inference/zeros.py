@@ -28,7 +28,7 @@ def without_zeros(model: nn.Module) -> Iterator[list[Row]]:
     same numbers, without writing the zeros, activating them and skipping them again.
 
     The parameters stay the very same ones under the same names: saving, loading and training work inside as outside.
-    What reads the neurons from outside finds N of them.
+    What reads the neurons from outside finds N of them. Patches (`recover` with `parameters: lora`) are made outside.
 
     Yields:
         One row per module with such layers: module, layers (their names in it), neurons (N), of (F), chosen
