@@ -217,6 +217,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of rows; all without it")
     args = parser.parse_args()
     models = yaml.safe_load((HERE / "models.yaml").read_text())
+    unknown = sorted(set(args.only or ()) - {"embedded", *models})
+    if unknown:
+        parser.error(f"there is no model {', '.join(unknown)}; there are embedded, {', '.join(models)}")
     for name in args.only or ["embedded", *models]:
         study(name, args.work, models.get(name), args.kinds)
 
