@@ -58,6 +58,25 @@ def test_rows_that_lie_anywhere_in_memory_give_the_reference(dtype):
     torch.testing.assert_close(given_, mixt_cores(ones.contiguous(), x, (14, 12), 3, d))
 
 
+def test_rows_of_a_buffer_that_begins_anywhere_give_the_reference():
+    """As in a mapped file: whether rows are aligned to 16 bytes, their offset in the storage does not say."""
+    x, cores, dy, d = problem(80, 48, 56, K=3, Q=14, P=12, dtype=torch.float32)
+    room = bytearray(4 * x.numel() + 64)
+    first = (4 - torch.frombuffer(room, dtype=torch.uint8).data_ptr()) % 16  # the storage begins 4 bytes beyond 16
+    storage = torch.frombuffer(room, dtype=torch.float32, offset=first, count=x.numel() + 3)
+    rows = storage[3:].view(80, 48).copy_(x)  # and these rows at a multiple of 16
+    assert rows.data_ptr() % 16 == 0 and rows.storage_offset() == 3
+    torch.testing.assert_close(mixt(rows, cores, d, 56), mixt(x, cores, d, 56))
+    torch.testing.assert_close(mixt_cores(dy, rows, (14, 12), 3, d), mixt_cores(dy, x, (14, 12), 3, d))
+
+
+def test_what_is_summed_over_very_many_tokens_loses_no_addend():
+    """Ones, in outputs that need padding: in bfloat16 a sum stops growing at 256 times its addend."""
+    x, dy = (torch.ones(600 * 128, size, dtype=torch.bfloat16) for size in (48, 50))
+    many, few = (mixt_cores(dy[:n], x[:n], (14, 12), 3, 2).float() for n in (600 * 128, 128))
+    torch.testing.assert_close(many, 600 * few, rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("K", [1, 2])
 def test_few_branches_and_many_tokens_give_the_reference(K):
     x, cores, _, d = problem(8 * cpu.MANY, 4, 6, K=K, Q=6, P=4)

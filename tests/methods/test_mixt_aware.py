@@ -160,6 +160,14 @@ def test_a_large_ridge_gives_the_matched_mixture():
     assert torch.equal(stats[Gram].mean, before)
 
 
+def test_a_ridge_is_relative_to_the_inputs():
+    """Inputs a thousand times as large get the same mixture."""
+    weight, x = problem(48, 80)
+    method = Mixt(num_branches=3, init="aware", ridge=0.3, precision="float64")
+    small, large = (method.fit(weight, seen(scale * x)).to_dense() for scale in (1, 1000))
+    torch.testing.assert_close(large, small, rtol=1e-4, atol=1e-5)
+
+
 def test_the_row_says_how_the_fit_went():
     layer = torch.nn.Sequential(torch.nn.Linear(32, 48))
     stats = seen(problem(48, 32)[1])

@@ -34,7 +34,6 @@ FAULTS = (
     Fault("kernels/mixt/cpu.py", "joined = 2 if K > 1 and", "joined = 2 if", KERNEL),
     Fault("kernels/mixt/cpu.py", ".add_(right[..., None])", ".copy_(right[..., None])", KERNEL),
     Fault("kernels/mixt/cpu.py", ".add_(made, alpha=1 / K)", ".copy_(made)", KERNEL),
-    Fault("kernels/mixt/cpu.py", "core.unflatten(0, (parts, -1))", "core.view(parts, -1, P)", KERNEL),
     Fault("kernels/mixt/cpu.py", ", rows.storage_offset() * rows.element_size())", ")", KERNEL),
     Fault("kernels/mixt/cpu.py", "torch.promote_types(x.dtype, torch.float32)", "x.dtype", KERNEL),
     Fault("kernels/mixt/cpu.py", "x.new_zeros(K, Q, P", "x.new_ones(K, Q, P", KERNEL),
