@@ -4,10 +4,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from tensormix.models import load_model
+from tensormix.operators import LowRank, Sum
 from tensormix.plan import Plan
 from tensormix.profile import (
     LiveBytes,
@@ -186,3 +188,9 @@ def test_a_model_is_measured_in_turn_with_its_rival(tiny):
         one.register_forward_pre_hook(lambda *_, n=name: order.append(n))
     latencies({"a": model, "b": twin}, num_tokens=4, repeats=3)
     assert order == ["a", "b"] * 5
+
+
+def test_what_an_operator_holds_is_counted_once():
+    terms = [LowRank(8, 12, rank=2), LowRank(8, 12, rank=1)]
+    model = nn.Sequential(Sum(terms=terms), nn.Linear(12, 4))
+    assert macs_per_token(model) == 3 * (8 + 12) + 12 * 4
