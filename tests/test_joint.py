@@ -20,7 +20,7 @@ from tensormix.sites import blocks, find_sites
 from tensormix.statistics import Gram
 from tensormix.streaming.stream import compress_checkpoint
 from tensormix.walk import compress
-from tensormix.walk.fitting import bytes_after
+from tensormix.walk.fitting import bytes_after, replace_together
 from tensormix.walk.joint import groups_of
 from zoo import ZOO, logits, make, token_ids
 
@@ -153,3 +153,15 @@ def test_fewer_tokens_than_features_and_bfloat16():
     compress(model, BOTH, [token_ids(rows=1, length=5)])
     assert logits(model).isfinite().all()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_the_statistics_of_a_group_are_given_back_before_the_next_is_fitted(monkeypatch):
+    """In both, that the memory is asked back when they are needed no more."""
+    left = []
+
+    def watched(model, group, stats, dense_bits, tidy):
+        return replace_together(model, group, stats, dense_bits, lambda: left.append(set(group.needs()) & set(stats)))
+
+    monkeypatch.setattr("tensormix.walk.walk.replace_together", watched)
+    compress(make("llama"), one_rule({"name": "narrow", "keep": 0.5}), BATCHES)
+    assert left == [set()] * 4  # one group in each block

@@ -141,9 +141,10 @@ def test_in_bfloat16_from_a_saved_model_and_back(tmp_path):
     assert torch.equal(load_model(tmp_path / "saved")(token_ids()).logits, model(token_ids()).logits)
 
 
-def test_a_stopped_walk_goes_on_behind_the_replacement(tmp_path):
+@pytest.mark.parametrize("kind", [{}, {"replacement": "layer"}], ids=str)
+def test_a_stopped_walk_goes_on_behind_the_replacement(tmp_path, kind):
     make("llama").save_pretrained(tmp_path / "dense")
-    rules = plan_of(streamlined("0-1", count=2, steps=5), {"method": Svd(keep=0.5)}, {"method": Svd(keep=0.5)})
+    rules = plan_of(streamlined("0-1", count=2, steps=5, **kind), {"method": Svd(keep=0.5)}, {"method": Svd(keep=0.5)})
 
     def stop(done, total, name):
         if done == 4:

@@ -54,7 +54,10 @@ FAULTS = (
     ),
     Fault("evaluate/choices.py", "own = copy.deepcopy(cache)", "own = cache", "evaluate/test_choices.py"),
     Fault(
-        "evaluate/divergence.py", "p * (log_p - log_q), 0)", "p * (log_p - log_q), p)", "evaluate/test_divergence.py"
+        "evaluate/divergence.py",
+        "torch.where(p > 0, p * (log_p - log_q), 0)",
+        "(p * (log_p - log_q))",
+        "evaluate/test_divergence.py",
     ),
     Fault("evaluate/divergence.py", "total / num_tokens", "total / len(token_ids)", "evaluate/test_divergence.py"),
     Fault(

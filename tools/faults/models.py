@@ -102,7 +102,7 @@ FAULTS = (
     Fault("walk/fitting.py", "args[1] if len(args) > 1 else 0", "0", "test_walk_experts.py"),
     Fault("walk/fitting.py", "of_expert[kind] = together", "pass", "test_walk_experts.py"),
     Fault("walk/fitting.py", "* site.experts_per_token", "", "test_walk_experts.py"),
-    Fault("walk/fitting.py", "        tidy()\n", "", "test_stream_memory.py"),
+    Fault("walk/fitting.py", "    needed.clear()\n    tidy()\n", "    needed.clear()\n", "test_joint.py"),
     Fault("walk/fitting.py", "out_features).to(site.weight.dtype)", "out_features)", "test_bits.py"),
     Fault("walk/joint.py", "if turns else 1", "if False else 1", "test_joint.py"),
     Fault("walk/joint.py", "joined.bias = nn", "joined.left_out = nn", "test_joint.py"),

@@ -41,7 +41,6 @@ FAULTS = (
     Fault("kernels/mixt/cpu.py", "if whole else CHUNK", "if True else CHUNK", KERNEL),
     Fault("kernels/mixt/op.py", "[core.t() for core in cores]", "list(cores)", CONTRACT),
     Fault("kernels/mixt/op.py", "ctx.save_for_backward(x, *cores)", "ctx.save_for_backward(x + 0, *cores)", KERNEL),
-    Fault("kernels/mixt/op.py", "x.new_zeros(x.shape[0], O)", "x.new_ones(x.shape[0], O)", SIBLINGS),
     Fault("kernels/mixt/op.py", "ctx.core_bonds), x, *cores)", "ctx.core_bonds), *ctx.saved_tensors)", FUSED),
     Fault(
         "kernels/mixt/siblings.py", "flatten(1)[:, : target.shape[1]]", "flatten(1)[:, -target.shape[1] :]", SIBLINGS

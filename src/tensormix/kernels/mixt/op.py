@@ -116,15 +116,14 @@ def _backward_cores(ctx: Any, change: Tensor) -> tuple[Any, ...]:  # (K, Q, P)
 
 
 def _save_siblings(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, cores, bond, ctx.core_bonds, ctx.out_features = inputs
+    x, cores, bond, ctx.core_bonds, _ = inputs
     _save(ctx, (x, cores, bond, None), output[0])
 
 
-def _backward_siblings(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _backward_siblings(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:  # zeros for an output that is not used
     x, *cores = ctx.saved_tensors  # once: recomputed activations are given out only once
     outer = ctx.bond ** (len(cores) - 1)
-    parts = [x.new_zeros(x.shape[0], O) if dy is None else dy for dy, O in zip(dys, ctx.out_features, strict=True)]
-    dx, grads = _gradients(ctx, siblings.put_together(parts, outer, ctx.core_bonds), x, *cores)
+    dx, grads = _gradients(ctx, siblings.put_together(list(dys), outer, ctx.core_bonds), x, *cores)
     return dx, grads, None, None, None
 
 
