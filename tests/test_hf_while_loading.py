@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -279,7 +280,13 @@ print(*peak_of(lambda: AutoModelForCausalLM.from_pretrained({folder!r} + "/big",
 def test_the_dense_model_is_never_in_memory(tmp_path):
     """Stored in bf16 and loaded in fp32, so that no weight can stay where the file is mapped."""
     code = MEASURE.format(source=str(Path(tensormix.__file__).parents[1]), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    # without these the allocator keeps what was freed, more or less of it from run to run
+    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command, options = (
+        [sys.executable, "-W", "ignore", "-c", code],
+        {"capture_output": True, "text": True, "timeout": 300},
+    )
+    done = subprocess.run(command, **options, env={**os.environ, **exact})
     assert done.returncode == 0, done.stderr[-2000:]
     (peak, compressed), (dense_peak, dense) = (map(int, line.split()) for line in done.stdout.splitlines())
     largest = 4 * 3 * 1024 * 1024
