@@ -8,13 +8,15 @@ export OMP_NUM_THREADS ?= $(CORES)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check mutate clean
+BASE ?= HEAD~1
+.PHONY: help setup demo test check mutate same clean
 
 help:
 	@echo "make demo    set up and run the sweep on the embedded model; ends with the path of the report"
 	@echo "make test    set up and run the whole test suite (offline)"
 	@echo "make check   ruff, the type checker and the import directions"
 	@echo "make mutate  break the code line by line and demand that the tests notice"
+	@echo "make same    compare what the working tree makes with what a commit made (BASE=$(BASE)), to the bit"
 
 setup: $(VENV)/.ready
 
@@ -40,6 +42,9 @@ check: setup
 
 mutate: setup
 	$(BIN)/python tools/mutate.py
+
+same: setup
+	$(BIN)/python tools/same.py $(BASE)
 
 clean:
 	rm -rf runs build dist *.egg-info
