@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tensormix.run.compare import comparison_rows
+from tensormix.sweep.compare import comparison_rows
 
 Row = dict[str, Any]
 

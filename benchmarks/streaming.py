@@ -72,8 +72,8 @@ def copy(model: Path, work: Path, asked: argparse.Namespace) -> dict[str, Any]:
 def compress(model: Path, work: Path, asked: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from tensormix.compression.checkpoint import compress_checkpoint
     from tensormix.plan import Plan
-    from tensormix.streaming.stream import compress_checkpoint
 
     torch.set_num_threads(asked.threads)
     batches = None

@@ -2,7 +2,7 @@
 
 import torch
 
-from tensormix.budget import Allocation
+from tensormix.allocation import Allocation
 from tensormix.sites import find_sites
 from zoo import make, token_ids
 

@@ -7,8 +7,8 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tensormix.compression import compress
 from tensormix.plan import Plan
-from tensormix.walk import compress
 from zoo import make, token_ids
 
 PLAN = Plan.model_validate([{"blocks": "last 2", "method": {"name": "mixt", "num_branches": 3}}])

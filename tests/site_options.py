@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from tensormix.allocate import Option, SiteOptions, low_rank, measured
+from tensormix.fitting.divide import Option, SiteOptions, low_rank, measured
 from tensormix.operators import StructuredLinear
 
 DENSE = 24

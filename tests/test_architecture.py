@@ -18,26 +18,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what everything stands on
     "kernels": set(),
     "statistics": set(),
-    "allocate": set(),
     "exam": set(),
     "settings": set(),
     "report": set(),
-    "progress": set(),
-    "tables": set(),
     "clock": set(),
     "operators": {"kernels"},
+    "fitting": {"operators"},
     "storage": {"operators"},
     "inference": {"clock", "operators", "sites"},
-    "methods": {"allocate", "operators", "statistics"},
+    "methods": {"fitting", "operators", "statistics"},
     # models
     "sites": {"operators"},
-    "reparameterise": {"methods", "operators", "plan", "sites", "statistics"},
+    "reparameterise": {"fitting", "methods", "operators", "plan", "sites", "statistics"},
     "hf": {"operators", "sites", "storage"},
     "models": {"hf", "sites", "storage"},
     "plan": {"methods", "sites"},
     # what is done to a model: compressed by a plan, or examined by stages that never know of one
-    "walk": {"hf", "methods", "operators", "plan", "reparameterise", "sites", "statistics"},
-    "streaming": {"hf", "methods", "models", "operators", "plan", "sites", "storage", "walk"},
+    "compression": {
+        "fitting", "hf", "methods", "models", "operators", "plan", "reparameterise", "sites", "statistics", "storage",
+    },
     "data": {"exam", "settings", "storage"},
     "recover": FACTS,
     "evaluate": FACTS,
@@ -45,14 +44,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnose": FACTS | {"evaluate"},
     # what is asked for, and carried out
     "recipe": {"diagnose", "methods", "plan", "reparameterise", "settings"},
-    "examine": {"data", "diagnose", "evaluate", "exam", "plan", "recipe", "settings", "walk"},
-}
-MAY_IMPORT["budget"] = set(MAY_IMPORT) - {"inference", "recover", "report"}
+    "examine": {"compression", "data", "diagnose", "evaluate", "exam", "plan", "recipe", "settings"},
+}  # fmt: skip
+MAY_IMPORT["allocation"] = set(MAY_IMPORT) - {"inference", "recover", "report"}
 MAY_IMPORT["run"] = set(MAY_IMPORT)
+MAY_IMPORT["sweep"] = set(MAY_IMPORT)
 MAY_IMPORT["demo"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
-LIGHT = "operators statistics methods sites plan walk settings recipe models storage.files".split()
+LIGHT = "operators statistics methods sites plan compression settings recipe models storage.files".split()
 
 
 def imported_parts(path: Path) -> Iterator[str]:

@@ -13,8 +13,8 @@ from tensormix.recipe import Baselines, Sweep
 from tensormix.recipe.sweep import Depths
 from tensormix.report import build_report
 from tensormix.run import stage_rows
-from tensormix.run.sweep import run_sweep
 from tensormix.settings import Exam
+from tensormix.sweep.depths import run_sweep
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from tensormix.compression import compress
 from tensormix.models import fingerprint, load_model, load_tokenizer, skeleton
 from tensormix.plan import Plan
-from tensormix.walk import compress
 from zoo import make, token_ids
 
 PLAN = Plan.model_validate(

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from tensormix.compression import compress
 from tensormix.models import load_model
 from tensormix.operators import LowRank, Sum
 from tensormix.plan import Plan
@@ -23,7 +24,6 @@ from tensormix.profile import (
 )
 from tensormix.recipe import Recipe
 from tensormix.run.check import check, counts, replace_empty
-from tensormix.walk import compress
 from zoo import ZOO
 
 LLAMA_2_7B = LlamaConfig(

@@ -17,22 +17,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CompressConfig": "tensormix.streaming.while_loading",
+    "CompressConfig": "tensormix.compression.while_loading",
     "Plan": "tensormix.plan",
     "Recipe": "tensormix.recipe",
     "build_report": "tensormix.report",
-    "compress": "tensormix.walk",
-    "compress_checkpoint": "tensormix.streaming.stream",
+    "compress": "tensormix.compression",
+    "compress_checkpoint": "tensormix.compression.checkpoint",
     "dense_where_faster": "tensormix.inference.faster",
     "fuse_siblings": "tensormix.inference.siblings",
     "load_model": "tensormix.models",
     "load_tokenizer": "tensormix.models",
     "run_recipe": "tensormix.run",
-    "run_sweep": "tensormix.run.sweep",
+    "run_sweep": "tensormix.sweep.depths",
     "without_zeros": "tensormix.inference.zeros",
 }
 
 if TYPE_CHECKING:
+    from tensormix.compression import compress
+    from tensormix.compression.checkpoint import compress_checkpoint
+    from tensormix.compression.while_loading import CompressConfig
     from tensormix.inference.faster import dense_where_faster
     from tensormix.inference.siblings import fuse_siblings
     from tensormix.inference.zeros import without_zeros
@@ -41,10 +44,7 @@ if TYPE_CHECKING:
     from tensormix.recipe import Recipe
     from tensormix.report import build_report
     from tensormix.run import run_recipe
-    from tensormix.run.sweep import run_sweep
-    from tensormix.streaming.stream import compress_checkpoint
-    from tensormix.streaming.while_loading import CompressConfig
-    from tensormix.walk import compress
+    from tensormix.sweep.depths import run_sweep
 
 __all__ = [
     "CompressConfig", "Plan", "Recipe", "build_report", "compress", "compress_checkpoint",

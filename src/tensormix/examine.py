@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tensormix.compression import compress
 from tensormix.data import calibration_batches, describe, packed_source, separator_of
 from tensormix.diagnose import Diagnose, diagnose, run_diagnostics
 from tensormix.evaluate import (
@@ -26,7 +27,6 @@ from tensormix.exam import exam, prompt, worked_examples
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
 from tensormix.settings import Calibration, Evaluate, Exam, Source
-from tensormix.walk import compress
 
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]

@@ -15,7 +15,7 @@ from statistics import fmean, median
 from typing import Any
 
 from tensormix.diagnose import Measurement, bisect_boundary
-from tensormix.run.predict import SIGNALS, rank_agreement
+from tensormix.sweep.predict import SIGNALS, rank_agreement
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "boundary.md"

@@ -28,9 +28,9 @@ from tensormix.demo import sweep_file
 from tensormix.diagnose import Measurement, bisect_boundary, find_boundary
 from tensormix.recipe import Direction, Sweep
 from tensormix.run.keys import stage_rows
-from tensormix.run.predict import predict
-from tensormix.run.sweep import run_sweep
 from tensormix.storage.files import environment, now, read_json
+from tensormix.sweep.depths import run_sweep
+from tensormix.sweep.predict import predict
 
 HERE = Path(__file__).parent
 DEMO = HERE.parents[1] / "benchmarks" / "results" / "demo.jsonl"

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensormix.compression.fitting import observe
 from tensormix.data import calibration_batches
 from tensormix.evaluate.divergence import divergences
+from tensormix.fitting.whitening import gram_root
 from tensormix.methods import Mixt, SvdLlm
-from tensormix.methods.whitening import gram_root
 from tensormix.models import load_model, load_tokenizer
 from tensormix.reparameterise import (
     align_heads,
@@ -47,7 +48,6 @@ from tensormix.settings import Source
 from tensormix.sites import Site, blocks, find_sites, install
 from tensormix.statistics import Gram
 from tensormix.storage.files import environment, now
-from tensormix.walk.fitting import observe
 
 ROWS = Path(__file__).with_name("bases.jsonl")
 WINDOW, WINDOWS, UNSEEN = 256, 16, 4  # tokens; of calibration; for the KL divergence

@@ -15,8 +15,8 @@ from pathlib import Path
 from tensormix.demo import sweep_file
 from tensormix.diagnose import Measurement, find_boundary
 from tensormix.recipe import Sweep
-from tensormix.run.predict import SIGNALS, predict, rank_agreement
 from tensormix.storage.files import environment, now
+from tensormix.sweep.predict import SIGNALS, predict, rank_agreement
 
 HERE = Path(__file__).parent
 DEMO = HERE.parents[1] / "benchmarks" / "results" / "demo.jsonl"

@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensormix.compression.fitting import observe
 from tensormix.data import calibration_batches
+from tensormix.fitting.whitening import gram_root
 from tensormix.methods import (
     LinearMethod,
     Mixt,
@@ -38,13 +40,11 @@ from tensormix.methods import (
     SvdLlm,
     split_search,
 )
-from tensormix.methods.whitening import gram_root
 from tensormix.models import load_model, load_tokenizer
 from tensormix.settings import Source
 from tensormix.sites import Site, find_sites
 from tensormix.statistics import Gram
 from tensormix.storage.files import environment, now
-from tensormix.walk.fitting import observe
 
 ROWS = Path(__file__).with_name("structures.jsonl")
 WINDOW, WINDOWS, STEPS = 256, 16, 100  # tokens; of calibration, and as many for the test; of L-BFGS

@@ -23,6 +23,7 @@ import yaml
 from pydantic import ValidationError
 from variants import equal_keep, plan_of
 
+from tensormix.compression import compress
 from tensormix.data import calibration_batches, packed_source, separator_of
 from tensormix.demo import sweep_file
 from tensormix.evaluate import evaluate_choices, perplexity
@@ -35,7 +36,6 @@ from tensormix.reparameterise import learn_bases, residual_basis, rotate_residua
 from tensormix.settings import Exam, Recover, Source
 from tensormix.sites import blocks, find_sites, macs_per_token
 from tensormix.storage.files import environment, now
-from tensormix.walk import compress
 
 HERE = Path(__file__).parent
 LABELS = ("model", "variant", "depth", "steps", "batch_size", "learning_rate", "seed")

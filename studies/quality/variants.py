@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tensormix.compression.units import groups_of
 from tensormix.methods.base import LinearMethod
 from tensormix.operators import StructuredLinear
 from tensormix.plan import Plan
 from tensormix.sites import blocks, find_sites
-from tensormix.walk.joint import groups_of
 
 MIXT = {"method": {"name": "mixt"}}
 Variant = dict[str, Any]

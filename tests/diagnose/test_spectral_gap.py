@@ -8,11 +8,11 @@ from chain import Chain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensormix.compression import compress
 from tensormix.diagnose.spectral_gap import SpectralGap, spectral_gap
 from tensormix.operators import LowRank, MixT
 from tensormix.plan import Plan
 from tensormix.sites import install
-from tensormix.walk import compress
 from zoo import make
 
 

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from tensormix.budget.search import scorer
+from tensormix.allocation.laser_search import scorer
 from tensormix.evaluate import read_prompts
 from tensormix.examine import exam_prompts
 from tensormix.recipe import Sweep
-from tensormix.run.predict import predict
-from tensormix.run.sweep import run_sweep
 from tensormix.settings import Evaluate, Exam
 from tensormix.storage.files import read_json
+from tensormix.sweep.depths import run_sweep
+from tensormix.sweep.predict import predict
 
 ROWS = [{"text": f"Is it {n}?\nAnswer:", "gold": n % 4, "subject": "odd" if n % 2 else "even"} for n in range(12)]
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tensormix.fitting.soft_truncation import soft_truncation
 from tensormix.methods import Coala, DobiSvd, Rtn, Svd
-from tensormix.methods.soft_truncation import soft_truncation
 from tensormix.statistics import Gram, QRFactor
 
 

@@ -11,10 +11,10 @@ from fitted import applied, gram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensormix.fitting.whitening import refitted
 from tensormix.methods import FlatLlm, SvdLlm
 from tensormix.methods.base import Heads, Layer, RoleError
 from tensormix.methods.flat_llm import head_bases, leading_neurons
-from tensormix.methods.whitening import refitted
 
 DOUBLE = {"dtype": torch.float64}
 

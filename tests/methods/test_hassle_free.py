@@ -9,15 +9,15 @@ import torch
 from sparse_inputs import SOLVERS, correlated, gram_of, planted, random
 from transformers import AutoModelForCausalLM
 
+from tensormix.compression import compress
+from tensormix.fitting.alps_step import refit
+from tensormix.fitting.output_error import output_error
+from tensormix.fitting.sparsegpt_step import inverse_factor, sparsegpt
 from tensormix.methods import HassleFree, Svd, SvdLlm
-from tensormix.methods.alps_step import refit
 from tensormix.methods.hassle_free import PATIENCE, alternate
-from tensormix.methods.output_error import output_error
-from tensormix.methods.sparsegpt_step import inverse_factor, sparsegpt
 from tensormix.operators import LowRank, Sparse
 from tensormix.plan import Plan
 from tensormix.statistics import Gram
-from tensormix.walk import compress
 from zoo import make, token_ids
 
 

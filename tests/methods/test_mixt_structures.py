@@ -6,6 +6,8 @@ import pytest
 import torch
 from fitted import draw
 
+from tensormix.fitting.low_rank_step import low_rank_step
+from tensormix.fitting.mixt_normal import MixtNormal
 from tensormix.methods import (
     Mixt,
     MixtChain,
@@ -16,9 +18,7 @@ from tensormix.methods import (
     SvdLlm,
     split_search,
 )
-from tensormix.methods.low_rank_step import low_rank_step
 from tensormix.methods.mixt_hybrid import alternate
-from tensormix.methods.mixt_normal import MixtNormal
 from tensormix.operators import Chain, Kronecker, LowRank, MixT, Monarch, Sum
 from tensormix.statistics import Gram
 

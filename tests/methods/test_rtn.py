@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tensormix.compression import compress
 from tensormix.methods import METHODS, LinearMethod, MeanOutput, Mixt, Rtn, Svd, ZeroMethod
 from tensormix.operators import Dense, LowRank, MixT, Quantized
 from tensormix.plan import Plan
 from tensormix.recipe.explain import explain
 from tensormix.statistics import InputMean
-from tensormix.walk import compress
 from zoo import make, token_ids
 
 I, O = 48, 80

@@ -6,8 +6,8 @@ from fitted import problem, seen, tail
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensormix.fitting.whitening import gram_factor, gram_root, output_basis, refit_left
 from tensormix.methods import Coala, Svd, SvdLlm
-from tensormix.methods.whitening import gram_factor, gram_root, output_basis, refit_left
 from tensormix.statistics import DenseGram, Gram, PropagatedGram, QRFactor
 
 

@@ -37,7 +37,7 @@ FAULTS = (
     Fault("diagnose/spectral_gap.py", "ord=2", 'ord="fro"', "diagnose/test_spectral_gap.py"),
     Fault("diagnose/super_weights.py", "and c.share >= self.share", "", "diagnose/test_super_weights.py"),
     Fault("diagnose/super_weights.py", "                zero(found)\n", "", "diagnose/test_super_weights.py"),
-    Fault("diagnose/verdict.py", "step > self.num_steps / 2", "True", "test_sweep_search.py"),
+    Fault("diagnose/verdict.py", "step > self.num_steps / 2", "True", "sweep/test_sweep_search.py"),
     Fault("evaluate/batches.py", "2 * self.size >= self._too_many", "False", BATCHES),
     Fault("evaluate/batches.py", "max(rates) < GAIN * max(before)", "False", BATCHES),
     Fault("evaluate/batches.py", "self.size // 2, False", "self.size, False", BATCHES),

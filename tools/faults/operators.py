@@ -8,13 +8,13 @@ CONTRACT = "operators/test_operator_contract.py"
 MIXT = "operators/test_mixt.py"
 KERNEL = "kernels/test_mixt_kernel.py"
 SIBLINGS = "kernels/test_mixt_siblings.py"
-FUSED = "test_fused_siblings.py test_inside_fused_siblings.py"
-ZEROS = "test_without_zeros.py"
+FUSED = "inference/test_fused_siblings.py inference/test_inside_fused_siblings.py"
+ZEROS = "inference/test_without_zeros.py"
 MATCHING = "operators/test_mixt_matching.py"
 
 FAULTS = (
-    Fault("inference/faster.py", "setattr(parent, child, operator)", "pass", "test_faster.py"),
-    Fault("inference/faster.py", "dense.bias = bias = operator.bias", "bias = None", "test_faster.py"),
+    Fault("inference/faster.py", "setattr(parent, child, operator)", "pass", "inference/test_faster.py"),
+    Fault("inference/faster.py", "dense.bias = bias = operator.bias", "bias = None", "inference/test_faster.py"),
     Fault("inference/siblings.py", "if self.x is not x or index", "if index", FUSED),
     Fault("inference/siblings.py", "core.data = value.detach().clone()", "core.data = value.detach()", FUSED),
     Fault("inference/siblings.py", "core.data = core.data.new_empty(0)", "pass", FUSED),
@@ -107,6 +107,8 @@ FAULTS = (
     Fault(
         "operators/siblings.py", "            if value is None:", "            if False:", "operators/test_siblings.py"
     ),
-    Fault("operators/sliced.py", "keepdim=True) / self.full", "keepdim=True) / x.shape[-1]", "test_slicing.py"),
+    Fault(
+        "operators/sliced.py", "keepdim=True) / self.full", "keepdim=True) / x.shape[-1]", "compression/test_slicing.py"
+    ),
     Fault("operators/sum.py", "for term in others:", "for term in others[1:]:", CONTRACT),
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from faults.fault import Fault
 
-FUSED = "test_fused_siblings.py test_inside_fused_siblings.py"
-CONVERSATIONS = "test_conversations.py"
+FUSED = "inference/test_fused_siblings.py inference/test_inside_fused_siblings.py"
+CONVERSATIONS = "data/test_conversations.py"
 
 FAULTS = (
     Fault("data/conversations.py", "if self.end and text.startswith(self.end, last):", "if False:", CONVERSATIONS),
@@ -20,12 +20,14 @@ FAULTS = (
     Fault("data/conversations.py", "*messages[place + 1 :]", "", CONVERSATIONS),
     Fault("data/documents.py", "text = text.removeprefix(bos)", "pass", CONVERSATIONS),
     Fault("data/documents.py", "max(0, a - len(bos)), b - len(bos)", "a, b", CONVERSATIONS),
-    Fault("data/documents.py", 'field.rpartition("+")[2]', 'field.partition("+")[0]', "test_data.py"),
-    Fault("data/windows.py", "(IGNORED)\n            ids += new", "(0)\n            ids += new[1:]", "test_data.py"),
-    Fault("data/windows.py", "epoch, place = divmod(", "place, epoch = divmod(", "test_data.py"),
+    Fault("data/documents.py", 'field.rpartition("+")[2]', 'field.partition("+")[0]', "data/test_data.py"),
+    Fault(
+        "data/windows.py", "(IGNORED)\n            ids += new", "(0)\n            ids += new[1:]", "data/test_data.py"
+    ),
+    Fault("data/windows.py", "epoch, place = divmod(", "place, epoch = divmod(", "data/test_data.py"),
     Fault("data/windows.py", " and ids[-1] != separator", "", CONVERSATIONS),
-    Fault("data/windows.py", 'counted[-1:] == b"\\1"', "True", "test_data.py"),
-    Fault("data/windows.py", "ends and counted", "counted", "test_data.py"),
+    Fault("data/windows.py", 'counted[-1:] == b"\\1"', "True", "data/test_data.py"),
+    Fault("data/windows.py", "ends and counted", "counted", "data/test_data.py"),
     Fault("data/windows.py", "counted[:, 1:].any(1)", "counted[:, :1].any(1)", CONVERSATIONS),
     Fault("data/windows.py", "windows.counted[order[place]]", "windows.counted[place]", CONVERSATIONS),
     Fault("data/windows.py", "start < last and first < stop", "start <= last and first < stop", CONVERSATIONS),
@@ -37,31 +39,36 @@ FAULTS = (
     ),
     Fault("exam/questions.py", "gold = random.randrange(4)", "gold = random.randrange(3)", "exam"),
     Fault(
-        "recover/finetune.py", '_checkpointing(model, "enable")({"use_reentrant": False})', "pass", "test_recover.py"
+        "recover/finetune.py",
+        '_checkpointing(model, "enable")({"use_reentrant": False})',
+        "pass",
+        "recover/test_recover.py",
     ),
-    Fault("recover/finetune.py", "self.seed, settings.loss_on, [", "self.seed, [", "test_answers_only.py"),
-    Fault("recover/finetune.py", "parameter.requires_grad_(parameter in trained)", "pass", "test_recover.py"),
+    Fault("recover/finetune.py", "self.seed, settings.loss_on, [", "self.seed, [", "data/test_answers_only.py"),
+    Fault("recover/finetune.py", "parameter.requires_grad_(parameter in trained)", "pass", "recover/test_recover.py"),
     Fault(
         "recover/local.py",
         "hidden[inputs], targets, hidden",
         "hidden[inputs], hidden[inputs], hidden",
-        "test_distill.py",
+        "recover/test_distill.py",
     ),
-    Fault("recover/lora.py", "patch.left.zero_()", "patch.left.fill_(1e-3)", "test_lora.py"),
-    Fault("recover/lora.py", '"lr": learning_rate * self.settings.scale', '"lr": learning_rate', "test_lora.py"),
-    Fault("recover/lora.py", "right.requires_grad_(not first)", "right.requires_grad_(True)", "test_lora.py"),
-    Fault("recover/lora.py", "factor.add_(patch.to_dense())", "pass", "test_lora.py"),
-    Fault("recover/lora.py", "        attach(model)  # checkpoints", "        # checkpoints", "test_lora.py"),
-    Fault("recover/lora.py", "new.bias, old.bias = old.bias, None", "pass", "test_lora.py"),
-    Fault("recover/losses.py", " - tail * others", "", "test_losses.py"),
-    Fault("recover/losses.py", "+ total[..., None])", ")", "test_losses.py"),
+    Fault("recover/lora.py", "patch.left.zero_()", "patch.left.fill_(1e-3)", "recover/test_lora.py"),
+    Fault(
+        "recover/lora.py", '"lr": learning_rate * self.settings.scale', '"lr": learning_rate', "recover/test_lora.py"
+    ),
+    Fault("recover/lora.py", "right.requires_grad_(not first)", "right.requires_grad_(True)", "recover/test_lora.py"),
+    Fault("recover/lora.py", "factor.add_(patch.to_dense())", "pass", "recover/test_lora.py"),
+    Fault("recover/lora.py", "        attach(model)  # checkpoints", "        # checkpoints", "recover/test_lora.py"),
+    Fault("recover/lora.py", "new.bias, old.bias = old.bias, None", "pass", "recover/test_lora.py"),
+    Fault("recover/losses.py", " - tail * others", "", "recover/test_losses.py"),
+    Fault("recover/losses.py", "+ total[..., None])", ")", "recover/test_losses.py"),
     Fault("recover/rates.py", "StructuredLinear | ExpertStack | Siblings", "StructuredLinear | ExpertStack", FUSED),
-    Fault("recover/rates.py", "operator.in_features / parameter.shape[-1]", "1.0", "test_distill.py"),
-    Fault("recover/teacher.py", "return len(there) >= len(ids)", "return True", "test_teacher.py"),
-    Fault("recover/trainer.py", "if which.any() and not taught:", "if not taught:", "test_answers_only.py"),
-    Fault("recover/trainer.py", "        if which.any():\n", "        if taught:\n", "test_answers_only.py"),
-    Fault("recover/trainer.py", "self.logits[self.first + index]", "self.logits[index]", "test_teacher.py"),
-    Fault("recover/watch.py", 'if row["loss"] != 0', "", "test_answers_only.py"),
-    Fault("recover/watch.py", "== _sizes(checkpoint)", "is not None", "test_recover.py"),
-    Fault("recover/watch.py", 'row["loss"] > lowest + self.diverged', "False", "test_recover.py"),
+    Fault("recover/rates.py", "operator.in_features / parameter.shape[-1]", "1.0", "recover/test_distill.py"),
+    Fault("recover/teacher.py", "return len(there) >= len(ids)", "return True", "recover/test_teacher.py"),
+    Fault("recover/trainer.py", "if which.any() and not taught:", "if not taught:", "data/test_answers_only.py"),
+    Fault("recover/trainer.py", "        if which.any():\n", "        if taught:\n", "data/test_answers_only.py"),
+    Fault("recover/trainer.py", "self.logits[self.first + index]", "self.logits[index]", "recover/test_teacher.py"),
+    Fault("recover/watch.py", 'if row["loss"] != 0', "", "data/test_answers_only.py"),
+    Fault("recover/watch.py", "== _sizes(checkpoint)", "is not None", "recover/test_recover.py"),
+    Fault("recover/watch.py", 'row["loss"] > lowest + self.diverged', "False", "recover/test_recover.py"),
 )

@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tensormix.fitting.ranks import keeps, rank_for
+from tensormix.fitting.whitening import factor_root, low_rank, output_basis, widened
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.ranks import keeps, rank_for
-from tensormix.methods.whitening import factor_root, low_rank, output_basis, widened
 from tensormix.operators import LowRank
 from tensormix.statistics import QRFactor
 

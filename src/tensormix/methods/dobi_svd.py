@@ -12,9 +12,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tensormix.fitting.ranks import rank_for
+from tensormix.fitting.whitening import factor_root, gram_root, low_rank, output_basis, widened
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.ranks import rank_for
-from tensormix.methods.whitening import factor_root, gram_root, low_rank, output_basis, widened
 from tensormix.operators import LowRank, Remapped
 from tensormix.statistics import Gram, QRFactor
 
@@ -37,7 +37,7 @@ class DobiSvd(LinearMethod):
     linear layer has no place for a mean. The published code runs the PCA over singular vectors of single sequences,
     which counts weak directions of a sequence like strong ones.
 
-    Each site's rank is meant to be learned: `tensormix.budget.learned.learned` gives them for a whole model, one
+    Each site's rank is meant to be learned: `tensormix.allocation.learned.learned` gives them for a whole model, one
     rule with its `rank` for each site. `storage` "remapped" (see Remapped) keeps about (I + O) / max(I, O) times the
     rank for the same bits, where bitsandbytes' map of 8 bits is replaced by evenly spaced integers.
     """

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import nn
 
+from tensormix.fitting.block_distances import BlockDistances
 from tensormix.methods.base import BlockMethod
-from tensormix.methods.block_distances import BlockDistances
 from tensormix.operators import Bypass, Experts, StructuredLinear
 
 

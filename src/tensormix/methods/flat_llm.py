@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tensormix.fitting.ranks import rank_for
+from tensormix.fitting.whitening import check_inputs, gram_root, output_basis, refitted, widened
 from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, about
 from tensormix.methods.neurons import check_parts, dense, neuron_bias, neuron_roles, unchanged, value_bias, with_bias
-from tensormix.methods.ranks import rank_for
-from tensormix.methods.whitening import check_inputs, gram_root, output_basis, refitted, widened
 from tensormix.operators import Dense, PerHead, Placed, StructuredLinear
 from tensormix.statistics import Gram
 

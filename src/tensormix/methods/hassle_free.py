@@ -14,12 +14,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tensormix.methods.alps_step import ScaledGram, alps
+from tensormix.fitting.alps_step import ScaledGram, alps
+from tensormix.fitting.low_rank_step import low_rank_step
+from tensormix.fitting.output_error import damped, output_error
+from tensormix.fitting.sparsegpt_step import inverse_factor, sparsegpt
+from tensormix.fitting.whitening import low_rank
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.low_rank_step import low_rank_step
-from tensormix.methods.output_error import damped, output_error
-from tensormix.methods.sparsegpt_step import inverse_factor, sparsegpt
-from tensormix.methods.whitening import low_rank
 from tensormix.operators import LowRank, Sparse, StructuredLinear, Sum
 from tensormix.operators.base import computing_dtype
 from tensormix.operators.sparse import GROUPED, check_pattern, pattern_count

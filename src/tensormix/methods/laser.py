@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tensormix.fitting.ranks import no_factors
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.ranks import no_factors
 from tensormix.operators import LowRank
 from tensormix.operators.base import computing_dtype
 

@@ -11,9 +11,9 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from tensormix.fitting.mixt_aware import fit_aware
+from tensormix.fitting.whitening import check_inputs
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.mixt_aware import fit_aware
-from tensormix.methods.whitening import check_inputs
 from tensormix.operators import MixT
 from tensormix.operators.base import computing_dtype
 from tensormix.statistics import Gram

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tensormix.fitting.mixt_aware import fit_aware
+from tensormix.fitting.whitened_fit import fit_whitened, whitened
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.mixt_aware import fit_aware
-from tensormix.methods.whitened_fit import fit_whitened, whitened
 from tensormix.operators import Chain, Kronecker, MixT
 from tensormix.operators.chain import start_chain
 from tensormix.statistics import Gram

@@ -15,13 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tensormix.methods.alps_step import ScaledGram, alps
+from tensormix.fitting.alps_step import ScaledGram, alps
+from tensormix.fitting.low_rank_step import low_rank_step
+from tensormix.fitting.mixt_aware import descend, set_cores
+from tensormix.fitting.mixt_normal import MixtNormal
+from tensormix.fitting.output_error import damped
+from tensormix.fitting.whitening import check_inputs, gram_root, low_rank
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.low_rank_step import low_rank_step
-from tensormix.methods.mixt_aware import descend, set_cores
-from tensormix.methods.mixt_normal import MixtNormal
-from tensormix.methods.output_error import damped
-from tensormix.methods.whitening import check_inputs, gram_root, low_rank
 from tensormix.operators import LowRank, MixT, Sparse, StructuredLinear, Sum
 from tensormix.operators.base import computing_dtype
 from tensormix.statistics import Gram

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tensormix.fitting.ranks import rank_for
+from tensormix.fitting.whitened_fit import fit_whitened, whitened
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.ranks import rank_for
-from tensormix.methods.whitened_fit import fit_whitened, whitened
 from tensormix.operators import Monarch as MonarchOperator
 from tensormix.statistics import Gram
 

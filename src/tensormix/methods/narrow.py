@@ -14,10 +14,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tensormix.fitting.ranks import rank_for
+from tensormix.fitting.whitening import best_on_inputs, check_inputs, gram_root, refit_left, refitted, widened
 from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, about
 from tensormix.methods.neurons import check_parts, dense, neuron_bias, neuron_roles, unchanged, value_bias, with_bias
-from tensormix.methods.ranks import rank_for
-from tensormix.methods.whitening import best_on_inputs, check_inputs, gram_root, refit_left, refitted, widened
 from tensormix.operators import Dense, LowRank, Placed, StructuredLinear
 from tensormix.statistics import Gram
 

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tensormix.fitting.whitening import check_inputs
 from tensormix.methods.base import ModelMethod
-from tensormix.methods.whitening import check_inputs
 from tensormix.statistics import Gram
 
 

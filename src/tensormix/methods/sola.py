@@ -15,10 +15,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from tensormix.allocate import SiteOptions, by_spectrum, low_rank
+from tensormix.fitting.divide import SiteOptions, by_spectrum, low_rank
+from tensormix.fitting.whitening import best_on_inputs, gram_root, whitened_spectrum
 from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, about
 from tensormix.methods.neurons import check_together, dense, neuron_roles, with_bias
-from tensormix.methods.whitening import best_on_inputs, gram_root, whitened_spectrum
 from tensormix.operators import Concat, Dense, LowRank, StructuredLinear
 from tensormix.statistics import Gram, InputMagnitudes
 

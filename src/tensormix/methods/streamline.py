@@ -14,10 +14,10 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
+from tensormix.fitting.block_distances import BlockDistances
+from tensormix.fitting.whitening import gram_root, output_basis
 from tensormix.methods.base import BlockMethod
-from tensormix.methods.block_distances import BlockDistances
 from tensormix.methods.drop_blocks import DropBlocks
-from tensormix.methods.whitening import gram_root, output_basis
 from tensormix.operators import ResidualMLP
 
 Run = Callable[[nn.Module, Tensor], Tensor]  # a block on one batch of hidden states (B, T, D), as the model calls it

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tensormix.fitting.ranks import keeps, rank_for
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.ranks import keeps, rank_for
 from tensormix.operators import LowRank
 from tensormix.operators.base import computing_dtype
 

@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tensormix.fitting.ranks import keeps, rank_for
+from tensormix.fitting.whitening import balanced, gram_factor, gram_root, output_basis, refit_left, widened
 from tensormix.methods.base import LinearMethod, Statistics
-from tensormix.methods.ranks import keeps, rank_for
-from tensormix.methods.whitening import balanced, gram_factor, gram_root, output_basis, refit_left, widened
 from tensormix.operators import LowRank
 from tensormix.statistics import DenseGram, Gram, PropagatedGram
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensormix.fitting.whitening import gram_root
 from tensormix.methods import LinearMethod, Rtn, ZeroMethod
 from tensormix.methods.base import Method
-from tensormix.methods.whitening import gram_root
 from tensormix.operators import StructuredLinear
 from tensormix.plan import Plan
 from tensormix.reparameterise.equality import check_equal

@@ -6,8 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from tensormix.budget import WAYS, allocate
-from tensormix.budget.search import candidates, most_evaluations, plan_of
+from tensormix.allocation import WAYS, allocate
+from tensormix.allocation.laser_search import candidates, most_evaluations, plan_of
+from tensormix.compression.choosing import assume, chooses
+from tensormix.compression.fitting import costs_of
+from tensormix.compression.slicing import slice_empty
+from tensormix.compression.units import groups_of
 from tensormix.methods import METHODS, Method
 from tensormix.methods.base import BlockMethod, LinearMethod
 from tensormix.methods.slice_gpt import SliceGpt
@@ -17,10 +21,6 @@ from tensormix.plan import Plan
 from tensormix.profile import bytes_by_dtype, num_parameters
 from tensormix.recipe import Recipe
 from tensormix.sites import Site, blocks, find_sites, install, macs_per_token, returns_tuple
-from tensormix.walk.fitting import costs_of
-from tensormix.walk.joint import groups_of
-from tensormix.walk.selection import assume, chooses
-from tensormix.walk.slicing import slice_empty
 
 
 def check(recipe: Recipe) -> dict[str, Any]:

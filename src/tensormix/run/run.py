@@ -23,7 +23,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tensormix.budget.search import check_search
+from tensormix.allocation.laser_search import check_search
 from tensormix.evaluate import check_installed
 from tensormix.recipe import Recipe
 from tensormix.run.keys import STAGES, dense_recipe, with_allocation

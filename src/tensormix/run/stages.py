@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
-from tensormix.budget import allocate
-from tensormix.budget.search import scorer, search_sites
+from tensormix.allocation import allocate
+from tensormix.allocation.laser_search import scorer, search_sites
+from tensormix.compression.checkpoint import compress_checkpoint
 from tensormix.diagnose.verdict import Verdict, exam_accuracy
 from tensormix.evaluate import macro_drop_row
 from tensormix.evaluate.forward import dtype_of
@@ -26,7 +27,6 @@ from tensormix.reparameterise import reparameterise
 from tensormix.run.keys import Row, is_done, stage_keys, stage_rows, stage_settings
 from tensormix.settings import Calibration, Exam, Recover, Source
 from tensormix.storage.files import environment, now, whole_folder, write_json
-from tensormix.streaming.stream import compress_checkpoint
 
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 

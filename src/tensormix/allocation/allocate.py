@@ -1,0 +1,188 @@
+"""One budget for a whole plan: every method that has a size gets one at each site, as a plan that holds them.
+
+The outcome is plain data: `compress` knows nothing of budgets, and a plan that was decided once can be run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensormix.allocation.one_keep import STEPS, at_keep, costs, is_joint, largest_keep
+from tensormix.allocation.outcome import (
+    Allocation,
+    ImpossibleBudget,
+    check_possible,
+    cost_of_model,
+    impossible,
+    site_row,
+    sized_plan,
+    total_row,
+)
+from tensormix.allocation.sensitivity import weigher
+from tensormix.allocation.survey import Found, Survey
+from tensormix.allocation.ways import WAYS, Chosen, train_ranks
+from tensormix.compression import Calibration, Home, Progress
+from tensormix.compression.from_files import Source
+from tensormix.models import fill_buffers, load_model, local_folder, skeleton
+from tensormix.plan import Plan
+from tensormix.settings import Budget
+from tensormix.sites import Site, find_sites
+from tensormix.sites.calls import Activations
+from tensormix.storage.assembly import Assembly
+from tensormix.storage.checkpoint import Checkpoint
+
+
+def allocate(
+    model: str | Path,
+    plan: Plan,
+    budget: Budget,
+    batches: Iterable[Tensor] | None = None,
+    progress: Progress | None = None,
+    *,
+    dtype: str = "auto",
+    precision: torch.dtype = torch.float64,
+    spill: Path | None = None,
+    device: str = "cpu",
+) -> Allocation:
+    """The sizes of all sites of `plan` within `budget`, from the files of `model`, which are read block by block.
+
+    Only two hold the whole model in memory: "sensitivity" measures what each site alone does to the logits, and
+    "learned", for the ranks of dobi_svd, trains all of them together (see `tensormix.allocation.learned`).
+
+    Args:
+        batches: token ids (B, T) for calibration; with them the errors of "greedy" are those on the inputs.
+        dtype: that the compressed model will have; "auto" is that of the checkpoint.
+        spill: a folder for the activations between blocks.
+
+    Raises:
+        ImpossibleBudget: the budget cannot be met; the sentence has the smallest and the largest possible.
+        ValueError: a weight or an input is not finite or all zero (it names the site), or the way to divide needs
+            what is not there.
+    """
+    joint = is_joint(plan)
+    if joint and budget.by != "uniform":
+        name = plan.root[0].method.name
+        raise ValueError(f"budget: {name} divides its keep within each block by itself: only by 'uniform' among blocks")
+    way, batches = WAYS[budget.by], None if batches is None else list(batches)
+    options: dict[str, Any] = {
+        "of": budget.of,
+        "errors": way.errors,
+        "levels": budget.levels,
+        "with_inputs": batches is not None,
+    }
+    if way.needs_whole_model:
+        whole: Any = load_model(model, dtype=dtype)
+        make_survey = partial(Survey, whole.to(device), plan, _Counted(model, dtype), progress, **options)
+        return _measured_whole(make_survey, whole, Calibration(batches, "dense", precision), budget, model)
+    bare: Any = skeleton(model, dtype=dtype)
+    home = _home(bare, model, device)
+    if joint:
+        return _joint(bare, home, plan, budget, model)
+    survey = Survey(bare, plan, home, progress, **options)
+    if way.needs_weights:
+        if survey.last_observed >= 0:
+            fill_buffers(bare, device)
+        survey.run(Calibration(batches, "dense", precision, Activations(spill)))
+    else:
+        survey.look()
+    return _decided(bare, budget, survey, model)
+
+
+def _measured_whole(
+    make_survey: Callable[..., Survey], model: nn.Module, calibration: Calibration, budget: Budget, source: str | Path
+) -> Allocation:
+    """With the whole model in memory: its ranks trained together, or what each site alone does to it."""
+    batches = list(calibration.batches or ())
+    if WAYS[budget.by].divide is None:
+        survey = make_survey()
+        survey.look()
+        return _decided(model, budget, survey, source, partial(train_ranks, model, batches, budget))
+    survey = make_survey(weigh=weigher(model, batches, budget.measure), keep=budget.keep)
+    survey.run(calibration)
+    return _decided(model, budget, survey, source)
+
+
+class _Counted(Home):
+    """The blocks are in the model; what their weights take is asked of the files, which may have packed them."""
+
+    def __init__(self, source: str | Path, dtype: str) -> None:
+        bare: Any = skeleton(source, dtype=dtype)
+        self.files = _home(bare, source, "cpu")
+        self.sites = {site.name: site for site in find_sites(bare)}
+
+    def dense_bits(self, site: Site) -> int:
+        return self.files.dense_bits(self.sites[site.name])
+
+
+def _home(model: nn.Module, folder: str | Path, device: str) -> Home:
+    """The files of the checkpoint; a folder with nothing but a config is enough to count."""
+    path = local_folder(folder)
+    if not any(path.glob("*.safetensors")):
+        return Home()
+    return Source(model, Assembly(model, Checkpoint(path)), device)
+
+
+def _decided(
+    model: nn.Module, budget: Budget, survey: Survey, source: str | Path,
+    divide: Callable[[Sequence[Found], int], Chosen] | None = None,
+) -> Allocation:  # fmt: skip
+    found = [survey.found[name] for name in survey.sites if name in survey.found]
+    sites = sum(item.options.dense_cost for item in found)
+    whole = sites if budget.over == "sites" else cost_of_model(model, budget.of, source)
+    outside = whole - sites
+    units = floor(budget.keep * (1 + 2**-50) * whole) - outside
+    check_possible(found, budget, units, outside, whole)
+    divide = divide or WAYS[budget.by].divide
+    assert divide is not None
+    chosen = divide(found, units)
+    rows = [site_row(item, chosen[item.site.name]) for item in found]
+    return Allocation(sized_plan(found, chosen), [total_row(budget, whole, units + outside, outside, rows), *rows])
+
+
+def _joint(model: nn.Module, home: Home, plan: Plan, budget: Budget, source: str | Path) -> Allocation:
+    """One `keep` for all blocks. Where ranks depend on the data, the costs are those of equal spectra."""
+    dense = costs(model, home, at_keep(plan, 1.0), budget.of)
+    sites = sum(before for _, before, _ in dense.values())
+    whole = sites if budget.over == "sites" else cost_of_model(model, budget.of, source)
+    units = floor(budget.keep * (1 + 2**-50) * whole) - (whole - sites)
+    keep = largest_keep(model, home, plan, budget.of, units)
+    if keep is None:
+        least = next(
+            k for k in (step / STEPS for step in range(1, STEPS + 1)) if _allowed(model, home, plan, k, budget.of)
+        )
+        smallest = sum(left for _, _, left in costs(model, home, at_keep(plan, least), budget.of).values())
+        raise ImpossibleBudget(impossible(budget, (smallest + whole - sites) / whole))
+    sized = at_keep(plan, keep)
+    after = costs(model, home, sized, budget.of)
+    rows = [
+        {
+            "kind": "size",
+            "site": name,
+            "block": site.block,
+            "role": site.role,
+            "method": plan.root[0].method.name,
+            "size": keep,
+            "setting": "keep",
+            "cost": left,
+            "dense_cost": before,
+            "error": None,
+            "importance": None,
+        }
+        for name, (site, before, left) in after.items()
+    ]
+    return Allocation(sized, [total_row(budget, whole, units + whole - sites, whole - sites, rows), *rows])
+
+
+def _allowed(model: nn.Module, home: Home, plan: Plan, keep: float, of: str) -> bool:
+    try:
+        costs(model, home, at_keep(plan, keep), of)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,74 @@
+"""Budgets of methods that change the layers of a block together: one `keep` for all blocks, found by what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tensormix.compression import Home
+from tensormix.compression.fitting import bytes_after
+from tensormix.compression.units import groups_of
+from tensormix.methods.base import JointMethod
+from tensormix.operators import StructuredLinear
+from tensormix.plan import Plan
+from tensormix.sites import Site, blocks, find_sites
+
+STEPS = 256  # of `keep`
+
+
+def is_joint(plan: Plan) -> bool:
+    """Whether the plan has only methods that change layers together. Raises ValueError if it has some of both."""
+    kinds = {isinstance(rule.method, JointMethod) for rule in plan.root}
+    if len(kinds) > 1:
+        names = sorted({rule.method.name for rule in plan.root})
+        raise ValueError(
+            f"budget: {', '.join(names)} cannot share one budget: some change layers together, some do not"
+        )
+    return kinds == {True}
+
+
+def at_keep(plan: Plan, keep: float) -> Plan:
+    rules = [rule.model_copy(update={"method": rule.method.model_copy(update={"keep": keep})}) for rule in plan.root]
+    return Plan(tuple(rules))
+
+
+def costs(model: nn.Module, home: Home, plan: Plan, of: str) -> dict[str, tuple[Site, int, int]]:
+    """Site name -> the site, its dense cost, and what the plan leaves of it.
+
+    Raises ValueError if the plan's sizes are not allowed somewhere.
+    """
+    sites = {site.name: site for site in find_sites(model)}
+    chosen = plan.resolve(list(sites.values()), len(blocks(model)))
+    operators: dict[str, StructuredLinear] = {}
+    for group in groups_of(model, sites, chosen).values():
+        operators |= group.empty()
+    found = {}
+    for name, method in chosen.items():
+        site, own = sites[name], sites[name].bias
+        bias = 0 if own is None else own.numel() * site.weight.dtype.itemsize
+        counts: dict[str, Any] = {
+            "bits": lambda s=site, m=method, b=bias: (home.dense_bits(s), 8 * (bytes_after(s, m, operators) - b)),
+            "parameters": lambda s=site, n=name: (s.weight.numel(), operators[n].num_params),
+            "macs": lambda s=site, n=name: (s.macs_per_token, operators[n].macs_per_token),
+        }
+        counts["bytes_per_token"] = lambda c=counts["bits"]: tuple(bits // 8 for bits in c())
+        found[name] = (site, *counts[of]())
+    return found
+
+
+def largest_keep(model: nn.Module, home: Home, plan: Plan, of: str, units: int) -> float | None:
+    """The largest step of `keep` whose sites cost no more than `units` together; None if the smallest costs more."""
+
+    def cost(step: int) -> int | None:
+        try:
+            return sum(left for _, _, left in costs(model, home, at_keep(plan, step / STEPS), of).values())
+        except ValueError:  # some layer does not allow so little
+            return None
+
+    low, high = 0, STEPS
+    while low < high:
+        step = (low + high + 1) // 2
+        needed = cost(step)
+        low, high = (step, high) if needed is None or needed <= units else (low, step - 1)
+    return low / STEPS if low and cost(low) is not None else None

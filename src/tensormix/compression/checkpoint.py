@@ -1,0 +1,200 @@
+"""Compress a checkpoint of any size: block by block from its files into a new checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from tensormix import __version__
+from tensormix.compression import Calibration, Progress, Stream, Walk, compress, named, streams_of
+from tensormix.compression.choosing import Notes, chooses
+from tensormix.compression.fitting import Row
+from tensormix.compression.to_files import Disk
+from tensormix.models import fill_buffers, fingerprint, load_model, local_folder, quiet, skeleton
+from tensormix.plan import Plan
+from tensormix.sites.calls import Activations
+from tensormix.storage.assembly import Assembly
+from tensormix.storage.checkpoint import INDEX, PICKLED, Checkpoint
+from tensormix.storage.files import whole_folder
+
+
+@torch.no_grad()
+def compress_checkpoint(
+    source: str | Path,
+    out: Path,
+    plan: Plan,
+    batches: Iterable[Tensor] | None = None,
+    progress: Progress | None = None,
+    *,
+    dtype: str = "auto",
+    inputs: Stream = "propagated",
+    precision: torch.dtype = torch.float64,
+    spill: bool = False,
+    workers: int = 1,
+    device: str = "cpu",
+    asked: Any = None,
+    overwrite: bool = False,
+) -> list[Row]:
+    """What `compress` does in memory, from the files of `source` into the new folder `out`: to the bit the same.
+
+    At no time are more than `workers` dense blocks in memory, and of those only what is being computed with: weights
+    are mapped from their files. Tensors that the plan leaves alone are copied byte for byte. A method that changes the
+    whole model at once (slice_gpt) is the exception: the model is loaded, and an interrupted call begins again.
+
+    Args:
+        source: a folder with config.json and safetensors, or a Hub id.
+        batches, inputs, precision: as in `compress`.
+        dtype: "auto" leaves every tensor in its own; another one converts those that the model knows.
+        spill: keep the activations between blocks in files beside `out` instead of in memory.
+        workers: blocks at a time, where no method needs inputs.
+        device: where blocks are computed with.
+        asked: what else tells this request from others, as JSON (the batches are not looked at): an interrupted walk
+            that was asked for something else is started again, not continued.
+        overwrite: what stands at `out` may be replaced.
+
+    Returns:
+        The rows of `compress`.
+
+    Raises:
+        ValueError: as `compress`, and if the checkpoint is damaged or incomplete, `out` exists, or the disk is too
+            small. What was finished before an error or a kill is used by the next call.
+    """
+    folder, out = local_folder(source), Path(out).resolve()
+    _check_request(folder, out, workers, inputs)
+    if plan.whole is not None:
+        _check_free(out, overwrite)
+        return _in_memory(folder, out, plan, batches, progress, dtype, inputs, precision, device)
+    model: Any = skeleton(folder, dtype=dtype)
+    home = Disk(model, Assembly(model, Checkpoint(folder)), out, convert=dtype != "auto", device=device)
+    calibration = Calibration(batches, inputs, precision)
+    with _room(home):
+        names, notes = _named(model, plan, home, calibration, spill)
+    walk = Walk(model, names, home, progress, notes)
+    request = _request(folder, plan, calibration, dtype, asked)
+    if notes:
+        request["blocks"] = [rule.blocks for rule in names.root]
+    if home.is_complete(request):
+        return home.all_rows()
+    _check_free(out, overwrite)
+    _prepare(walk, home, calibration, request, spill)
+    _carry_out(walk, home, calibration, workers, folder, request["source"])
+    return home.all_rows()
+
+
+def _request(folder: Path, plan: Plan, calibration: Calibration, dtype: str, asked: Any) -> dict[str, Any]:
+    """What tells one call from another, beside its batches."""
+    return {
+        "version": __version__,
+        "source": fingerprint(folder),
+        "dtype": dtype,
+        "plan": plan.model_dump(mode="json"),
+        "inputs": calibration.inputs,
+        "precision": str(calibration.precision),
+        "asked": asked,
+    }
+
+
+def _carry_out(walk: Walk, home: Disk, calibration: Calibration, workers: int, folder: Path, source: str) -> None:
+    """The walk, and the end of the new checkpoint. `source` is what the files in `folder` were when it began."""
+    try:
+        with _room(home):
+            walk.run(calibration, workers)
+            if fingerprint(folder) != source:
+                raise ValueError(f"{folder} changed while it was read: what was made of it is of no use; start again")
+            home.finish()
+    finally:
+        home.unlock()
+
+
+def _prepare(walk: Walk, home: Disk, calibration: Calibration, request: dict[str, Any], spill: bool) -> None:
+    """Everything that is to be there before the first block: batches, buffers, room on the disk, a locked output."""
+    walk.check_inputs(calibration.batches)
+    meanwhile = 0
+    if walk.last_observed >= 0:
+        batches = calibration.batches = list(calibration.batches or ())
+        fill_buffers(walk.model, home.device)
+        calibration.activations = Activations(home.part / "activations" if spill else None)
+        meanwhile = _bytes_of_activations(walk, batches, calibration.inputs) if spill else 0
+    home.begin(request, walk, meanwhile)
+
+
+def _named(model: Any, plan: Plan, home: Disk, calibration: Calibration, spill: bool) -> tuple[Plan, Notes]:
+    """`named`, with the activations in files for as long as it takes, if they shall be."""
+    if not chooses(plan):
+        return plan, {}
+    fill_buffers(model, home.device)
+    if not spill:
+        return named(model, plan, home, calibration)
+    home.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{home.out.name}.", dir=home.out.parent) as folder:
+        calibration.activations = Activations(Path(folder))
+        return named(model, plan, home, calibration)
+
+
+@contextmanager
+def _room(home: Disk) -> Iterator[None]:
+    """Say in a sentence that the disk is full, if it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"the disk under {home.out.parent} is full; make room and give the same command again: "
+            f"it goes on after the {home.num_finished} files that are finished"
+        ) from error
+
+
+def _bytes_of_activations(walk: Walk, batches: list[Tensor], inputs: Stream) -> int:
+    """What is on the disk at once: one list of hidden states for each stream."""
+    model: Any = walk.model
+    num_numbers = sum(batch.numel() for batch in batches) * model.config.get_text_config().hidden_size
+    return len(streams_of(walk.chosen, inputs)) * num_numbers * model.dtype.itemsize
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; choose another folder, or say that it may be overwritten")
+
+
+def _in_memory(
+    folder: Path,
+    out: Path,
+    plan: Plan,
+    batches: Iterable[Tensor] | None,
+    progress: Progress | None,
+    dtype: str,
+    inputs: Stream,
+    precision: torch.dtype,
+    device: str,
+) -> list[Row]:
+    """For a method that changes all blocks at once: the whole model is loaded, and nothing is continued."""
+    model: Any = load_model(folder, dtype=dtype)
+    model.to(device)
+    rows = compress(model, plan, batches, progress, inputs=inputs, precision=precision)
+    weights = {file.name for pattern in ("*.safetensors", *PICKLED) for file in folder.glob(pattern)}
+    with whole_folder(out) as part, quiet():
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.name not in {*weights, INDEX, "config.json"}:
+                shutil.copyfile(file, part / file.name)
+        model.save_pretrained(part)
+    return rows
+
+
+def _check_request(folder: Path, out: Path, workers: int, inputs: str) -> None:
+    if folder.resolve().is_relative_to(out):
+        raise ValueError(f"{out} holds the model that is to be compressed ({folder}); choose another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; the compressed checkpoint is a folder")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if inputs not in get_args(Stream):
+        raise ValueError(f"inputs must be {' or '.join(map(repr, get_args(Stream)))}, got {inputs!r}")

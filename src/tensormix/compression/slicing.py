@@ -1,0 +1,168 @@
+"""Slice the residual stream of a whole model: measure a basis before every half block, then put them into the weights.
+
+Shape letters: B sequences, T tokens, D hidden size, S width of the sliced stream, O out_features, I in_features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensormix.compression.fitting import Row
+from tensormix.methods.slice_gpt import SliceGpt, principal_basis
+from tensormix.operators import SlicedBlock
+from tensormix.operators.base import computing_dtype
+from tensormix.reparameterise.residual import read, write
+from tensormix.sites import locate_blocks, macs_per_token
+from tensormix.sites.calls import Call, record_calls
+from tensormix.sites.sliced import block_layers, check_sliceable, ends, final_norm, shrink
+from tensormix.statistics import Gram
+
+
+@torch.no_grad()
+def slice_model(
+    model: nn.Module,
+    method: SliceGpt,
+    batches: Iterable[Tensor] | None,  # (B, T) each
+    progress: Callable[[int, int, str], None],
+    *,
+    propagated: bool,
+    precision: torch.dtype,
+) -> list[Row]:
+    """Slice `model` in place; one row per block, one for the embedding and one for the head.
+
+    All of the model and the bases of all blocks are in memory at once. The model is changed at the end, or not at all.
+
+    Raises:
+        ValueError: the model is of another kind, there are no batches, or the stream is zero or not finite somewhere.
+    """
+    width = method.width(check_sliceable(model))
+    if batches is None:
+        raise ValueError("slice_gpt needs calibration batches (Gram), but none were given")
+    start = time.perf_counter()
+    before = list(_costs(model))
+    bases = _bases(model, batches, width, propagated, precision, progress)
+    weights = _turned(model, bases)
+    shrink(model, width)
+    for name, weight in weights.items():
+        model.get_parameter(name).copy_(weight)
+    return _rows(method, before, model, time.perf_counter() - start)
+
+
+def slice_empty(model: nn.Module, method: SliceGpt) -> list[Row]:
+    """The same for a skeleton on meta, without any numbers: for sizes and costs."""
+    before = list(_costs(model))
+    shrink(model, method.width(check_sliceable(model)))
+    return _rows(method, before, model, 0.0)
+
+
+def _bases(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    width: int,
+    propagated: bool,
+    precision: torch.dtype,
+    progress: Callable[[int, int, str], None],
+) -> list[Tensor]:  # (D, S) each
+    """Of the stream before each attention and each MLP, in the order of the model, and before the final norm."""
+    root, layers = locate_blocks(model)
+    calls = record_calls(model, batches)
+    if not (calls and calls[0]):
+        raise ValueError("there are no calibration batches: the iterable is empty")
+    hidden = [call.hidden for call in calls[0]]
+    bases = []
+    for index, block in enumerate(layers):
+        name = f"{root}.{index}"
+        for half, place in ((_attention, "attention"), (_mlp, "MLP")):
+            bases.append(_basis(hidden, width, precision, f"{name}, before its {place}"))
+            for number, call in enumerate(calls[index]):
+                entering = _projected(hidden[number], bases[-1]) if propagated else hidden[number]
+                hidden[number] = half(block, call, entering)
+        progress(index + 1, len(layers), name)
+    return [*bases, _basis(hidden, width, precision, "the final norm")]
+
+
+def _attention(block: Any, call: Call, hidden: Tensor) -> Tensor:  # (B, T, D)
+    return hidden + block.self_attn(hidden_states=block.input_layernorm(hidden), **call.kwargs)[0]
+
+
+def _mlp(block: Any, _: Call, hidden: Tensor) -> Tensor:  # (B, T, D)
+    return hidden + block.mlp(block.post_attention_layernorm(hidden))
+
+
+def _basis(hidden: list[Tensor], width: int, precision: torch.dtype, place: str) -> Tensor:  # (B, T, D) -> (D, S)
+    gram = Gram(hidden[0].shape[-1], hidden[0].device, precision)
+    for states in hidden:
+        gram.update(states)
+    try:
+        return principal_basis(gram.mean, width).to(computing_dtype(hidden[0]))
+    except ValueError as reason:
+        raise ValueError(f"{place}: {reason}; nothing was changed") from None
+
+
+def _projected(hidden: Tensor, basis: Tensor) -> Tensor:  # (B, T, D), (D, S) -> (B, T, D)
+    return (hidden.to(basis) @ basis @ basis.T).to(hidden)
+
+
+def _turned(model: nn.Module, bases: list[Tensor]) -> dict[str, Tensor]:
+    """Every new weight by its name in the sliced model, in the dtype of the old one."""
+    root, layers = locate_blocks(model)
+    found: dict[str, Tensor] = {}
+    for index, block in enumerate(layers):
+        places = bases[2 * index : 2 * index + 3]
+        for half, (inputs, outputs) in enumerate(pairwise(places)):
+            part, norm = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))[half]
+            shortcut = ("attention_shortcut", "mlp_shortcut")[half]
+            scale = block.get_submodule(norm).get_parameter("weight")
+            for name, (layer, reads) in block_layers(block).items():
+                if not name.startswith(f"{part}."):
+                    continue
+                full = f"{root}.{index}.{name}"
+                found[f"{full}.weight"] = (
+                    read(layer.weight, scale, inputs) if reads else write(layer.weight, outputs)
+                ).to(layer.weight)
+                if layer.bias is not None:
+                    found[f"{full}.bias"] = layer.bias if reads else write(layer.bias, outputs).to(layer.bias)
+            found[f"{root}.{index}.{shortcut}.weight"] = (outputs.T @ inputs).to(scale.dtype)
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = ends(model)
+    scale = final_norm(model).get_parameter("weight")
+    found[f"{names[embedding]}.weight"] = (embedding.weight.to(bases[0]) @ bases[0]).to(embedding.weight)
+    found[f"{names[head]}.weight"] = read(head.weight, scale, bases[-1]).to(head.weight)
+    if head.bias is not None:
+        found[f"{names[head]}.bias"] = head.bias
+    return found
+
+
+def _costs(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """What every block, the embedding and the head hold; a tied head holds nothing of its own."""
+    root, layers = locate_blocks(model)
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = ends(model)
+    tied = embedding.weight is head.weight
+    parts: list[tuple[str, int | None, nn.Module]] = [(f"{root}.{i}", i, block) for i, block in enumerate(layers)]
+    for name, index, module in [*parts, (names[embedding], None, embedding), (names[head], None, head)]:
+        state = {} if module is head and tied else module.state_dict()
+        yield {
+            "site": name,
+            "block": index,
+            "operator": type(module).__name__,
+            "parameters": sum(tensor.numel() for tensor in state.values()),
+            "bits": sum(8 * tensor.numel() * tensor.element_size() for tensor in state.values()),
+            "macs_per_token": macs_per_token(module),
+        }
+
+
+def _rows(method: SliceGpt, before: list[dict[str, Any]], model: nn.Module, seconds: float) -> list[Row]:
+    rows = []
+    for old, new in zip(before, _costs(model), strict=True):
+        dense = {f"dense_{key}": old[key] for key in ("parameters", "bits", "macs_per_token")}
+        facts = {"role": None, "method": method.name, "relative_error": None, "seconds": 0.0 if rows else seconds}
+        rows.append({**new, **dense, **facts})
+    assert all(row["operator"] == SlicedBlock.__name__ for row in rows[:-2])
+    return rows

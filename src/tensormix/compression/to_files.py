@@ -1,0 +1,208 @@
+"""Blocks that come from the files of one checkpoint and go, compressed, into the files of another.
+
+    out/                  the compressed checkpoint; it appears when it is complete
+    .out.part/            while it is being made: one finished file per block
+    out.journal.jsonl     what was asked, then one line per finished file: its hash, its size, the rows of its sites
+
+Every file is complete or absent, and a line of the journal is written after the file that it is about. So a walk that
+was stopped at any moment goes on at the first unfinished block, and ends with the same files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tensormix.compression import Walk
+from tensormix.compression.fitting import Row, bytes_after
+from tensormix.compression.from_files import Source, inside
+from tensormix.compression.units import groups_of
+from tensormix.hf import attach, install_empty, operators_of
+from tensormix.operators import StandIn
+from tensormix.storage.assembly import Assembly, Making, packed_config
+from tensormix.storage.checkpoint import INDEX, PICKLED, Entry, Piece, check_space, file_hash, read_header, write_shard
+from tensormix.storage.files import new_file, read_json, write_json
+from tensormix.storage.journal import Journal, Line
+from tensormix.storage.memory import set_weight
+
+
+class Disk(Source):
+    """The home of the blocks of `model` (a skeleton on meta) that go from the files of `assembly` into new ones.
+
+    Args:
+        out: the folder of the compressed checkpoint.
+        convert: write the tensors that the model knows in the dtype of the skeleton, where theirs is another.
+        device: where the weights of an entered block are.
+    """
+
+    def __init__(self, model: Any, assembly: Assembly, out: Path, *, convert: bool, device: str = "cpu") -> None:
+        super().__init__(model, assembly, device)
+        self.out, self.convert = out, convert
+        self.part = out.with_name(f".{out.name}.part")
+        self.journal = Journal(out.with_name(f"{out.name}.journal.jsonl"))
+        self._compressed_before = operators_of(model)
+        self._lines: dict[str, Line] = {}  # of the journal, by file
+
+    # The journal
+
+    def is_complete(self, request: dict[str, Any]) -> bool:
+        """Whether `out` is there already, whole, as it was asked for now."""
+        ready = (self.out / "config.json").exists() and not self.part.exists()  # what is in part is newer than out
+        self._lines = self._intact(self.out, self.journal.read(request)) if ready else {}
+        return len(self._lines) == len(self.units)
+
+    def begin(self, request: dict[str, Any], walk: Walk, meanwhile: int) -> None:
+        """Take up what an earlier walk left, if it was asked for the same, and make sure that the rest fits the disk.
+
+        Args:
+            meanwhile: bytes that are needed beside the files while they are made.
+
+        Raises ValueError if it does not fit, or another process is at it.
+        """
+        self._lines = self._intact(self.part, self.journal.read(request)) if self.part.exists() else {}
+        missing = [number for number, unit in enumerate(self.units) if unit.file not in self._lines]
+        beside = sum(file.stat().st_size for file in self._files_beside())
+        check_space(self.out.parent, meanwhile + beside + sum(self._bytes_of(number, walk) for number in missing))
+        self.part.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        for file in self.part.iterdir():
+            if file.name not in self._lines:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        self.journal.start(request, self._lines.values())
+
+    def _intact(self, folder: Path, lines: dict[str, Line]) -> dict[str, Line]:
+        """The lines whose files are in `folder` as they were written."""
+        there = {file: line for file, line in lines.items() if (folder / file).exists()}
+        return {file: line for file, line in there.items() if file_hash(folder / file) == line["sha256"]}
+
+    def _lock(self) -> None:
+        """Held until this process lets go of it or ends, however it ends."""
+        self._locked = os.open(self.part, os.O_RDONLY)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._locked)
+            raise ValueError(
+                f"{self.out} is being written by another process; wait, or choose another folder"
+            ) from None
+
+    def unlock(self) -> None:
+        os.close(self._locked)
+
+    def _files_beside(self) -> list[Path]:
+        """What lies beside the weights of the source and goes along: the tokenizer and the like."""
+        folder = self.assembly.checkpoint.folder
+        weights = {file.name for pattern in ("*.safetensors", *PICKLED) for file in folder.glob(pattern)}
+        ours = {INDEX, "config.json", self.journal.path.name}
+        return [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in weights | ours]
+
+    def _bytes_of(self, number: int, walk: Walk) -> int:
+        """What the file of one unit will hold, without its header: methods are asked for empty operators."""
+        here = walk.chosen[number] if number < len(walk.chosen) else {}
+        opened = {name.rpartition(".")[0] for name in here if walk.sites[name].kind == "experts"}
+        gone = {*here, *opened}
+        joint = {n: op for group in groups_of(self.model, walk.sites, here).values() for n, op in group.empty().items()}
+        total = sum(self.entries[name].num_bytes for name in self.units[number].unknown)
+        for making in self.units[number].makings:
+            if not any(inside(target, gone) for target in making.targets):
+                total += sum(piece.num_bytes for piece in self._copies(making).values())
+        for site in walk.sites.values():
+            if site.name in here or site.name.rpartition(".")[0] in opened:
+                total += bytes_after(site, here.get(site.name), joint)
+        return total
+
+    @property
+    def num_finished(self) -> int:
+        return len(self._lines)
+
+    def all_rows(self) -> list[Row]:
+        return [row for unit in self.units for row in self._lines[unit.file]["rows"]]
+
+    # What the walk asks for
+
+    def finished(self, index: int) -> list[Row] | None:
+        line = self._lines.get(self.units[index].file)
+        return None if line is None else line["rows"]
+
+    def restore(self, index: int) -> None:
+        line = self._lines[self.units[index].file]
+        install_empty(self.model, line["operators"])
+        self._fill(index, line["operators"])
+        for entry in read_header(self.part / line["file"]):
+            if inside(entry.name, line["operators"]) or line["changed"]:
+                set_weight(self.model, entry.name, entry.read().to(self.device))
+
+    def leave(self, index: int, rows: list[Row]) -> None:
+        block = f"{self.root}.{index}"
+        found = {f"{block}.{name}".rstrip("."): spec for name, spec in operators_of(self.layers[index]).items()}
+        operators = {name: spec for name, spec in found.items() if self._compressed_before.get(name) != spec}
+        # A block of the architecture that took the place of another has weights of its own.
+        mine = self._entered.get(index)
+        changed = mine is not None and all(module is not self.layers[index] for module in mine)
+        self._write(index, operators, rows, changed=changed and not isinstance(self.layers[index], StandIn))
+        self.release(index)
+
+    def finish(self) -> None:
+        """Write what is outside the blocks, the index, the config and all other files of the source: the end."""
+        rest = len(self.layers)
+        if self.units[rest].file not in self._lines:
+            self._write(rest, {}, [])
+        for line in self._lines.values():
+            known = operators_of(self.model)
+            install_empty(self.model, {k: spec for k, spec in line["operators"].items() if known.get(k) != spec})
+        self._write_index()
+        self._write_config()
+        for file in self._files_beside():
+            with file.open("rb") as source, new_file(self.part / file.name) as copy:
+                shutil.copyfileobj(source, copy)
+        shutil.rmtree(self.part / "activations", ignore_errors=True)
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.part.replace(self.out)
+
+    # Writing
+
+    def _write(self, number: int, operators: dict[str, Any], rows: list[Row], changed: bool = False) -> None:
+        unit = self.units[number]
+        new = self._state(number) if number < len(self.layers) else {}
+        pieces: dict[str, Piece | Entry] = {name: self.entries[name] for name in unit.unknown}
+        for making, kept in self._kept(number, operators):
+            if kept == making.targets and not changed:
+                pieces |= self._copies(making)
+                for target in kept:
+                    new.pop(target, None)
+        pieces |= {name: Piece.of(tensor) for name, tensor in new.items()}
+        size, digest = write_shard(self.part / unit.file, pieces)
+        line = {"file": unit.file, "bytes": size, "sha256": digest, "operators": operators, "rows": rows}
+        line["changed"] = changed
+        self.journal.append(line)
+        self._lines[unit.file] = line
+
+    def _copies(self, making: Making) -> dict[str, Piece | Entry]:
+        """The tensors on disk of a making as they are, or in the dtype of the model where that was asked for."""
+        if not self.convert:
+            return {name: self.entries[name] for name in making.sources}
+        return self.assembly.converted(making)
+
+    def _write_index(self) -> None:
+        entries = [entry for unit in self.units for entry in read_header(self.part / unit.file)]
+        weight_map = {entry.name: entry.file.name for entry in sorted(entries, key=lambda entry: entry.name)}
+        total = sum(entry.num_bytes for entry in entries)
+        write_json(self.part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def _write_config(self) -> None:
+        """The config of the source, with the operators in it."""
+        config = read_json(self.assembly.checkpoint.folder / "config.json")
+        packed = packed_config(self.assembly.config)
+        if packed is not None and self.convert:
+            config.pop("quantization_config")  # nothing is packed any more
+        if operators_of(self.model):
+            attach(self.model)
+            made = {**self.model.config.quantization_config.to_dict(), "packed": None if self.convert else packed}
+            config["quantization_config"] = {key: value for key, value in made.items() if value is not None}
+        if self.convert or not (config.get("dtype") or config.get("torch_dtype")):
+            config.pop("torch_dtype", None)
+            config["dtype"] = str(self.model.dtype).removeprefix("torch.")
+        write_json(self.part / "config.json", config)

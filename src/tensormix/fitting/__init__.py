@@ -1,0 +1,1 @@
+"""Numerics that methods share: factorisations, sparse steps, conjugate gradients, ranks, a budget divided."""

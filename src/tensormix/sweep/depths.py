@@ -1,0 +1,263 @@
+"""Many runs of one recipe that differ in depth, direction and method; one folder per cell, and the boundary found.
+
+    sweep.json        settings, the list of cells, the boundaries of what is finished
+    dense/            the run of the untouched model, depth 0 of every series
+    family/NAME/      runs of other dense models, for the trend of loss against parameters
+    teacher/          the dense model's logits for recovery by distillation, until the last cell is done
+    last-04-mixt4/    a cell: last 4 blocks, MixT with 4 branches
+
+Every cell starts from the same dense model and gets the same recovery. A sweep that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tensormix.diagnose import Measurement, bisect_boundary, find_boundary, fit_crossing
+from tensormix.methods import DropBlocks, Mixt, ZeroMethod
+from tensormix.models import skeleton
+from tensormix.plan import Plan, Rule
+from tensormix.recipe import Cell, Recipe, Sweep
+from tensormix.run.keys import STAGES, dense_recipe, is_done, stage_keys, stage_rows
+from tensormix.run.run import run_recipe
+from tensormix.sites import blocks
+from tensormix.storage.files import environment, now, write_json
+from tensormix.sweep.family import family_rows, run_family
+
+Row = dict[str, Any]
+Progress = Callable[[str, float, float], None]  # what is being done, work done, work in all
+
+# Rough shares of one cell's time, only to move the bar between two cells.
+SHARES = {
+    "allocate": 0.0,
+    "reparameterise": 0.0,
+    "compress": 0.02,
+    "direct": 0.0,
+    "recover": 0.78,
+    "evaluate": 0.1,
+    "diagnose": 0.05,
+    "profile": 0.05,
+}
+
+
+def cell_name(cell: Cell) -> str:
+    what = f"mixt{cell.num_branches}" if cell.method == "mixt" else cell.method
+    return f"{cell.direction}-{cell.depth:02d}-{what}"
+
+
+def cell_recipe(recipe: Recipe, cell: Cell) -> Recipe:
+    """The sweep's recipe with the plan of one cell; everything else is the same in all cells."""
+    template = recipe.plan.root[0] if recipe.plan.root else Rule(method=Mixt(num_branches=1))
+    where = f"{cell.direction} {cell.depth}"
+    if cell.method == "mixt":
+        method = template.method.model_copy(update={"num_branches": cell.num_branches})
+        rule = Rule(blocks=where, sites=template.sites, method=method)
+    elif cell.method == "zero":
+        rule = Rule(blocks=where, sites=template.sites, method=ZeroMethod())
+    else:
+        rule = Rule(blocks=where, method=DropBlocks())
+    return recipe.model_copy(update={"plan": Plan((rule,))})
+
+
+def run_sweep(sweep: Sweep, folder: Path, *, progress: Progress | None = None) -> Path:
+    """Make every cell that is missing, find the boundaries, write sweep.json; returns `folder`.
+
+    Raises:
+        ValueError: a depth beyond the model, or whatever a stage of a cell finds wrong. Finished cells stay.
+    """
+    tell = progress or (lambda what, done, total: None)
+    job = _Sweep(sweep, folder)
+    run_family(sweep, folder)
+    (job.bisect if sweep.search == "bisect" else job.scan)(tell)
+    shutil.rmtree(folder / "teacher", ignore_errors=True)
+    return folder
+
+
+class _Sweep:
+    """The cells of one sweep: which there are, and how one of them is made."""
+
+    def __init__(self, sweep: Sweep, folder: Path) -> None:
+        assert sweep.recipe is not None  # Sweep.load and its validator see to it
+        self.sweep, self.recipe, self.folder, self.dense = sweep, sweep.recipe, folder, folder / "dense"
+        self.num_blocks = len(blocks(skeleton(self.recipe.model)))
+        self.cells = sweep.cells(self.num_blocks)
+
+    def make(self, name: str, recipe: Recipe, progress: Callable[[str, int, int], None] | None = None) -> None:
+        run_recipe(
+            recipe,
+            self.folder / name,
+            reference=None if name == "dense" else self.dense,
+            progress=progress,
+            keep_compressed=False,
+            teacher_cache=self.folder / "teacher",
+        )
+
+    def recipe_of(self, cell: Cell) -> Recipe:
+        recipe = cell_recipe(self.recipe, cell)
+        start = self._start(cell)
+        return recipe if start is None else recipe.model_copy(update={"start": str(start)})
+
+    def _start(self, cell: Cell) -> Path | None:
+        """With warm starts: the recovered model of the deepest cell of the same series before this one."""
+        if not self.sweep.warm_start or self.recipe.recover is None:
+            return None
+        before = [c for c in self.cells if _series(c) == _series(cell) and c.depth < cell.depth]
+        deepest = max(before, key=lambda c: c.depth, default=None)
+        return self.folder / cell_name(deepest) / "recovered" if deepest else None
+
+    def scan(self, tell: Progress) -> None:
+        """Every cell that is missing."""
+        write_sweep(self.sweep, self.cells, self.folder)
+        cells = sorted(self.cells, key=lambda c: c.depth) if self.sweep.warm_start else self.cells
+        costs = {cell_name(cell): cost(cell, self.num_blocks) for cell in cells}
+        todo: dict[str, Cell | None] = {}
+        # Whether a cell is finished can be asked once the dense run is: its key is part of theirs.
+        if not (self.dense / "evaluate.json").exists() or not finished(dense_recipe(self.recipe), self.dense, None):
+            todo["dense"] = None
+        for cell in cells:
+            start = self._start(cell)
+            known = (self.dense / "evaluate.json").exists() and (start is None or start.exists())
+            if not known or not finished(self.recipe_of(cell), self.folder / cell_name(cell), self.dense):
+                todo[cell_name(cell)] = cell
+        total, done = sum(costs.get(name, 0.3) for name in todo), 0.0
+        for name, cell in todo.items():
+            weight = costs.get(name, 0.3)
+            begun = within(lambda share, n=name, d=done, w=weight: tell(n, d + w * share, total))
+            self.make(name, self.recipe_of(cell) if cell else dense_recipe(self.recipe), begun)
+            done += weight
+            tell(name, done, total)
+            write_sweep(self.sweep, self.cells, self.folder)
+
+    def bisect(self, tell: Progress) -> None:
+        """Of each series only the cells that finding its boundary takes; those not made are not in sweep.json."""
+        series = list(dict.fromkeys(_series(cell) for cell in self.cells))
+        total = len(series) * (math.ceil(math.log2(self.num_blocks)) + 3.0)  # more for a gradual fall
+        made: list[Cell] = []
+        self.make("dense", dense_recipe(self.recipe))
+        for number, labels in enumerate(series):
+            members = {cell.depth: cell for cell in self.cells if _series(cell) == labels}
+            seen: dict[int, Measurement] = {}
+
+            def measure(depth: int, members=members, seen=seen) -> Measurement:
+                name = cell_name(members[depth]) if depth else "dense"
+                if depth:
+                    self.make(name, self._judged(cell_recipe(self.recipe, members[depth]), seen))
+                    made.append(members[depth])
+                    write_sweep(self.sweep, made, self.folder)
+                found = measurement(self.folder / name, depth)
+                assert found is not None  # the sweep was checked to have an exam
+                seen[depth] = found
+                tell(name, min(len(made), total), total)
+                return found
+
+            bisect_boundary(measure, self.num_blocks)
+            tell(f"series {number + 1}", min(len(made), total), total)
+        made.sort(key=lambda cell: self.cells.index(cell))
+        write_sweep(self.sweep, made, self.folder)
+        tell("boundary", total, total)
+
+    def _judged(self, recipe: Recipe, seen: dict[int, Measurement]) -> Recipe:
+        """The recipe with the threshold of early stopping, once both ends of the series are known."""
+        stop = recipe.recover.early_stop if recipe.recover else None
+        if recipe.recover is None or stop is None:
+            return recipe
+        ends = [seen.get(0), seen.get(self.num_blocks)]
+        known = [end.accuracy for end in ends if end is not None]
+        stop = None if len(known) < 2 else stop.model_copy(update={"threshold": sum(known) / 2})
+        return recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"early_stop": stop})})
+
+
+def _series(cell: Cell) -> tuple[str, str, int | None]:
+    return cell.method, cell.direction, cell.num_branches
+
+
+def cost(cell: Cell, num_blocks: int) -> float:
+    """Work of a cell in units of one dense recovery: a block that is gone costs little, a compressed one nearly all."""
+    gone = 0.0 if cell.method == "mixt" else 0.8
+    return 1.0 - gone * cell.depth / num_blocks
+
+
+def within(tell: Callable[[float], None]) -> Callable[[str, int, int], None]:
+    """The progress of the stages of one cell as one share from 0 to 1."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        before = sum(SHARES[s] for s in STAGES[: STAGES.index(stage)])
+        tell(before + SHARES[stage] * done / max(total, 1))
+
+    return progress
+
+
+def finished(recipe: Recipe, folder: Path, reference: Path | None) -> bool:
+    if reference is not None and not (reference / "diagnose.json").exists() and recipe.diagnose is not None:
+        return False
+    keys = stage_keys(recipe, reference)
+    return all(is_done(folder, stage, keys) for stage in keys)
+
+
+def write_sweep(sweep: Sweep, cells: Iterable[Cell], folder: Path) -> None:
+    rows = [
+        {"cell": cell_name(cell), "folder": cell_name(cell), **json.loads(cell.model_dump_json())} for cell in cells
+    ]
+    dense = {
+        "cell": "dense",
+        "folder": "dense",
+        "depth": 0,
+        "direction": "last",
+        "method": "dense",
+        "num_branches": None,
+    }
+    write_json(
+        folder / "sweep.json",
+        {
+            "settings": json.loads(sweep.model_dump_json(exclude={"base"})),
+            "cells": [dense, *rows],
+            "boundary": boundary_rows(rows, folder) + family_rows(sweep, folder, rows),
+            "environment": environment(),
+            "finished": now() if all((folder / row["folder"] / "evaluate.json").exists() for row in rows) else None,
+        },
+    )
+
+
+def boundary_rows(cells: list[Row], folder: Path) -> list[Row]:
+    """For each series of cells (method, direction, branches) the boundary of accuracy and the crossing of the drift."""
+    if not (folder / "dense" / "evaluate.json").exists():
+        return []
+    series: dict[tuple, list[Row]] = {}
+    for cell in cells:
+        if (folder / cell["folder"] / "evaluate.json").exists():
+            series.setdefault((cell["method"], cell["direction"], cell["num_branches"]), []).append(cell)
+    rows = []
+    for (method, direction, branches), members in series.items():
+        labels = {"method": method, "direction": direction, "num_branches": branches}
+        start = measurement(folder / "dense", 0)
+        found = [measurement(folder / cell["folder"], cell["depth"]) for cell in members]
+        measured = [item for item in (start, *found) if item is not None]
+        if start is not None and len(measured) >= 3:
+            rows.append(find_boundary(measured).row(**labels))
+        drifts = {0: 0.0}
+        for cell in members:
+            if (drift := mean_drift(folder / cell["folder"])) is not None:
+                drifts[cell["depth"]] = drift
+        if len(drifts) >= 4:
+            rows.append({**fit_crossing(list(drifts), list(drifts.values())).row(), **labels})
+    return rows
+
+
+def measurement(folder: Path, depth: int) -> Measurement | None:
+    for row in stage_rows(folder, "evaluate"):
+        if row["kind"] == "accuracy" and row["subject"] == "all":
+            return Measurement(depth=depth, accuracy=row["value"], num_questions=row["num_questions"])
+    return None
+
+
+def mean_drift(folder: Path) -> float | None:
+    """The mean drift over all pairs of layers; None where it was not measured."""
+    if not (folder / "diagnose.json").exists():
+        return None
+    means = [row for row in stage_rows(folder, "diagnose") if row["kind"] == "drift_mean" and row["region"] == "all"]
+    return means[0]["value"] if means else None

@@ -1,0 +1,140 @@
+"""A sweep makes every cell once, in one folder each, and finds the boundary from what they say."""
+
+import pytest
+
+from tensormix.recipe import Cell, Recipe, Sweep
+from tensormix.run import STAGES, stage_rows
+from tensormix.storage.files import read_json
+from tensormix.sweep.depths import SHARES, boundary_rows, cell_name, cell_recipe, cost, run_sweep, within
+
+
+def sweep(tiny, **changes):
+    recipe = {
+        "model": str(tiny),
+        "evaluate": {"exam": {"num_questions": 16, "shots": 1}},
+        "diagnose": {"num_prompts": 4},
+    }
+    return Sweep.model_validate(
+        {
+            "recipe": recipe,
+            "num_branches": [2],
+            "directions": {"last": {"depths": "all"}, "first": {"depths": [2]}},
+            "baselines": {"methods": ["zero", "drop_blocks"], "depths": [3]},
+        }
+        | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    told = []
+    run_sweep(sweep(tiny), folder, progress=lambda *args: told.append(args))
+    return folder, told
+
+
+def test_every_cell_has_its_folder_and_depth_zero_is_the_dense_model(finished):
+    folder, _ = finished
+    content = read_json(folder / "sweep.json")
+    assert [row["cell"] for row in content["cells"]] == [
+        "dense",
+        *(f"last-0{depth}-mixt2" for depth in (1, 2, 3, 4)),
+        "first-02-mixt2",
+        "last-03-zero",
+        "last-03-drop_blocks",
+    ]
+    for row in content["cells"]:
+        assert stage_rows(folder / row["folder"], "evaluate")
+    assert content["finished"] is not None
+
+
+def test_depth_is_the_number_of_compressed_blocks_from_the_named_end(finished):
+    folder, _ = finished
+    assert {row["block"] for row in stage_rows(folder / "last-03-mixt2", "compress")} == {1, 2, 3}
+    assert {row["block"] for row in stage_rows(folder / "first-02-mixt2", "compress")} == {0, 1}
+    assert {row["operator"] for row in stage_rows(folder / "last-03-drop_blocks", "compress")} == {"Bypass"}
+
+
+def test_progress_ends_at_the_whole_and_never_goes_back(finished):
+    _, told = finished
+    done = [step[1] for step in told]
+    assert done == sorted(done)
+    assert told[-1][1] == pytest.approx(told[-1][2])
+
+
+def test_a_finished_sweep_does_nothing_again(finished, tiny):
+    folder, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("*/evaluate.json")}
+    told = []
+    run_sweep(sweep(tiny), folder, progress=lambda *args: told.append(args))
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("*/evaluate.json")} == before
+    assert told == []
+
+
+def test_a_wider_sweep_keeps_the_cells_that_are_there(finished, tiny):
+    folder, _ = finished
+    before = (folder / "last-03-mixt2" / "evaluate.json").stat().st_mtime_ns
+    told = []
+    wider = sweep(tiny, directions={"last": {"depths": "all"}, "first": {"depths": [1, 2]}})
+    run_sweep(wider, folder, progress=lambda *args: told.append(args[0]))
+    assert set(told) == {"first-01-mixt2"}
+    assert (folder / "last-03-mixt2" / "evaluate.json").stat().st_mtime_ns == before
+
+
+def test_the_boundary_comes_from_the_accuracies_of_the_cells(tmp_path):
+    """Planted: 0.9 up to depth 3, chance from depth 4 on."""
+    from tensormix.storage.files import write_json
+
+    def plant(name, accuracy, drift):
+        row = {"kind": "accuracy", "subject": "all", "value": accuracy, "num_questions": 400}
+        write_json(tmp_path / name / "evaluate.json", {"rows": [row]})
+        write_json(
+            tmp_path / name / "diagnose.json", {"rows": [{"kind": "drift_mean", "region": "all", "value": drift}]}
+        )
+
+    plant("dense", 0.9, 0.0)
+    cells = [Cell(depth=d, direction="last", method="mixt", num_branches=4) for d in range(1, 9)]
+    rows = [{"folder": cell_name(cell), **cell.model_dump()} for cell in cells]
+    for cell in cells:
+        plant(cell_name(cell), 0.9 if cell.depth < 4 else 0.25, 0.01 * cell.depth + 0.03 * max(0, cell.depth - 4))
+    found = {row["kind"]: row for row in boundary_rows(rows, tmp_path)}
+    assert found["boundary"]["value"] == 4
+    assert (found["boundary"]["method"], found["boundary"]["direction"]) == ("mixt", "last")
+    assert found["drift_crossing"]["value"] == pytest.approx(4)
+    assert found["drift_crossing"]["slope_after"] == pytest.approx(0.04)
+
+
+def test_a_cell_changes_the_plan_alone(tiny):
+    base = Recipe.model_validate(
+        {
+            "model": str(tiny),
+            "seed": 3,
+            "plan": [{"sites": ["gate", "up"], "method": {"name": "mixt", "num_branches": 2, "init": "zero"}}],
+        }
+    )
+    made = cell_recipe(base, Cell(depth=2, direction="first", method="mixt", num_branches=3))
+    (rule,) = made.plan.root
+    assert (rule.blocks, rule.sites) == ("first 2", ("gate", "up"))
+    assert (rule.method.num_branches, rule.method.init) == (3, "zero")
+    assert made.model_copy(update={"plan": base.plan}) == base
+
+
+def test_a_depth_beyond_the_model_is_refused_before_anything_is_done(tiny, tmp_path):
+    with pytest.raises(ValueError, match="depths asks for 9 blocks; the model has 4"):
+        run_sweep(sweep(tiny, directions={"last": {"depths": [9]}}), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_every_stage_has_its_share_of_the_progress():
+    assert list(SHARES) == list(STAGES) and sum(SHARES.values()) == pytest.approx(1)
+
+
+def test_work_is_estimated_by_the_blocks_that_are_left():
+    mixt = Cell(depth=6, direction="last", method="mixt", num_branches=4)
+    assert cost(mixt, 12) == 1
+    assert cost(Cell(depth=12, direction="last", method="zero"), 12) == pytest.approx(0.2)
+    shares = []
+    begun = within(shares.append)
+    begun("compress", 0, 1)
+    begun("profile", 1, 1)
+    assert shares == pytest.approx([0, 1])
