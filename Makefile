@@ -9,11 +9,12 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
 BASE ?= HEAD~1
-.PHONY: help setup demo test check mutate same clean
+.PHONY: help setup demo test real check same mutate clean
 
 help:
 	@echo "make demo    set up and run the sweep on the embedded model; ends with the path of the report"
 	@echo "make test    set up and run the whole test suite (offline)"
+	@echo "make real    set up, fetch SmolLM2-135M-Instruct and run the tests on it (10 minutes)"
 	@echo "make check   ruff, the type checker and the import directions"
 	@echo "make mutate  break the code line by line and demand that the tests notice"
 	@echo "make same    compare what the working tree makes with what a commit made (BASE=$(BASE)), to the bit"
@@ -33,6 +34,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+real: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/python -W ignore tools/smollm2.py build/smollm2
+	TENSORMIX_REAL=$(CURDIR)/build/smollm2 $(BIN)/python -m pytest -q tests/real
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -98,12 +98,21 @@ class Distill(Settings):
     """What recovery learns from the dense model, where its loss says so."""
 
     teacher: str | None = None  # a folder, relative to the recipe, or a Hub id; without it the model of the recipe
-    top_k: int = Field(default=32, ge=1)  # logits kept of each token; all others count as one event, the tail
+    # Logits kept of each token; "all": nothing is kept, the teacher runs beside the model at every step.
+    top_k: Annotated[int, Field(ge=1)] | Literal["all"] = 32
+    tail_samples: int = Field(default=32, ge=1)  # tokens drawn from all others, which stand for them without bias
     cache: str | None = None  # folder of the kept logits; without it one beside the run, shared by a sweep
     hidden: float = Field(default=0.0, ge=0)  # weight of the hidden-state term; the teacher then runs at every step
     local_steps: int = Field(default=100, ge=1)  # of `steps`: block by block before anything else (local_then_kl)
     local_inputs: Literal["propagated", "dense"] = "propagated"  # what enters a block while it is trained alone
     task_steps: int = Field(default=0, ge=0)  # of `steps`: the last ones, on the text alone (the loss lm)
+
+
+class HeldOut(Settings):
+    """Windows of the text that a recovery never learns from: they judge it, and the best state is kept."""
+
+    num_windows: int = Field(default=8, ge=0)  # of all texts together; 0: nothing is judged, the last state is kept
+    num_times: int = Field(default=5, ge=1)  # how often after the start, evenly spread, the last time at the end
 
 
 class EarlyStop(Settings):
@@ -131,7 +140,8 @@ class Recover(Settings):
     steps: int = Field(default=3000, ge=1)
     batch_size: int = Field(default=16, ge=1)  # windows per step
     window: int = Field(default=256, ge=2)  # tokens
-    learning_rate: float = Field(default=1e-3, gt=0)
+    # "auto": the first step promises to lower the loss by half, to first order; what that is depends on the model.
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     warmup: float = Field(default=0.03, ge=0, lt=1)  # fraction of the steps
     weight_decay: float = Field(default=0.0, ge=0)
     loss: Literal["lm", "kl", "local_then_kl"] = "lm"  # the text's tokens, the dense model's logits, its blocks first
@@ -144,6 +154,7 @@ class Recover(Settings):
     # last of several fields (field: question+answer). Of text that asks nothing every token counts either way.
     loss_on: Literal["all", "answers"] = "all"
     save_every: int = Field(default=500, ge=1)  # steps between checkpoints
+    held_out: HeldOut = HeldOut()
     early_stop: EarlyStop | None = None  # without it every recovery takes all its steps
     recompute: bool = False  # keep only what enters each block and compute the rest again: less memory, more time
 

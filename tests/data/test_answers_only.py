@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from recovery_rows import steps_of
 from tensormix.compression import compress
 from tensormix.data import IGNORED, Mixture
 from tensormix.models import load_model, load_tokenizer
@@ -36,13 +37,14 @@ def asked(tiny, tmp_path_factory):
         rows = recover(
             model, tokenizer, wanted, folder=folder / "c", seed=0, teacher=str(tiny), cache=folder / "logits"
         )
-        return rows, Mixture(
+        return steps_of(rows), Mixture(
             tokenizer,
             wanted.text,
             window=wanted.window,
             num_windows=wanted.steps * wanted.batch_size,
             seed=0,
             answers_only=wanted.loss_on == "answers",
+            num_held_out=wanted.held_out.num_windows,
         )
 
     def logits(mixture):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fitted import problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fitted import problem
 from tensormix.compression.fitting import replace
 from tensormix.fitting.mixt_normal import MixtNormal
 from tensormix.methods import Mixt

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fitted import draw, seen, tail
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fitted import draw, seen, tail
 from tensormix.methods import Coala, Svd, SvdLlm
 from tensormix.statistics import Gram, QRFactor
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fitted import applied, gram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fitted import applied, gram
 from tensormix.fitting.whitening import refitted
 from tensormix.methods import FlatLlm, SvdLlm
 from tensormix.methods.base import Heads, Layer, RoleError

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from sparse_inputs import SOLVERS, correlated, gram_of, planted, random
 from transformers import AutoModelForCausalLM
 
+from sparse_inputs import SOLVERS, correlated, gram_of, planted, random
 from tensormix.compression import compress
 from tensormix.fitting.alps_step import refit
 from tensormix.fitting.output_error import output_error

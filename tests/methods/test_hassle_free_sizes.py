@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_inputs import SOLVERS, gram_of, random
 
+from sparse_inputs import SOLVERS, gram_of, random
 from tensormix.methods import HassleFree
 from tensormix.operators import Sparse, Sum
 from tensormix.operators.sparse import GROUPED, PATTERNS

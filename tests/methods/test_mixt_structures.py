@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fitted import draw
 
+from fitted import draw
 from tensormix.fitting.low_rank_step import low_rank_step
 from tensormix.fitting.mixt_normal import MixtNormal
 from tensormix.methods import (

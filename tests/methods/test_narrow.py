@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fitted import applied, gram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from fitted import applied, gram
 from tensormix.methods import Narrow, SvdLlm
 from tensormix.methods.base import Heads, Layer
 from tensormix.methods.narrow import loudest_neurons, value_maps

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fitted import problem, seen, tail
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fitted import problem, seen, tail
 from tensormix.fitting.whitening import gram_factor, gram_root, output_basis, refit_left
 from tensormix.methods import Coala, Svd, SvdLlm
 from tensormix.statistics import DenseGram, Gram, PropagatedGram, QRFactor

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from expert_models import UP, low_rank, site_at
+from recovery_rows import steps_of
 from tensormix.compression import compress
 from tensormix.models import load_model, load_tokenizer
 from tensormix.operators import LowRank, MixT, Quantized, StructuredLinear, Sum
@@ -51,7 +52,7 @@ def state(model):
 
 
 def run(model, tiny, folder, wanted, **options):
-    return recover(model, load_tokenizer(str(tiny)), wanted, folder=folder, seed=0, **options)
+    return steps_of(recover(model, load_tokenizer(str(tiny)), wanted, folder=folder, seed=0, **options))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from recovery_rows import steps_of
 from tensormix.compression import compress
 from tensormix.models import load_model, load_tokenizer
 from tensormix.operators import MixT
@@ -49,6 +50,7 @@ def test_the_loss_falls_and_every_step_is_in_a_row(model, tiny, tmp_path):
         seed=0,
         progress=lambda done, total: seen.append((done, total)),
     )
+    rows = steps_of(rows)
     assert [row["step"] for row in rows] == list(range(1, 31))
     assert seen == [(step, 30) for step in range(1, 31)]
     assert rows[-1]["tokens"] == 30 * 4 * 48
@@ -91,7 +93,7 @@ def test_a_stopped_recovery_ends_in_the_same_model(tiny, tmp_path):
             seed=0,
             progress=progress,
         )
-        return parameters(model), rows, steps
+        return parameters(model), steps_of(rows), steps
 
     whole, rows, _ = run(tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -163,7 +165,7 @@ def test_a_loss_that_is_no_number_stops_it_and_says_what_to_change(model, tiny, 
 def test_a_bfloat16_model_stays_one(tiny, tmp_path):
     model = load_model(str(tiny), dtype="bfloat16")
     compress(model, PLAN)
-    rows = recover(model, load_tokenizer(str(tiny)), settings(), folder=tmp_path / "c", seed=0)
+    rows = steps_of(recover(model, load_tokenizer(str(tiny)), settings(), folder=tmp_path / "c", seed=0))
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
     assert all(row["loss"] > 0 for row in rows)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tensormix.recover.losses import top_k_of
+from tensormix.recover.losses import keep
 from tensormix.recover.teacher import TeacherLogits
 from tensormix.recover.trainer import TaughtWindows
 
@@ -14,7 +14,7 @@ def logits_of(ids):
 
 
 def cache(folder, **changes):
-    about = {"teacher": "t", "tokenizer": "k", "vocabulary": 50, "top_k": 4, "window": 6}
+    about = {"teacher": "t", "tokenizer": "k", "vocabulary": 50, "top_k": 4, "tail_samples": 3, "window": 6}
     return TeacherLogits(folder, **about | changes)
 
 
@@ -35,18 +35,17 @@ def test_logits_are_kept_once_and_serve_every_run_that_reads_these_windows(tmp_p
     again = cache(tmp_path)
     again.fill(WINDOWS.__getitem__, range(100, 150), 150, counted, 50)
     assert sum(calls) == 150
-    tokens, values, tail = top_k_of(logits_of(WINDOWS[131])[:-1], 4)
-    found = again[131]
-    assert torch.equal(found["teacher_tokens"], tokens)
-    assert torch.equal(found["teacher_values"], values)
-    assert torch.equal(found["teacher_tail"], tail)
+    wanted, found = keep(logits_of(WINDOWS[131])[:-1], 4, 3, seed=131), again[131]
+    assert found.keys() == {f"teacher_{name}" for name in wanted._fields}
+    for name, value in wanted._asdict().items():
+        assert torch.equal(found[f"teacher_{name}"], value)
 
 
 def test_a_longer_run_adds_what_a_shorter_one_left_out_of_its_last_file(tmp_path):
     for num_windows in (20, 40):
         kept = cache(tmp_path)
         kept.fill(WINDOWS.__getitem__, range(num_windows), num_windows, logits_of, 8)
-    assert torch.equal(kept[30]["teacher_tokens"], top_k_of(logits_of(WINDOWS[30])[:-1], 4)[0])
+    assert torch.equal(kept[30]["teacher_tokens"], keep(logits_of(WINDOWS[30])[:-1], 4, 3, seed=30).tokens)
 
 
 def test_a_window_carries_what_the_teacher_said_about_that_window():

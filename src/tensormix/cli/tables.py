@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -106,6 +107,13 @@ def show_results(console: Console, measured: dict[str, list[dict[str, Any]]]) ->
     for label in labels:
         table.add_row(label, *(found.get(label, "") for found in columns.values()))
     console.print(table)
+
+
+def show_recovery(console: Console, rows: list[dict[str, Any]]) -> None:
+    """What a user must know of a recovery: a rate that is too high, a last state that was not the best."""
+    for row in rows:
+        if row["kind"] in ("rate", "kept") and row["said"]:
+            console.print(f"[yellow]{escape(row['said'])}[/yellow]")
 
 
 def _results(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tensormix.cli.tables import show_check, show_prediction, show_results, show_rows
+from tensormix.cli.tables import show_check, show_prediction, show_recovery, show_results, show_rows
 
 app = typer.Typer(
     help="Make large language models small with structured operators, and see where they break.",
@@ -60,7 +60,7 @@ def run(
 
     from tensormix.cli.progress import stage_bars
     from tensormix.recipe import Recipe
-    from tensormix.run import run_recipe
+    from tensormix.run import run_recipe, stage_rows
 
     loaded, folder = Recipe.load(recipe), out or Path("runs") / recipe.stem
     check_out(folder, "recipe.json", overwrite)
@@ -69,6 +69,8 @@ def run(
     with resumable(), stage_bars(console) as progress:
         run_recipe(loaded, folder, progress=progress, workers=workers)
     show_results(console, measured_in(folder))
+    if loaded.recover is not None:
+        show_recovery(console, stage_rows(folder, "recover"))
     console.print(f"Finished. See it with: tensormix report {folder}")
 
 

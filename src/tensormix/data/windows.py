@@ -6,6 +6,7 @@ Documents are packed one after another with the tokenizer's BOS token (EOS where
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -22,6 +23,7 @@ from tensormix.settings import Source
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 ENDLESS_DOCUMENTS = 2_000  # how many documents of an endless source stand for it where a finite text is needed
+HELD_OUT_PART = 10  # of a finite text at most one window in so many is held out
 TRIED_WINDOWS = 20  # of an endless source, one of which must hold an answer
 
 
@@ -106,8 +108,8 @@ class Mixture(Dataset):
     """`num_windows` training windows drawn from weighted sources; window i is a function of the seed and i alone.
 
     A text of finite length is cut into disjoint windows that are all used once, in shuffled order, before any is used
-    again. An endless source makes new documents for every window. Where only answers count, windows of a finite text
-    that hold none are left out: nothing can be learned from them.
+    again; those that are held out are never among them. An endless source makes new documents for every window. Where
+    only answers count, windows of a finite text that hold none are left out: nothing can be learned from them.
 
     Raises:
         ValueError: a source shorter than one window, or without any answer where only answers count.
@@ -122,6 +124,7 @@ class Mixture(Dataset):
         num_windows: int,
         seed: int,
         answers_only: bool = False,  # count the loss of exams, conversations and several fields on their answers alone
+        num_held_out: int = 0,  # windows that are kept apart, of finite texts at most a tenth of theirs
     ) -> None:
         self.tokenizer, self.sources, self.window, self.seed = tokenizer, list(sources), window, seed
         self.answers_only = answers_only
@@ -133,7 +136,23 @@ class Mixture(Dataset):
         for source in self.chosen:
             self.turn.append(counts[source])
             counts[source] += 1
-        self.windows = [self._check(s) if s.exam or s.facts else self._cut(s) for s in self.sources]
+        self.held_out: list[dict[str, Tensor]] = []  # as __getitem__ gives them
+        shares = [math.ceil(num_held_out * weight / sum(weights)) for weight in weights]
+        self.windows = [self._opened(source, share) for source, share in zip(self.sources, shares, strict=True)]
+
+    def _opened(self, source: Source, share: int) -> Packed | None:
+        """What windows are taken from, without the `share` of them that is held out; None of an endless source."""
+        if source.exam or source.facts:
+            self._check(source)
+            self.held_out += [self._generate(source, f"held out {number}") for number in range(share)]
+            return None
+        cut = self._cut(source)
+        order = torch.randperm(len(cut.ids), generator=torch.Generator().manual_seed(self.seed))
+        apart = order[: min(share, len(order) // HELD_OUT_PART)]
+        self.held_out += [_window(cut, place) for place in apart]
+        rest = torch.ones(len(order), dtype=torch.bool)
+        rest[apart] = False
+        return Packed(cut.ids[rest], None if cut.counted is None else cut.counted[rest])
 
     def _check(self, source: Source) -> None:
         """Refuse an exam of which no answer fits into a window."""
@@ -175,12 +194,9 @@ class Mixture(Dataset):
             return self._generate(self.sources[number], index)
         epoch, place = divmod(self.turn[index], len(windows.ids))
         order = torch.randperm(len(windows.ids), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-        ids = windows.ids[order[place]]
-        if windows.counted is None:
-            return {"input_ids": ids, "labels": ids}
-        return {"input_ids": ids, "labels": ids.where(windows.counted[order[place]], IGNORED)}
+        return _window(windows, order[place])
 
-    def _generate(self, source: Source, index: int) -> dict[str, Tensor]:
+    def _generate(self, source: Source, index: int | str) -> dict[str, Tensor]:
         own_seed = Random(f"{self.seed}/{source.seed}/{index}").getrandbits(48)
         found = exam_documents(own_seed, self.answers_only) if source.exam else map(Document, facts(own_seed))
         separator = separator_of(self.tokenizer)
@@ -194,6 +210,11 @@ class Mixture(Dataset):
             ids += new
             labels += [token if counts else IGNORED for token, counts in zip(new, counted, strict=True)]
         return {"input_ids": torch.tensor(ids[: self.window]), "labels": torch.tensor(labels[: self.window])}
+
+
+def _window(windows: Packed, place: Tensor | int) -> dict[str, Tensor]:  # input_ids (T,), labels (T,)
+    ids = windows.ids[place]
+    return {"input_ids": ids, "labels": ids if windows.counted is None else ids.where(windows.counted[place], IGNORED)}
 
 
 def calibration_batches(tokenizer: Any, source: Source, *, num_windows: int, window: int, seed: int) -> list[Tensor]:

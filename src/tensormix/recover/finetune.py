@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,50 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PrinterCallback, TrainingArguments
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from transformers import PrinterCallback
 
 from tensormix.data import Mixture
-from tensormix.models import fingerprint, load_model, load_tokenizer
+from tensormix.models import fingerprint
+from tensormix.recover.first_step import NUM_BATCHES, largest_rate, loss_per_rate, warning
+from tensormix.recover.held_out import Judgements, judged_steps, taught
 from tensormix.recover.local import distill_blocks, learning_blocks
 from tensormix.recover.lora import Patches, Turns, patched
 from tensormix.recover.rates import compressed_parameters, parameter_groups
-from tensormix.recover.teacher import TeacherLogits, check_vocabulary, tokenizer_digest
-from tensormix.recover.trainer import DistillTrainer, TaughtWindows
-from tensormix.recover.watch import MARK, PATIENCE, Row, Watch, last_whole_checkpoint
+from tensormix.recover.teacher import TeacherLogits, open_teacher, tokenizer_digest
+from tensormix.recover.trainer import DistillTrainer, TaughtWindows, arguments, batch_loss
+from tensormix.recover.watch import MARK, Row, Watch, last_whole_checkpoint
 from tensormix.settings import Recover
 from tensormix.storage.files import read_json
 
-NUM_LOSS_ROWS = 60
+RATE = 1e-3  # where nothing can be learned, so that no rate is too high
 Judge = Callable[[Any, int], bool]
-
-
-def _arguments(settings: Recover, folder: Path, dtype: str, seed: int, steps: int) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(settings.warmup * steps),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=dtype == "bfloat16",
-        seed=seed,
-        data_seed=seed,
-        train_sampling_strategy="sequential",  # window i is the i-th draw of the mixture already
-        remove_unused_columns=False,  # what the teacher said belongs to no argument of the model
-        logging_steps=max(1, steps // NUM_LOSS_ROWS),
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
-        save_strategy="steps" if steps > settings.save_every else "no",
-        save_steps=settings.save_every,
-        save_total_limit=2 + math.ceil(PATIENCE * max(1, steps // NUM_LOSS_ROWS) / settings.save_every),
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to="none",
-    )
 
 
 def recover(
@@ -79,7 +53,10 @@ def recover(
     cache: Path | None = None,
     judge: Judge | None = None,
 ) -> list[Row]:
-    """Train `model` in place for exactly `settings.steps` steps; returns the losses as rows.
+    """Train `model` in place for exactly `settings.steps` steps and keep its best state; returns the losses as rows.
+
+    It is judged on held-out windows at the start, at intervals and at the end. The last row says which state was kept,
+    and in a sentence if that is not the last one.
 
     Weights and optimizer are kept in float32 whatever the model's dtype (bfloat16 models compute under autocast), and
     the model goes back to its dtype at the end. Checkpoints lie in `folder`, a later call goes on from the newest
@@ -141,6 +118,7 @@ class _Recovery:
     """One recovery: how its windows are shared between the phases."""
 
     patches: Patches | None = None
+    rate: float
 
     def __init__(
         self,
@@ -161,6 +139,7 @@ class _Recovery:
             num_windows=settings.steps * settings.batch_size,
             seed=seed,
             answers_only=settings.loss_on == "answers",
+            num_held_out=settings.held_out.num_windows,
         )
         local = settings.loss == "local_then_kl" and bool(learning_blocks(model, trained))
         self.local_steps = settings.distill.local_steps if local else 0
@@ -176,42 +155,72 @@ class _Recovery:
     ) -> list[Row]:
         rows: list[Row] = []
         logits = teacher = None
+        distill = self.settings.distill
         if self.settings.loss != "lm":
-            teacher = self._teacher(self.settings.distill.teacher or teacher_source)
-            logits = self._logits(teacher, self.settings.distill.teacher or teacher_source, cache)
-            rows = self._local(teacher, progress) if self.local_steps else []
+            teacher = open_teacher(distill.teacher or teacher_source, self.model, self.tokenizer)
+            if distill.top_k != "all":
+                logits = self._logits(teacher, distill.teacher or teacher_source, cache)
+        judgements = self._judgements(teacher)
+        judgements.judge(self.model, 0)
         dataset = TaughtWindows(
             self.windows,
             logits,
             first=self.local_steps * self.settings.batch_size,
             num_taught=self.taught_steps * self.settings.batch_size,
         )
-        return rows + self._global(dataset, teacher if self.settings.distill.hidden else None, progress, judge)
+        beside = teacher if distill.hidden or distill.top_k == "all" else None
+        rows.append(self._choose_rate(dataset, beside))
+        rows += self._local(teacher, progress) if self.local_steps else []
+        rows += self._global(dataset, beside, judgements, progress, judge)
+        return rows + judgements.finish(self.model)
 
-    def _teacher(self, source: str | Path | None) -> Any:
-        if source is None:
-            raise ValueError(f"recover: the loss {self.settings.loss} needs a teacher; name one as distill.teacher.")
-        teacher: Any = load_model(source, dtype="float32")
-        check_vocabulary(teacher, self.model)
-        if tokenizer_digest(load_tokenizer(source)) != tokenizer_digest(self.tokenizer):
-            raise ValueError(
-                f"recover: the tokenizer of the teacher ({source}) means other tokens than the model's; distillation "
-                "compares logits token by token, so it needs a teacher with the same tokenizer."
-            )
-        return teacher.to(next(self.model.parameters()).device).requires_grad_(False)
+    def _choose_rate(self, dataset: TaughtWindows, teacher: Any) -> Row:
+        """Settle `rate` before anything is changed; the row says what its first step promises."""
+        asked, size = self.settings.learning_rate, self.settings.batch_size
+        groups = parameter_groups(self.model, self.trained, 1.0, self.settings.core_rate)
+        factors = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+        device = next(iter(self.trained)).device
+
+        def loss(number: int) -> Tensor:
+            batch = default_collate([dataset[number * size + place] for place in range(size)])
+            batch = {key: value.to(device) for key, value in batch.items()}
+            return batch_loss(self.model, batch, teacher, self.settings.distill.hidden)[0]
+
+        num_batches = min(NUM_BATCHES if asked == "auto" else 1, len(dataset) // size)
+        training = self.model.training
+        self.model.train()  # blocks are computed again only then, where that is asked for
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            per_rate = loss_per_rate(factors, map(loss, range(num_batches)))
+        self.model.train(training)
+        self.rate = largest_rate(per_rate, RATE) if asked == "auto" else float(asked)
+        promised = self.rate / per_rate if per_rate else None
+        return {"kind": "rate", "learning_rate": self.rate, "promised": promised, "said": warning(self.rate, per_rate)}
+
+    def _judgements(self, teacher: Any) -> Judgements:
+        """By the loss of the last phase; with the state that an earlier, stopped call found best."""
+        settings, windows = self.settings, self.windows.held_out
+        return Judgements(
+            taught(windows, teacher) if self.task_steps == 0 else windows,
+            {name: p for name, p in self.model.named_parameters() if p in self.trained},
+            self.folder / "best.safetensors",
+            at=judged_steps(settings.steps, settings.held_out.num_times),
+            steps_before=self.local_steps,
+            batch_size=settings.batch_size,
+            autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
+        )
 
     def _logits(self, teacher: Any, source: Any, cache: Path | None) -> TeacherLogits:
         """Filled for the steps that learn from them."""
         settings = self.settings
-        about: dict[str, Any] = {
+        about: dict[str, Any] = settings.distill.model_dump(include={"top_k", "tail_samples"}) | {
             "teacher": fingerprint(source),
             "tokenizer": tokenizer_digest(self.tokenizer),
             "vocabulary": teacher.get_output_embeddings().weight.shape[0],
-            "top_k": settings.distill.top_k,
             "window": settings.window,
         }
-        asked = [about, self.seed, settings.loss_on, [text.model_dump(mode="json") for text in settings.text]]
-        name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        read = settings.model_dump(mode="json", include={"text", "loss_on", "held_out"})  # what settles the windows
+        name = hashlib.sha256(json.dumps([about, self.seed, read], sort_keys=True).encode()).hexdigest()[:16]
         own = settings.distill.cache
         logits = TeacherLogits(Path(own) if own is not None else (cache or self.folder / "teacher") / name, **about)
         first = self.local_steps * settings.batch_size
@@ -237,7 +246,7 @@ class _Recovery:
             batches,
             trained=self.trained,
             inputs=settings.distill.local_inputs,
-            learning_rate=settings.learning_rate,
+            learning_rate=self.rate,
             warmup=settings.warmup,
             weight_decay=settings.weight_decay,
             core_rate=settings.core_rate,
@@ -250,6 +259,7 @@ class _Recovery:
         self,
         dataset: TaughtWindows,
         teacher: Any,
+        judgements: Judgements,
         progress: Callable[[int, int], None] | None,
         judge: Judge | None,
     ) -> list[Row]:
@@ -261,15 +271,17 @@ class _Recovery:
             phase=lambda step: "kl" if step <= self.taught_steps else "lm",
             diverged=settings.diverged,
             judge=judge,
+            held_out=judgements.rows,
         )
         start = last_whole_checkpoint(self.folder) if self.folder.exists() else None
         if start is not None:
             watch.rows = read_json(start / MARK)["rows"]
+            judgements.rows[:] = read_json(start / MARK)["held_out"]
         trainer = DistillTrainer(
             model=self.model,
-            args=_arguments(settings, self.folder, self.dtype, self.seed, settings.steps - self.local_steps),
+            args=arguments(settings, self.folder, self.dtype, self.seed, settings.steps - self.local_steps, self.rate),
             train_dataset=dataset,
-            callbacks=[watch] if self.patches is None else [watch, Turns(self.patches)],
+            callbacks=[judgements, watch] if self.patches is None else [judgements, watch, Turns(self.patches)],
             optimizers=self._optimizer(),
         )
         trainer.teacher, trainer.hidden = teacher, settings.distill.hidden
@@ -281,10 +293,8 @@ class _Recovery:
         """With its schedule; None where the Trainer's own are meant."""
         settings = self.settings
         if self.patches is not None:
-            return self.patches.optimizer(
-                settings.learning_rate, settings.warmup, settings.weight_decay, settings.steps
-            )
+            return self.patches.optimizer(self.rate, settings.warmup, settings.weight_decay, settings.steps)
         if settings.core_rate == "same":
             return None, None
-        groups = parameter_groups(self.model, self.trained, settings.learning_rate, settings.core_rate)
+        groups = parameter_groups(self.model, self.trained, self.rate, settings.core_rate)
         return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True), None

@@ -1,49 +1,74 @@
 """The losses of distillation.
 
-Shape letters: ... positions, V vocabulary, K tokens kept of each position, B windows, T tokens, D hidden size.
+Shape letters: ... positions, V vocabulary, K tokens kept of each position, M tokens drawn from the others, B windows,
+T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def top_k_of(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:  # (..., V) -> (..., K), (..., K), (...)
-    """What is kept of a teacher's logits: the K most probable tokens, their log-probabilities, the mass of all others.
+class Kept(NamedTuple):
+    """What is kept of a teacher's distributions: K tokens exactly, and M draws from all others."""
+
+    tokens: Tensor  # (..., K) integers, the most probable
+    values: Tensor  # (..., K) their log-probabilities, fp16
+    tail: Tensor  # (...) the probability of all others
+    drawn: Tensor  # (..., M) integers, drawn from the others by their probability; one may be there several times
+    drawn_values: Tensor  # (..., M) their log-probabilities, fp16
+
+
+def keep(logits: Tensor, top_k: int, tail_samples: int, seed: int) -> Kept:  # (..., V)
+    """What is kept of a teacher's logits. The draws are systematic, with one random offset for each position: a token
+    outside the first K is drawn M p / tail times on average, so that a sum over the draws is an unbiased sum over all.
 
     The log-probabilities are rounded to fp16 and the tail is what is missing to 1 after that (never below 0), so that
     what is kept is a distribution again.
     """
-    values, tokens = logits.float().log_softmax(-1).topk(min(top_k, logits.shape[-1]))
-    values = values.half()
+    all_values = logits.float().log_softmax(-1)
+    values, tokens = all_values.topk(min(top_k, logits.shape[-1]))
+    # the smallest number of fp16 stands for minus infinity: a teacher that is certain has nothing else to give
+    least = torch.finfo(torch.float16).min
+    values = values.clamp(min=least).half()
     tail = (1 - values.double().exp().sum(-1)).clamp(min=0).float()
-    return tokens.int(), values, tail
+    count = 0 if tokens.shape[-1] == logits.shape[-1] else tail_samples
+    edges = all_values.exp().scatter(-1, tokens, 0.0).cumsum(-1)
+    offsets = torch.rand(tail.shape, generator=torch.Generator().manual_seed(seed)).to(edges.device)
+    places = (torch.arange(count, device=edges.device) + offsets[..., None]) / max(1, count) * edges[..., -1:]
+    drawn = torch.searchsorted(edges, places, right=True).clamp(max=logits.shape[-1] - 1)
+    drawn_values = all_values.gather(-1, drawn).clamp(min=least).half()
+    return Kept(tokens.int(), values, tail, drawn.int(), drawn_values)
 
 
-def top_k_divergence(student: Tensor, tokens: Tensor, log_probabilities: Tensor, tail: Tensor) -> Tensor:
-    """KL(teacher || student) in nats over K + 1 events: the kept tokens, and all others together.
+def kept_divergence(student: Tensor, kept: Kept) -> Tensor:  # (..., V) logits -> (...)
+    """KL(teacher || student) in nats at every position, from what is kept of the teacher.
 
-    By the log-sum inequality it is at most the divergence over the whole vocabulary, and equal to it if K = V.
-
-    Args:
-        student: logits (..., V). tokens: (..., K) integers. log_probabilities: (..., K) of the teacher.
-        tail: (...) the teacher's probability of everything else.
-
-    Returns:
-        (...) one number for each position.
+    The kept tokens count exactly. The others count by the draws, which makes value and gradient unbiased (Anshumann et
+    al. 2025, arXiv 2503.16870). To count all others as one event would leave out how the mass is divided among them:
+    the student may then forget the rare tokens, one perplexity point after another, while this loss falls.
     """
-    student, tokens = student.float(), tokens.long()
-    total = student.logsumexp(-1)
-    kept = log_probabilities.float()
-    divergence = (kept.exp() * (kept - student.gather(-1, tokens) + total[..., None])).sum(-1)
-    if tokens.shape[-1] == student.shape[-1]:
-        return divergence  # there are no others, and the logarithm of their mass has no gradient
-    others = student.scatter(-1, tokens, float("-inf")).logsumexp(-1) - total
-    return divergence + torch.special.xlogy(tail, tail) - tail * others
+    student = student.float()
+    total = student.logsumexp(-1, keepdim=True)
+
+    def excess(tokens: Tensor, values: Tensor) -> Tensor:  # log p - log q of these tokens
+        return values.float() - student.gather(-1, tokens.long()) + total
+
+    exact = (kept.values.float().exp() * excess(kept.tokens, kept.values)).sum(-1)
+    if kept.drawn.shape[-1] == 0:
+        return exact
+    return exact + kept.tail * excess(kept.drawn, kept.drawn_values).mean(-1)
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:  # (..., V) logits each -> (...)
+    """KL(teacher || student) in nats at every position, over the whole vocabulary."""
+    wanted = teacher.float().log_softmax(-1)
+    return (wanted.exp() * (wanted - student.float().log_softmax(-1))).sum(-1)
 
 
 def counted(labels: Tensor, ignored: int) -> Tensor:  # (B, T) -> (B, T - 1)

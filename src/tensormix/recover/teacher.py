@@ -1,12 +1,12 @@
-"""The dense model's logits, computed once and kept on the disk: the most probable tokens and the mass of the rest.
+"""The dense model's logits, computed once and kept on the disk: the most probable tokens, and draws from the rest.
 
-    cache.json                   what they are of: teacher, tokenizer, vocabulary, kept tokens, window
-    logits-00000.safetensors     `ids` of 64 windows, and of every position but the last `tokens`, `values`, `tail`
+    cache.json                   what they are of: teacher, tokenizer, vocabulary, kept and drawn tokens, window
+    logits-00000.safetensors     `ids` of 64 windows, and of every position but the last the parts of `losses.Kept`
 
 A file is written whole or not at all, so a cache that was stopped goes on. The windows themselves are in the files and
 are compared, so a cache serves every run that reads the same windows, also one that reads only the first of them.
 
-Shape letters: B windows, T tokens, K tokens kept of each position.
+Shape letters: B windows, T tokens, K tokens kept of each position, M tokens drawn from the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tensormix.recover.losses import top_k_of
+from tensormix.models import load_model, load_tokenizer
+from tensormix.recover.losses import Kept, keep
 from tensormix.storage.files import new_file, read_json, write_json
 
 WINDOWS_PER_FILE = 64
@@ -44,6 +45,22 @@ def check_vocabulary(teacher: Any, student: Any) -> None:
         )
 
 
+def open_teacher(source: str | Path | None, student: Any, tokenizer: Any) -> Any:
+    """The dense model in float32, where the student is. Raises ValueError if none is named or its tokens are others."""
+    if source is None:
+        raise ValueError(
+            "recover: a loss that learns from the dense model needs a teacher; name one as distill.teacher."
+        )
+    teacher: Any = load_model(source, dtype="float32")
+    check_vocabulary(teacher, student)
+    if tokenizer_digest(load_tokenizer(source)) != tokenizer_digest(tokenizer):
+        raise ValueError(
+            f"recover: the tokenizer of the teacher ({source}) means other tokens than the model's; distillation "
+            "compares logits token by token, so it needs a teacher with the same tokenizer."
+        )
+    return teacher.to(next(student.parameters()).device).requires_grad_(False)
+
+
 class TeacherLogits:
     """What is kept of a teacher's logits on a row of windows, in a folder.
 
@@ -51,18 +68,22 @@ class TeacherLogits:
         folder: of the cache; made where it is missing.
         teacher: fingerprint of the teacher. tokenizer: digest of the tokenizer that made the windows.
         vocabulary: number of tokens that the teacher scores. window: tokens of each window.
+        top_k, tail_samples: K and M.
 
     Raises:
         ValueError: the folder holds the logits of another teacher, tokenizer or window, or fewer tokens each.
     """
 
-    def __init__(self, folder: Path, *, teacher: str, tokenizer: str, vocabulary: int, top_k: int, window: int) -> None:
+    def __init__(
+        self, folder: Path, *, teacher: str, tokenizer: str, vocabulary: int, top_k: int, tail_samples: int, window: int
+    ) -> None:
         self.folder, self.window = folder, window
         self.about = {
             "teacher": teacher,
             "tokenizer": tokenizer,
             "vocabulary": vocabulary,
             "top_k": min(top_k, vocabulary),
+            "tail_samples": tail_samples,
             "window": window,
         }
         if (folder / "cache.json").exists():
@@ -96,11 +117,21 @@ class TeacherLogits:
             ids = torch.stack([windows(i) for i in range(size * number, min(size * (number + 1), num_windows))]).int()
             if self._has(number, ids):
                 continue
-            kept = [top_k_of(self._finite(logits_of(b.long())), self.about["top_k"]) for b in ids.split(batch_size)]
-            tokens, values, tail = (torch.cat([part[i][:, :-1] for part in kept]).cpu() for i in range(3))
-            content = {"ids": ids, "tokens": tokens, "values": values, "tail": tail}
+            kept: list[Kept] = []
+            for batch in ids.split(batch_size):
+                logits = self._finite(logits_of(batch.long()))[:, :-1]
+                first = size * number + len(kept)
+                kept += [self._keep(of_window, first + place) for place, of_window in enumerate(logits)]
+            content = {
+                "ids": ids,
+                **{part: torch.stack([getattr(k, part) for k in kept]).cpu() for part in Kept._fields},
+            }
             with new_file(self._file(number)) as handle:
                 handle.write(save({name: tensor.contiguous() for name, tensor in content.items()}))
+
+    def _keep(self, logits: Tensor, number: int) -> Kept:  # (T - 1, V)
+        """Of window `number`, which is the seed of its draws: they do not depend on the batch that it comes in."""
+        return keep(logits, self.about["top_k"], self.about["tail_samples"], seed=number)
 
     def _finite(self, logits: Tensor) -> Tensor:
         if not logits.isfinite().all():
@@ -122,10 +153,10 @@ class TeacherLogits:
         return len(there) >= len(ids)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """Of one window: teacher_tokens (T - 1, K), teacher_values (T - 1, K), teacher_tail (T - 1,)."""
+        """Of one window the parts of `Kept` (T - 1, ...), each as teacher_NAME."""
         file, place = divmod(number, WINDOWS_PER_FILE)
         with safe_open(self._file(file), "pt") as opened:
-            return {f"teacher_{name}": opened.get_slice(name)[place] for name in ("tokens", "values", "tail")}
+            return {f"teacher_{name}": opened.get_slice(name)[place] for name in Kept._fields}
 
     def _file(self, number: int) -> Path:
         return self.folder / f"logits-{number:05d}.safetensors"

@@ -27,6 +27,7 @@ class Watch(TrainerCallback):
         diverged: nats above the lowest loss of a phase; the run is stopped when three losses in a row are higher, or at
             once where one is no number (None: only there).
         judge: asked at every checkpoint; True stops the recovery, whose outcome is clear.
+        held_out: the rows of the judgements so far, which a checkpoint keeps beside its own.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class Watch(TrainerCallback):
         phase: Callable[[int], str],
         diverged: float | None,
         judge: Callable[[Any, int], bool] | None = None,
+        held_out: list[Row] | None = None,
     ) -> None:
+        self.held_out = [] if held_out is None else held_out
         self.rows: list[Row] = []
         self.tokens_per_step, self.progress, self.began = tokens_per_step, progress, time.perf_counter()
         self.steps_before, self.phase, self.diverged, self.judge = steps_before, phase, diverged, judge
@@ -84,7 +87,7 @@ class Watch(TrainerCallback):
 
     def on_save(self, args, state, control, model: Any = None, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(folder / MARK, {"files": _sizes(folder), "rows": self.rows})
+        write_json(folder / MARK, {"files": _sizes(folder), "rows": self.rows, "held_out": self.held_out})
         if self.judge is not None and self.judge(model, self.steps_before + state.global_step):
             control.should_training_stop = True
 
