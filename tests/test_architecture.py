@@ -20,7 +20,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "statistics": set(),
     "exam": set(),
     "settings": set(),
-    "rows": set(),
     "report": set(),
     "clock": set(),
     "operators": {"kernels"},
@@ -47,6 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"diagnose", "methods", "plan", "reparameterise", "settings"},
     "examine": {"compression", "data", "diagnose", "evaluate", "exam", "plan", "recipe", "settings"},
 }  # fmt: skip
+for part in set(MAY_IMPORT) - {"kernels", "exam", "settings"}:
+    MAY_IMPORT[part].add("rows")
+MAY_IMPORT["rows"] = set()
 MAY_IMPORT["allocation"] = set(MAY_IMPORT) - {"inference", "recover", "report"}
 MAY_IMPORT["run"] = set(MAY_IMPORT)
 MAY_IMPORT["sweep"] = set(MAY_IMPORT)

@@ -26,10 +26,8 @@ from tensormix.evaluate import (
 from tensormix.exam import exam, prompt, worked_examples
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
+from tensormix.rows import Progress, Row
 from tensormix.settings import Calibration, Evaluate, Exam, Source
-
-Row = dict[str, Any]
-Progress = Callable[[int, int], None]
 
 
 def evaluate_rows(

@@ -27,11 +27,11 @@ from tensormix.models import load_tokenizer, skeleton
 from tensormix.operators import ExpertStack
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
+from tensormix.rows import Row
 from tensormix.settings import Evaluate, Perplexity, Search
 from tensormix.sites import Site, blocks, find_sites
 from tensormix.storage.memory import available_memory
 
-Row = dict[str, Any]
 Score = Callable[[nn.Module], tuple[float, float]]  # accuracy (0 where there is none) and log-loss in nats
 Pair = tuple[str, float]  # a site and a keep_rank to try there
 Fitted = dict[Pair, nn.Module]

@@ -180,7 +180,7 @@ def listing(what: str) -> list[dict[str, Any]]:
         "operators": lambda: __import__("tensormix.operators", fromlist=["OPERATORS"]).OPERATORS,
         "statistics": lambda: __import__("tensormix.statistics", fromlist=["STATISTICS"]).STATISTICS,
         "diagnostics": lambda: __import__("tensormix.diagnose", fromlist=["DIAGNOSTICS"]).DIAGNOSTICS,
-        "stages": lambda: __import__("tensormix.run", fromlist=["STAGES"]).STAGES,
+        "stages": lambda: __import__("tensormix.rows", fromlist=["STAGES"]).STAGES,
         "subjects": lambda: __import__("tensormix.exam", fromlist=["SUBJECTS"]).SUBJECTS,
     }
     if what not in tables:

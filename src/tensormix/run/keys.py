@@ -12,12 +12,8 @@ from tensormix.examine import has_answers
 from tensormix.models import fingerprint
 from tensormix.plan import Plan
 from tensormix.recipe import Recipe
+from tensormix.rows import Row
 from tensormix.storage.files import read_json
-
-Row = dict[str, Any]
-
-
-STAGES = ("allocate", "reparameterise", "compress", "direct", "recover", "evaluate", "diagnose", "profile")
 
 
 def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:

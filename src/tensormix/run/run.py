@@ -26,8 +26,9 @@ from pathlib import Path
 from tensormix.allocation.laser_search import check_search
 from tensormix.evaluate import check_installed
 from tensormix.recipe import Recipe
-from tensormix.run.keys import STAGES, dense_recipe, with_allocation
-from tensormix.run.stages import Progress, Stages
+from tensormix.rows import STAGES, StageProgress
+from tensormix.run.keys import dense_recipe, with_allocation
+from tensormix.run.stages import Stages
 from tensormix.storage.files import write_json
 
 
@@ -36,7 +37,7 @@ def run_recipe(
     folder: Path,
     *,
     reference: Path | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     keep_compressed: bool = True,
     workers: int = 1,
     teacher_cache: Path | None = None,

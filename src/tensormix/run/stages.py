@@ -24,17 +24,18 @@ from tensormix.profile import bytes_by_dtype, num_parameters, profile
 from tensormix.recipe import Recipe
 from tensormix.recover import recover
 from tensormix.reparameterise import reparameterise
-from tensormix.run.keys import Row, is_done, stage_keys, stage_rows, stage_settings
+from tensormix.rows import Row, StageProgress
+from tensormix.run.keys import is_done, stage_keys, stage_rows, stage_settings
 from tensormix.settings import Calibration, Exam, Recover, Source
 from tensormix.storage.files import environment, now, whole_folder, write_json
-
-Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
 
 class Stages:
     """The state of one run: which model is in memory, and which keys the stages have."""
 
-    def __init__(self, recipe: Recipe, folder: Path, reference: Path | None, progress: Progress, workers: int) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, reference: Path | None, progress: StageProgress, workers: int
+    ) -> None:
         self.recipe, self.folder, self.reference, self.progress = recipe, folder, reference, progress
         self.workers = workers
         self.cache: Path | None = None

@@ -13,22 +13,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tensormix.allocation import ImpossibleBudget
 from tensormix.models import local_folder
 from tensormix.recipe import Recipe
 from tensormix.recipe.comparison import NULLS, ComparedCell, Comparison
+from tensormix.rows import Row, SweepProgress
 from tensormix.run.keys import dense_recipe, stage_rows, with_allocation
 from tensormix.run.run import run_recipe
 from tensormix.storage.bits import checkpoint_bits
 from tensormix.storage.files import environment, now, read_json, write_json
-from tensormix.sweep.depths import Progress, finished, within
-
-Row = dict[str, Any]
+from tensormix.sweep.depths import finished, within
 
 
-def run_comparison(comparison: Comparison, folder: Path, *, progress: Progress | None = None) -> Path:
+def run_comparison(comparison: Comparison, folder: Path, *, progress: SweepProgress | None = None) -> Path:
     """Make every cell that is missing and write comparison.json; returns `folder`.
 
     A budget that a method cannot meet is a cell without a run: the sentence why stands in comparison.json.

@@ -16,21 +16,18 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from tensormix.diagnose import Measurement, bisect_boundary, find_boundary, fit_crossing
 from tensormix.methods import DropBlocks, Mixt, ZeroMethod
 from tensormix.models import skeleton
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Cell, Recipe, Sweep
-from tensormix.run.keys import STAGES, dense_recipe, is_done, stage_keys, stage_rows
+from tensormix.rows import STAGES, Row, SweepProgress
+from tensormix.run.keys import dense_recipe, is_done, stage_keys, stage_rows
 from tensormix.run.run import run_recipe
 from tensormix.sites import blocks
 from tensormix.storage.files import environment, now, write_json
 from tensormix.sweep.family import family_rows, run_family
-
-Row = dict[str, Any]
-Progress = Callable[[str, float, float], None]  # what is being done, work done, work in all
 
 # Rough shares of one cell's time, only to move the bar between two cells.
 SHARES = {
@@ -64,7 +61,7 @@ def cell_recipe(recipe: Recipe, cell: Cell) -> Recipe:
     return recipe.model_copy(update={"plan": Plan((rule,))})
 
 
-def run_sweep(sweep: Sweep, folder: Path, *, progress: Progress | None = None) -> Path:
+def run_sweep(sweep: Sweep, folder: Path, *, progress: SweepProgress | None = None) -> Path:
     """Make every cell that is missing, find the boundaries, write sweep.json; returns `folder`.
 
     Raises:
@@ -110,7 +107,7 @@ class _Sweep:
         deepest = max(before, key=lambda c: c.depth, default=None)
         return self.folder / cell_name(deepest) / "recovered" if deepest else None
 
-    def scan(self, tell: Progress) -> None:
+    def scan(self, tell: SweepProgress) -> None:
         """Every cell that is missing."""
         write_sweep(self.sweep, self.cells, self.folder)
         cells = sorted(self.cells, key=lambda c: c.depth) if self.sweep.warm_start else self.cells
@@ -133,7 +130,7 @@ class _Sweep:
             tell(name, done, total)
             write_sweep(self.sweep, self.cells, self.folder)
 
-    def bisect(self, tell: Progress) -> None:
+    def bisect(self, tell: SweepProgress) -> None:
         """Of each series only the cells that finding its boundary takes; those not made are not in sweep.json."""
         series = list(dict.fromkeys(_series(cell) for cell in self.cells))
         total = len(series) * (math.ceil(math.log2(self.num_blocks)) + 3.0)  # more for a gradual fall

@@ -42,11 +42,11 @@ from tensormix.plan import Plan, Rule
 from tensormix.recipe import Cell, Direction, Sweep
 from tensormix.recover.local import distill_blocks
 from tensormix.recover.rates import compressed_parameters
+from tensormix.rows import Row
 from tensormix.settings import Exam, Source
 from tensormix.sites import blocks
 from tensormix.sweep.depths import cell_recipe
 
-Row = dict[str, Any]
 SIGNALS = ("drift", "output_entropy", "divergence", "local_error", "effective_rank")
 WITHOUT_A_SAY = {"effective_rank"}
 
