@@ -48,7 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }  # fmt: skip
 for part in set(MAY_IMPORT) - {"kernels", "exam", "settings"}:
     MAY_IMPORT[part].add("rows")
-MAY_IMPORT["rows"] = set()
+MAY_IMPORT |= {"rows": set(), "version": set()}
+MAY_IMPORT["compression"].add("version")
 MAY_IMPORT["allocation"] = set(MAY_IMPORT) - {"inference", "recover", "report"}
 MAY_IMPORT["run"] = set(MAY_IMPORT)
 MAY_IMPORT["sweep"] = set(MAY_IMPORT)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tensormix.cli.tables import show_check, show_prediction, show_results, show_rows
+from tensormix.storage.locks import LOCK
 
 app = typer.Typer(
     help="Make large language models small with structured operators, and see where they break.",
@@ -216,7 +217,8 @@ def measured_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def check_out(folder: Path, ours: str, overwrite: bool) -> None:
     """Raise ValueError if `folder` holds something and not the file `ours`, by which our own folders are known."""
-    if not overwrite and folder.exists() and not (folder / ours).exists() and any(folder.iterdir()):
+    there = {file.name for file in folder.iterdir()} - {LOCK} if folder.exists() else set()
+    if there and ours not in there and not overwrite:
         raise ValueError(f"{folder} holds something else (no {ours}); choose another --out, or add --overwrite")
 
 

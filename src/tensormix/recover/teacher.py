@@ -3,8 +3,9 @@
     cache.json                   what they are of: teacher, tokenizer, vocabulary, kept tokens, window
     logits-00000.safetensors     `ids` of 64 windows, and of every position but the last `tokens`, `values`, `tail`
 
-A file is written whole or not at all, so a cache that was stopped goes on. The windows themselves are in the files and
-are compared, so a cache serves every run that reads the same windows, also one that reads only the first of them.
+A file is written whole or not at all, so a cache that was stopped goes on; and by one process at a time, so runs at the
+same time share one. The windows themselves are in the files and are compared, so a cache serves every run that reads
+the same windows, also one that reads only the first of them.
 
 Shape letters: B windows, T tokens, K tokens kept of each position.
 """
@@ -23,7 +24,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tensormix.recover.losses import top_k_of
-from tensormix.storage.files import new_file, read_json, write_json
+from tensormix.storage.files import new_file, read_json, remove_unfinished, write_json
+from tensormix.storage.locks import in_turn
 
 WINDOWS_PER_FILE = 64
 
@@ -65,10 +67,11 @@ class TeacherLogits:
             "top_k": min(top_k, vocabulary),
             "window": window,
         }
-        if (folder / "cache.json").exists():
-            self._compare(read_json(folder / "cache.json"))
-        else:
-            write_json(folder / "cache.json", self.about)
+        with in_turn(folder / "cache.json"):
+            if (folder / "cache.json").exists():
+                self._compare(read_json(folder / "cache.json"))
+            else:
+                write_json(folder / "cache.json", self.about)
 
     def _compare(self, found: dict[str, Any]) -> None:
         for key, wanted in self.about.items():
@@ -94,13 +97,18 @@ class TeacherLogits:
         size = WINDOWS_PER_FILE
         for number in range(wanted.start // size, -(-wanted.stop // size)):
             ids = torch.stack([windows(i) for i in range(size * number, min(size * (number + 1), num_windows))]).int()
-            if self._has(number, ids):
-                continue
-            kept = [top_k_of(self._finite(logits_of(b.long())), self.about["top_k"]) for b in ids.split(batch_size)]
-            tokens, values, tail = (torch.cat([part[i][:, :-1] for part in kept]).cpu() for i in range(3))
-            content = {"ids": ids, "tokens": tokens, "values": values, "tail": tail}
-            with new_file(self._file(number)) as handle:
-                handle.write(save({name: tensor.contiguous() for name, tensor in content.items()}))
+            with in_turn(self._file(number)):
+                if not self._has(number, ids):
+                    self._keep(number, ids, logits_of, batch_size)
+
+    def _keep(self, number: int, ids: Tensor, logits_of: Callable[[Tensor], Tensor], batch_size: int) -> None:
+        file = self._file(number)
+        remove_unfinished(self.folder, file.name)
+        kept = [top_k_of(self._finite(logits_of(b.long())), self.about["top_k"]) for b in ids.split(batch_size)]
+        tokens, values, tail = (torch.cat([part[i][:, :-1] for part in kept]).cpu() for i in range(3))
+        content = {"ids": ids, "tokens": tokens, "values": values, "tail": tail}
+        with new_file(file) as handle:
+            handle.write(save({name: tensor.contiguous() for name, tensor in content.items()}))
 
     def _finite(self, logits: Tensor) -> Tensor:
         if not logits.isfinite().all():

@@ -11,7 +11,6 @@ was, and one that gets another method, budget or seed makes only the cells that 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from tensormix.allocation import ImpossibleBudget
@@ -23,6 +22,7 @@ from tensormix.run.keys import dense_recipe, stage_rows, with_allocation
 from tensormix.run.run import run_recipe
 from tensormix.storage.bits import checkpoint_bits
 from tensormix.storage.files import environment, now, read_json, write_json
+from tensormix.storage.locks import only_process
 from tensormix.sweep.depths import finished, within
 
 
@@ -32,11 +32,18 @@ def run_comparison(comparison: Comparison, folder: Path, *, progress: SweepProgr
     A budget that a method cannot meet is a cell without a run: the sentence why stands in comparison.json.
 
     Raises:
-        ValueError: whatever a stage of a cell finds wrong. Finished cells stay.
+        ValueError: another process writes into the folder, or whatever a stage of a cell finds wrong. Finished cells
+            stay.
     """
     recipe = comparison.recipe
     assert recipe is not None  # Comparison.load and its validator see to it
-    tell: Callable[[str, float, float], None] = progress or (lambda what, done, total: None)
+    tell: SweepProgress = progress or (lambda what, done, total: None)
+    with only_process(folder):
+        _make_cells(comparison, recipe, folder, tell)
+    return folder
+
+
+def _make_cells(comparison: Comparison, recipe: Recipe, folder: Path, tell: SweepProgress) -> None:
     cells, dense, impossible = comparison.cells(), folder / "dense", {}
     write_comparison(comparison, folder, impossible)
     run_recipe(dense_recipe(recipe), dense, keep_compressed=False)
@@ -52,7 +59,6 @@ def run_comparison(comparison: Comparison, folder: Path, *, progress: SweepProgr
         write_comparison(comparison, folder, impossible)
     tell("done", len(todo), len(todo))
     write_comparison(comparison, folder, impossible, ended=True)
-    return folder
 
 
 def is_finished(recipe: Recipe, folder: Path, dense: Path) -> bool:

@@ -27,6 +27,7 @@ from tensormix.run.keys import dense_recipe, is_done, stage_keys, stage_rows
 from tensormix.run.run import run_recipe
 from tensormix.sites import blocks
 from tensormix.storage.files import environment, now, write_json
+from tensormix.storage.locks import only_process
 from tensormix.sweep.family import family_rows, run_family
 
 # Rough shares of one cell's time, only to move the bar between two cells.
@@ -65,13 +66,15 @@ def run_sweep(sweep: Sweep, folder: Path, *, progress: SweepProgress | None = No
     """Make every cell that is missing, find the boundaries, write sweep.json; returns `folder`.
 
     Raises:
-        ValueError: a depth beyond the model, or whatever a stage of a cell finds wrong. Finished cells stay.
+        ValueError: a depth beyond the model, another process writes into the folder, or whatever a stage of a cell
+            finds wrong. Finished cells stay.
     """
     tell = progress or (lambda what, done, total: None)
     job = _Sweep(sweep, folder)
-    run_family(sweep, folder)
-    (job.bisect if sweep.search == "bisect" else job.scan)(tell)
-    shutil.rmtree(folder / "teacher", ignore_errors=True)
+    with only_process(folder):
+        run_family(sweep, folder)
+        (job.bisect if sweep.search == "bisect" else job.scan)(tell)
+        shutil.rmtree(folder / "teacher", ignore_errors=True)
     return folder
 
 
