@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hf": {"operators", "sites", "storage"},
     "models": {"hf", "sites", "storage"},
     "plan": {"methods", "sites"},
-    # what is done to a model: compressed by a plan, or examined by stages that never know of one
+    # what is done to a model: compressed by a plan, or measured by stages that never know of one
     "compression": {
         "fitting", "hf", "methods", "models", "operators", "plan", "reparameterise", "sites", "statistics", "storage",
     },
@@ -44,7 +44,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnose": FACTS | {"evaluate"},
     # what is asked for, and carried out
     "recipe": {"diagnose", "methods", "plan", "reparameterise", "settings"},
-    "examine": {"compression", "data", "diagnose", "evaluate", "exam", "plan", "recipe", "settings"},
 }  # fmt: skip
 for part in set(MAY_IMPORT) - {"kernels", "exam", "settings"}:
     MAY_IMPORT[part].add("rows")

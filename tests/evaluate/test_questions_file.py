@@ -5,8 +5,7 @@ import json
 import pytest
 
 from tensormix.allocation.laser_search import scorer
-from tensormix.evaluate import read_prompts
-from tensormix.examine import exam_prompts
+from tensormix.evaluate import exam_prompts, read_prompts
 from tensormix.recipe import Sweep
 from tensormix.settings import Evaluate, Exam
 from tensormix.storage.files import read_json

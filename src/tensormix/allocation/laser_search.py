@@ -19,9 +19,8 @@ from torch import nn
 
 from tensormix.allocation.survey import in_place
 from tensormix.data import describe, packed_source, separator_of
-from tensormix.evaluate import evaluate_choices, perplexity, read_prompts
+from tensormix.evaluate import evaluate_choices, exam_prompts, perplexity, read_prompts
 from tensormix.evaluate.batches import Asked
-from tensormix.examine import exam_prompts
 from tensormix.methods import Laser, laser_search
 from tensormix.models import load_tokenizer, skeleton
 from tensormix.operators import ExpertStack

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensormix.examine import has_answers
+from tensormix.evaluate import has_answers
 from tensormix.models import fingerprint
 from tensormix.plan import Plan
 from tensormix.recipe import Recipe

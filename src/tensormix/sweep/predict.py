@@ -29,13 +29,12 @@ import torch
 from torch import Tensor
 
 from tensormix.compression import compress
-from tensormix.data import Mixture, calibration_batches
+from tensormix.data import Mixture, windows_of
 from tensormix.diagnose.geometry import last_states, similarity_map
 from tensormix.diagnose.table import Diagnose
-from tensormix.evaluate import ChoicePrompt
+from tensormix.evaluate import ChoicePrompt, exam_prompts
 from tensormix.evaluate.choices import answer_tokens, encode
 from tensormix.evaluate.forward import device_of, logits_at, pad_right, quiet
-from tensormix.examine import exam_prompts
 from tensormix.methods.base import Method
 from tensormix.models import load_model, load_tokenizer
 from tensormix.plan import Plan, Rule
@@ -80,9 +79,7 @@ def predict(
     settings = recipe.calibration
     batches = None
     if settings is not None:
-        batches = calibration_batches(
-            tokenizer, settings.text, num_windows=settings.num_windows, window=settings.window, seed=recipe.seed
-        )
+        batches = windows_of(tokenizer, settings, recipe.seed)
     asked = num_prompts or (recipe.diagnose or Diagnose()).num_prompts
     prompts = exam_prompts((recipe.evaluate.exam or Exam()).model_copy(update={"num_questions": asked}))
     order = list(range(num_blocks)) if direction == "first" else list(reversed(range(num_blocks)))
