@@ -84,7 +84,7 @@ def real_sweep(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     data = {
         "recipe": recipe,
-        "num_branches": [2],
+        "vary": {"num_branches": [2]},
         "directions": {"last": {"depths": "all"}, "first": {"depths": [2]}},
         "baselines": {"methods": ["zero", "drop_blocks"], "depths": [3]},
         "family": [str(folder / "small")],

@@ -100,5 +100,7 @@ def test_rarer_stages(tiny: Path, tmp_path: Path, changes: dict[str, Any]) -> No
 
 def test_a_prediction(tiny: Path) -> None:
     recipe = {"model": str(tiny), "evaluate": EVALUATE, "recover": RECOVER}
-    rows = predict(Sweep.model_validate({"recipe": recipe, "num_branches": [2]}), num_prompts=4, local_tokens=128)
+    rows = predict(
+        Sweep.model_validate({"recipe": recipe, "vary": {"num_branches": [2]}}), num_prompts=4, local_tokens=128
+    )
     assert check(rows, "predict") == {"signal", "prediction"}

@@ -94,7 +94,7 @@ def test_a_second_run_of_one_folder_is_refused_and_the_end_of_the_first_frees_it
 
 
 def test_a_second_sweep_of_one_folder_is_refused_and_so_is_a_run_of_its_cell(tiny, tmp_path):
-    sweep = Sweep.model_validate({"recipe": RECIPE | {"model": str(tiny), "plan": []}, "num_branches": [2],
+    sweep = Sweep.model_validate({"recipe": RECIPE | {"model": str(tiny), "plan": []}, "vary": {"num_branches": [2]},
                                   "depths": [1]})  # fmt: skip
     folder = tmp_path / "sweep"
     with held(SWEEP, tmp_path, sweep.model_dump_json(), str(folder)):

@@ -80,7 +80,7 @@ def sweep(
     page: Annotated[bool, typer.Option(help="Write the report when the last cell is done.")] = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run a recipe at many depths, directions and branch counts, and find where accuracy leaves its plateau."""
+    """Run a recipe on many blocks and with many settings, and find where accuracy leaves its plateau."""
     from tensormix.recipe import Sweep
     from tensormix.sweep.depths import run_sweep
 
@@ -119,16 +119,15 @@ def run_cells(run_all: Callable[..., object], folder: Path, page: bool) -> None:
 @app.command()
 def predict(
     settings: Annotated[Path, typer.Argument(help="A sweep (.yaml).")],
-    direction: Annotated[str, typer.Option(help="last or first: the end from which blocks are compressed.")] = "last",
+    direction: Annotated[str, typer.Option(help="last, first, middle_out or middle_to_late.")] = "last",
+    variant: Annotated[str | None, typer.Option(help="A method of the sweep (mixt4); default: the first.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say at which depth a sweep will break, before anything is recovered: cheap signals of every depth."""
     from tensormix.recipe import Sweep
     from tensormix.sweep.predict import predict as predict_sweep
 
-    if direction not in ("last", "first"):
-        raise ValueError(f"predict: direction must be last or first, got {direction!r}")
-    rows = predict_sweep(Sweep.load(settings), direction=direction)
+    rows = predict_sweep(Sweep.load(settings), direction=direction, variant=variant)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps(rows, indent=1))
     else:

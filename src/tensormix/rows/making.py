@@ -122,24 +122,30 @@ class EarlyStopRow(TypedDict):
 # sweeps and comparisons
 
 
-class CellRow(TypedDict):
+class SeriesRow(TypedDict):
+    """Which cells of a sweep belong together."""
+
+    direction: str  # in which the blocks follow each other
+    method: str
+    num_branches: int | None  # where they are varied
+    settings: dict[str, Any]  # all that is varied
+    variant: str  # the method with what is varied but the branches
+    series: str  # all of it, for people
+
+
+class CellRow(SeriesRow):
     """One cell of a sweep."""
 
     cell: str
     folder: str
     depth: int  # number of compressed blocks; 0: the dense model
-    direction: str  # or how the blocks follow each other
-    method: str
-    num_branches: int | None
+    blocks: list[int]
 
 
-class BoundaryRow(TypedDict):
+class BoundaryRow(SeriesRow):
     """Where accuracy leaves its plateau; `Boundary` says what its keys mean."""
 
     kind: Literal["boundary"]
-    method: str
-    direction: str
-    num_branches: int | None
     value: int | None
     last_good: int
     low: int | None
@@ -152,13 +158,10 @@ class BoundaryRow(TypedDict):
     sentence: str
 
 
-class DriftCrossingRow(TypedDict):
+class DriftCrossingRow(SeriesRow):
     """Where the growth of the drift changes, by depth."""
 
     kind: Literal["drift_crossing"]
-    method: str
-    direction: str
-    num_branches: int | None
     value: float
     height: float
     slope_before: float
