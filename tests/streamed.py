@@ -35,4 +35,4 @@ def stop_at(number: int):
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
+    return sorted(file.name for file in folder.iterdir() if file.suffix != ".lock")

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hf": {"operators", "sites", "storage"},
     "models": {"hf", "sites", "storage"},
     "plan": {"methods", "sites"},
-    # what is done to a model: compressed by a plan, or examined by stages that never know of one
+    # what is done to a model: compressed by a plan, or measured by stages that never know of one
     "compression": {
         "fitting", "hf", "methods", "models", "operators", "plan", "reparameterise", "sites", "statistics", "storage",
     },
@@ -44,8 +44,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnose": FACTS | {"evaluate"},
     # what is asked for, and carried out
     "recipe": {"diagnose", "methods", "plan", "reparameterise", "settings"},
-    "examine": {"compression", "data", "diagnose", "evaluate", "exam", "plan", "recipe", "settings"},
 }  # fmt: skip
+for part in set(MAY_IMPORT) - {"kernels", "exam", "settings"}:
+    MAY_IMPORT[part].add("rows")
+MAY_IMPORT |= {"rows": set(), "version": set()}
+MAY_IMPORT["compression"].add("version")
 MAY_IMPORT["allocation"] = set(MAY_IMPORT) - {"inference", "recover", "report"}
 MAY_IMPORT["run"] = set(MAY_IMPORT)
 MAY_IMPORT["sweep"] = set(MAY_IMPORT)

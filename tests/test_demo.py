@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from tensormix.demo import model_folder, sweep_file
-from tensormix.evaluate import evaluate_choices
-from tensormix.examine import exam_prompts
+from tensormix.evaluate import evaluate_choices, exam_prompts
 from tensormix.models import load_model, load_tokenizer
 from tensormix.recipe import Baselines, Sweep
 from tensormix.recipe.sweep import Depths

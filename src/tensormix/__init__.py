@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tensormix.version import __version__
 
 _HOMES = {
     "CompressConfig": "tensormix.compression.while_loading",
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from tensormix.sweep.depths import run_sweep
 
 __all__ = [
-    "CompressConfig", "Plan", "Recipe", "build_report", "compress", "compress_checkpoint",
+    "CompressConfig", "Plan", "Recipe", "__version__", "build_report", "compress", "compress_checkpoint",
     "dense_where_faster", "fuse_siblings", "load_model",
     "load_tokenizer", "run_recipe", "run_sweep", "without_zeros",
 ]  # fmt: skip

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tensormix.clock import seconds_of
 from tensormix.models import quiet
 from tensormix.operators.quantized import Packed
+from tensormix.rows import Row
 from tensormix.sites import macs_per_token
 from tensormix.storage.bits import stored_bits
 
-Row = dict[str, Any]
 DTYPES = ("float32", "bfloat16")  # that sizes are told in
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from tasks import documents, questions
@@ -37,7 +37,7 @@ DEMO = HERE.parents[1] / "benchmarks" / "results" / "demo.jsonl"
 PREDICTIONS = HERE.parent / "quality" / "predictions.jsonl"
 RESULTS = HERE / "results.jsonl"
 KINDS = ("prediction", "scan", "bisect", "early_stop")
-DIRECTIONS = get_args(Direction)
+DIRECTIONS: tuple[Direction, ...] = ("last", "first")
 EARLY = {"save_every": 5, "early_stop": {"num_questions": 200}}
 NUM_QUESTIONS, RECOVERY_TEXTS = 400, 4000
 Row = dict[str, Any]
@@ -56,7 +56,7 @@ def settings_of(folder: Path, length: int) -> Row:
     }
     exam = {"file": str(folder / "questions.jsonl"), "num_questions": NUM_QUESTIONS}
     recipe = {"model": str(folder), "recover": recover, "evaluate": {"exam": exam, "batch_size": 200}}
-    return {"recipe": {**recipe, "diagnose": None, "profile": None}, "num_branches": [4]}
+    return {"recipe": {**recipe, "diagnose": None, "profile": None}, "vary": {"num_branches": [4]}}
 
 
 def write_texts(folder: Path, tasks: list[str], seed: int) -> int:

@@ -26,8 +26,7 @@ from variants import equal_keep, plan_of
 from tensormix.compression import compress
 from tensormix.data import calibration_batches, packed_source, separator_of
 from tensormix.demo import sweep_file
-from tensormix.evaluate import evaluate_choices, perplexity
-from tensormix.examine import exam_prompts
+from tensormix.evaluate import evaluate_choices, exam_prompts, perplexity
 from tensormix.methods import Mixt
 from tensormix.models import load_model, load_tokenizer
 from tensormix.plan import Plan

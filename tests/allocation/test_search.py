@@ -17,9 +17,8 @@ from tensormix.allocation.laser_search import candidates, plan_of, scorer, searc
 from tensormix.cli.verbs import app
 from tensormix.compression import compress
 from tensormix.data import packed_source
-from tensormix.evaluate import evaluate_choices, perplexity
+from tensormix.evaluate import evaluate_choices, exam_prompts, perplexity
 from tensormix.exam import exam
-from tensormix.examine import exam_prompts
 from tensormix.methods import Laser
 from tensormix.models import load_model, load_tokenizer
 from tensormix.plan import Plan, Rule

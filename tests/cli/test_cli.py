@@ -122,7 +122,7 @@ def test_files_of_stages_that_the_recipe_asks_for_no_more_are_not_shown(tmp_path
 def test_sweep_ends_with_the_name_of_the_page(recipe, tmp_path):
     data = yaml.safe_load(recipe.read_text())
     data["plan"] = [{"method": {"name": "mixt", "num_branches": 3}}]
-    sweep = {"recipe": data, "num_branches": [3], "depths": [1, 2]}
+    sweep = {"recipe": data, "vary": {"num_branches": [3]}, "depths": [1, 2]}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     result = invoke("sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "s")
     assert result.stdout.splitlines()[-1].endswith("report.html")
@@ -173,7 +173,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(recipe, tmp_path, verb
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     settings = tmp_path / "sweep.yaml"
     settings.write_text(
-        yaml.safe_dump({"base": recipe.name, "num_branches": [3], "directions": {"last": {"depths": [1]}}})
+        yaml.safe_dump({"base": recipe.name, "vary": {"num_branches": [3]}, "directions": {"last": {"depths": [1]}}})
     )
     result = invoke(verb, recipe if verb == "run" else settings, "--out", tmp_path / "out")
     assert isinstance(result.exception, ValueError), result.exception

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from tensormix.allocation.laser_search import scorer
-from tensormix.evaluate import read_prompts
-from tensormix.examine import exam_prompts
+from tensormix.evaluate import exam_prompts, read_prompts
 from tensormix.recipe import Sweep
 from tensormix.settings import Evaluate, Exam
 from tensormix.storage.files import read_json
@@ -47,7 +46,7 @@ def test_a_sweep_bisects_and_is_predicted_by_them(tiny, file, tmp_path):
     (tmp_path / "sweep.yaml").write_text(
         f"recipe: {{model: {tiny}, evaluate: {{exam: {{file: mine.jsonl, num_questions: 12}}}}, diagnose: null, "
         "profile: null, recover: {text: [{exam: true}], window: 32, steps: 1, batch_size: 1}}\n"
-        "num_branches: [2]\nsearch: bisect\n"
+        "vary: {num_branches: [2]}\nsearch: bisect\n"
     )
     sweep = Sweep.load(tmp_path / "sweep.yaml")
     run_sweep(sweep, tmp_path / "run")

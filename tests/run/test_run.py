@@ -107,8 +107,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tiny, tmp_pat
 def test_the_saved_model_is_the_one_that_was_measured(finished):
     """Measured again from the folder, the answers are the same to the bit."""
     import tensormix.hf  # noqa: F401
-    from tensormix.evaluate import evaluate_choices
-    from tensormix.examine import exam_prompts
+    from tensormix.evaluate import evaluate_choices, exam_prompts
     from tensormix.models import load_tokenizer
     from tensormix.settings import Exam
 

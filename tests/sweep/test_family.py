@@ -25,7 +25,12 @@ def test_the_trend_and_the_cells_beside_it(tiny, tmp_path):
     exam = {"num_questions": 4, "shots": 0}  # the other models of a family are asked for their loss alone
     recipe = {"model": str(tiny), "evaluate": {"exam": exam, "perplexity": text}, "diagnose": None,
               "profile": {"tokens": [1], "repeats": 1}}  # fmt: skip
-    asked = {"recipe": recipe, "num_branches": [2], "depths": [1, 2], "family": [str(tmp_path / "models" / "small")]}
+    asked = {
+        "recipe": recipe,
+        "vary": {"num_branches": [2]},
+        "depths": [1, 2],
+        "family": [str(tmp_path / "models" / "small")],
+    }
     folder = run_sweep(Sweep.model_validate(asked), tmp_path / "sweep")
     rows = [row for row in read_json(folder / "sweep.json")["boundary"] if row["kind"] == "scaling"]
     assert [(row["family"], row["model"]) for row in rows] == [

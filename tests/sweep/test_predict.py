@@ -77,7 +77,9 @@ def test_where_one_block_alone_does_something_every_signal_names_the_depth_that_
     model.save_pretrained(tmp_path)
     load_tokenizer(str(tiny)).save_pretrained(tmp_path)
     recover = {"text": [{"exam": True}], "window": 32}
-    sweep = Sweep.model_validate({"recipe": {"model": str(tmp_path), "recover": recover}, "num_branches": [3]})
+    sweep = Sweep.model_validate(
+        {"recipe": {"model": str(tmp_path), "recover": recover}, "vary": {"num_branches": [3]}}
+    )
     rows = predict(sweep, direction=direction, num_prompts=4, local_tokens=128)
     values = {(row["signal"], row["depth"]): row["value"] for row in rows if row["kind"] == "signal"}
     assert set(values) == {(signal, d) for signal in SIGNALS for d in range(5)}
@@ -87,15 +89,26 @@ def test_where_one_block_alone_does_something_every_signal_names_the_depth_that_
     assert said["divergence"] == said["drift"] == said["effective_rank"] == said["all"] == depth
 
 
+def test_any_method_of_a_sweep_along_any_direction(tiny):
+    recipe = {"model": str(tiny), "recover": {"text": [{"exam": True}], "window": 32}}
+    sweep = Sweep.model_validate({"recipe": recipe, "vary": {"method": [{"name": "svd", "keep": 0.5}, "zero"]}})
+    rows = predict(sweep, direction="middle_to_late", variant="zero", num_prompts=4, local_tokens=64)
+    assert {row["depth"] for row in rows if row["kind"] == "signal"} == {0, 1, 2}
+    with pytest.raises(ValueError, match=r"no method 'svd'; it has svd0\.5, zero"):
+        predict(sweep, variant="svd")
+
+
 def test_the_command_shows_the_signals_and_the_prediction(tiny, tmp_path):
     file = tmp_path / "sweep.yaml"
     looks = "evaluate: {exam: {shots: 1}}, diagnose: {num_prompts: 4}"
     file.write_text(f"recipe: {{model: {tiny}, {looks}, recover: {{text: [{{exam: true}}], window: 32}}}}\n")
     shown = CliRunner().invoke(app, ["predict", str(file)])  # four branches fit no layer of width 32
     assert "the largest possible is" in str(shown.exception)
-    file.write_text(file.read_text() + "num_branches: [2]\n")
+    file.write_text(file.read_text() + "vary: {num_branches: [2]}\n")
     shown = CliRunner().invoke(app, ["predict", str(file)])
     assert shown.exit_code == 0
     assert "local_error" in shown.stdout and "Predicted boundary: " in shown.stdout
-    with pytest.raises(ValueError, match="direction must be last or first, got 'lats'"):
+    with pytest.raises(
+        ValueError, match="direction must be one of last, first, middle_out, middle_to_late, got 'lats'"
+    ):
         CliRunner().invoke(app, ["predict", str(file), "--direction", "lats"], catch_exceptions=False)

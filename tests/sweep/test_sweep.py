@@ -2,10 +2,13 @@
 
 import pytest
 
-from tensormix.recipe import Cell, Recipe, Sweep
+from tensormix.methods import Mixt, ZeroMethod
+from tensormix.recipe import Cell, Recipe, Sweep, schedule
+from tensormix.report import build_report
 from tensormix.run import STAGES, stage_rows
 from tensormix.storage.files import read_json
-from tensormix.sweep.depths import SHARES, boundary_rows, cell_name, cell_recipe, cost, run_sweep, within
+from tensormix.sweep.boundaries import boundary_rows
+from tensormix.sweep.depths import SHARES, cell_recipe, cost, run_sweep, within
 
 
 def sweep(tiny, **changes):
@@ -17,12 +20,18 @@ def sweep(tiny, **changes):
     return Sweep.model_validate(
         {
             "recipe": recipe,
-            "num_branches": [2],
+            "vary": {"num_branches": [2]},
             "directions": {"last": {"depths": "all"}, "first": {"depths": [2]}},
             "baselines": {"methods": ["zero", "drop_blocks"], "depths": [3]},
         }
         | changes
     )
+
+
+def mixt(direction, depth, num_branches, **settings):
+    blocks = schedule(direction, 12)[:depth]
+    method = Mixt(num_branches=num_branches, **settings)
+    return Cell(direction=direction, blocks=blocks, method=method, settings={"num_branches": num_branches})
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +102,10 @@ def test_the_boundary_comes_from_the_accuracies_of_the_cells(tmp_path):
         )
 
     plant("dense", 0.9, 0.0)
-    cells = [Cell(depth=d, direction="last", method="mixt", num_branches=4) for d in range(1, 9)]
-    rows = [{"folder": cell_name(cell), **cell.model_dump()} for cell in cells]
+    cells = [mixt("last", d, 4) for d in range(1, 9)]
     for cell in cells:
-        plant(cell_name(cell), 0.9 if cell.depth < 4 else 0.25, 0.01 * cell.depth + 0.03 * max(0, cell.depth - 4))
-    found = {row["kind"]: row for row in boundary_rows(rows, tmp_path)}
+        plant(cell.name, 0.9 if cell.depth < 4 else 0.25, 0.01 * cell.depth + 0.03 * max(0, cell.depth - 4))
+    found = {row["kind"]: row for row in boundary_rows(cells, tmp_path)}
     assert found["boundary"]["value"] == 4
     assert (found["boundary"]["method"], found["boundary"]["direction"]) == ("mixt", "last")
     assert found["drift_crossing"]["value"] == pytest.approx(4)
@@ -112,7 +120,7 @@ def test_a_cell_changes_the_plan_alone(tiny):
             "plan": [{"sites": ["gate", "up"], "method": {"name": "mixt", "num_branches": 2, "init": "zero"}}],
         }
     )
-    made = cell_recipe(base, Cell(depth=2, direction="first", method="mixt", num_branches=3))
+    made = cell_recipe(base, mixt("first", 2, 3, init="zero"))
     (rule,) = made.plan.root
     assert (rule.blocks, rule.sites) == ("first 2", ("gate", "up"))
     assert (rule.method.num_branches, rule.method.init) == (3, "zero")
@@ -130,11 +138,31 @@ def test_every_stage_has_its_share_of_the_progress():
 
 
 def test_work_is_estimated_by_the_blocks_that_are_left():
-    mixt = Cell(depth=6, direction="last", method="mixt", num_branches=4)
-    assert cost(mixt, 12) == 1
-    assert cost(Cell(depth=12, direction="last", method="zero"), 12) == pytest.approx(0.2)
+    assert cost(mixt("last", 6, 4), 12) == 1
+    null = Cell(direction="last", blocks=tuple(range(12)), method=ZeroMethod())
+    assert cost(null, 12) == pytest.approx(0.2)
     shares = []
     begun = within(shares.append)
     begun("compress", 0, 1)
     begun("profile", 1, 1)
     assert shares == pytest.approx([0, 1])
+
+
+def test_any_setting_is_swept_along_any_direction(tiny, tmp_path):
+    plan = [{"sites": ["down"], "method": {"name": "svd", "keep": 0.9}}]
+    recipe = {"model": str(tiny), "plan": plan, "evaluate": {"exam": {"num_questions": 8, "shots": 0}},
+              "diagnose": None, "profile": None}  # fmt: skip
+    asked = {"recipe": recipe, "vary": {"keep": [0.2, 0.5]}, "directions": ["middle_out", "single"],
+             "depths": [1, 2, 4], "blocks": [[0, 3]]}  # fmt: skip
+    folder = run_sweep(Sweep.model_validate(asked), tmp_path)
+    content = read_json(folder / "sweep.json")
+    blocks = {row["cell"]: {site["block"] for site in stage_rows(folder / row["folder"], "compress")}
+              for row in content["cells"][1:]}  # fmt: skip
+    assert blocks["middle_out-02-svd0.5"] == {1, 2} and blocks["single-03-svd0.2"] == {3}
+    assert blocks["blocks-0_3-svd0.2"] == {0, 3} and len(blocks) == 2 * (3 + 4 + 1)
+    (site,) = stage_rows(folder / "single-03-svd0.2", "compress")
+    assert (site["role"], site["method"]) == ("down", "svd")
+    found = [(row["direction"], row["settings"]) for row in content["boundary"] if row["kind"] == "boundary"]
+    assert found == [("middle_out", {"keep": 0.2}), ("middle_out", {"keep": 0.5})]  # single blocks have no depth
+    assert content["cells"][1]["series"] == "low rank (SVD), keep 0.2, middle out"
+    assert build_report([folder]).stat().st_size > 0

@@ -18,7 +18,7 @@ def sweep(tiny, **changes):
         "diagnose": None,
         "profile": None,
     }
-    return Sweep.model_validate({"recipe": recipe | changes.pop("recipe", {}), "num_branches": [2]} | changes)
+    return Sweep.model_validate({"recipe": recipe | changes.pop("recipe", {}), "vary": {"num_branches": [2]}} | changes)
 
 
 def test_bisection_recovers_few_depths_and_finds_the_planted_boundary(tiny, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ FAULTS = (
     Fault("data/windows.py", 'counted[-1:] == b"\\1"', "True", "data/test_data.py"),
     Fault("data/windows.py", "ends and counted", "counted", "data/test_data.py"),
     Fault("data/windows.py", "counted[:, 1:].any(1)", "counted[:, :1].any(1)", CONVERSATIONS),
-    Fault("data/windows.py", "windows.counted[order[place]]", "windows.counted[place]", CONVERSATIONS),
+    Fault("data/windows.py", "_window(windows, order[place])", "_window(windows, place)", "recover/test_recover.py"),
     Fault("data/windows.py", "start < last and first < stop", "start <= last and first < stop", CONVERSATIONS),
     Fault(
         "exam/families.py",
@@ -44,7 +44,9 @@ FAULTS = (
         "pass",
         "recover/test_recover.py",
     ),
-    Fault("recover/finetune.py", "self.seed, settings.loss_on, [", "self.seed, [", "data/test_answers_only.py"),
+    Fault(
+        "recover/finetune.py", '{"text", "loss_on", "held_out"}', '{"text", "held_out"}', "data/test_answers_only.py"
+    ),
     Fault("recover/finetune.py", "parameter.requires_grad_(parameter in trained)", "pass", "recover/test_recover.py"),
     Fault(
         "recover/local.py",
@@ -60,15 +62,34 @@ FAULTS = (
     Fault("recover/lora.py", "factor.add_(patch.to_dense())", "pass", "recover/test_lora.py"),
     Fault("recover/lora.py", "        attach(model)  # checkpoints", "        # checkpoints", "recover/test_lora.py"),
     Fault("recover/lora.py", "new.bias, old.bias = old.bias, None", "pass", "recover/test_lora.py"),
-    Fault("recover/losses.py", " - tail * others", "", "recover/test_losses.py"),
-    Fault("recover/losses.py", "+ total[..., None])", ")", "recover/test_losses.py"),
+    Fault(
+        "recover/losses.py",
+        " + kept.tail * excess(kept.drawn, kept.drawn_values).mean(-1)",
+        "",
+        "recover/test_losses.py",
+    ),
+    Fault(
+        "recover/losses.py",
+        ".gather(-1, tokens.long()) + total",
+        ".gather(-1, tokens.long())",
+        "recover/test_losses.py",
+    ),
     Fault("recover/rates.py", "StructuredLinear | ExpertStack | Siblings", "StructuredLinear | ExpertStack", FUSED),
     Fault("recover/rates.py", "operator.in_features / parameter.shape[-1]", "1.0", "recover/test_distill.py"),
     Fault("recover/teacher.py", "return len(there) >= len(ids)", "return True", "recover/test_teacher.py"),
-    Fault("recover/trainer.py", "if which.any() and not taught:", "if not taught:", "data/test_answers_only.py"),
-    Fault("recover/trainer.py", "        if which.any():\n", "        if taught:\n", "data/test_answers_only.py"),
+    Fault(
+        "recover/trainer.py", "return not taught and bool(", "return not taught or bool(", "data/test_answers_only.py"
+    ),
+    Fault("recover/trainer.py", "    if not which.any():\n", "    if not taught:\n", "data/test_answers_only.py"),
     Fault("recover/trainer.py", "self.logits[self.first + index]", "self.logits[index]", "recover/test_teacher.py"),
     Fault("recover/watch.py", 'if row["loss"] != 0', "", "data/test_answers_only.py"),
     Fault("recover/watch.py", "== _sizes(checkpoint)", "is not None", "recover/test_recover.py"),
     Fault("recover/watch.py", 'row["loss"] > lowest + self.diverged', "False", "recover/test_recover.py"),
+    Fault("recover/first_step.py", "max(0.0, loss_sum) / promised", "promised", "recover/test_first_step.py"),
+    Fault("recover/first_step.py", "parameter.grad = None", "pass", "recover/test_first_step.py"),
+    Fault("recover/held_out.py", 'loss < best["loss"]', 'loss > best["loss"]', "recover/test_held_out.py"),
+    Fault("recover/held_out.py", "self.trained[name].copy_(value)", "pass", "recover/test_held_out.py"),
+    Fault("recover/held_out.py", 'if kept["step"] == last:', "if True:", "recover/test_held_out.py"),
+    Fault("data/windows.py", "        rest[apart] = False\n", "", "recover/test_held_out.py"),
+    Fault("recover/losses.py", "scatter(-1, tokens, 0.0)", "clone()", "recover/test_losses.py"),
 )

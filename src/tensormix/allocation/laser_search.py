@@ -19,19 +19,18 @@ from torch import nn
 
 from tensormix.allocation.survey import in_place
 from tensormix.data import describe, packed_source, separator_of
-from tensormix.evaluate import evaluate_choices, perplexity, read_prompts
+from tensormix.evaluate import evaluate_choices, exam_prompts, perplexity, read_prompts
 from tensormix.evaluate.batches import Asked
-from tensormix.examine import exam_prompts
 from tensormix.methods import Laser, laser_search
 from tensormix.models import load_tokenizer, skeleton
 from tensormix.operators import ExpertStack
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
+from tensormix.rows import Row
 from tensormix.settings import Evaluate, Perplexity, Search
 from tensormix.sites import Site, blocks, find_sites
 from tensormix.storage.memory import available_memory
 
-Row = dict[str, Any]
 Score = Callable[[nn.Module], tuple[float, float]]  # accuracy (0 where there is none) and log-loss in nats
 Pair = tuple[str, float]  # a site and a keep_rank to try there
 Fitted = dict[Pair, nn.Module]

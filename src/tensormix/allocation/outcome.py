@@ -17,11 +17,10 @@ from tensormix.methods.base import LinearMethod, Method
 from tensormix.models import local_folder
 from tensormix.plan import Plan, Rule
 from tensormix.profile import num_parameters
+from tensormix.rows import Row
 from tensormix.settings import Budget
 from tensormix.sites import macs_per_token
 from tensormix.storage.bits import checkpoint_bits, stored_bits
-
-Row = dict[str, Any]
 
 
 class ImpossibleBudget(ValueError):

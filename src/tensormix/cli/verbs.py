@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tensormix.cli.tables import show_check, show_prediction, show_recovery, show_results, show_rows
+from tensormix.storage.locks import LOCK
 
 app = typer.Typer(
     help="Make large language models small with structured operators, and see where they break.",
@@ -81,7 +82,7 @@ def sweep(
     page: Annotated[bool, typer.Option(help="Write the report when the last cell is done.")] = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run a recipe at many depths, directions and branch counts, and find where accuracy leaves its plateau."""
+    """Run a recipe on many blocks and with many settings, and find where accuracy leaves its plateau."""
     from tensormix.recipe import Sweep
     from tensormix.sweep.depths import run_sweep
 
@@ -120,16 +121,15 @@ def run_cells(run_all: Callable[..., object], folder: Path, page: bool) -> None:
 @app.command()
 def predict(
     settings: Annotated[Path, typer.Argument(help="A sweep (.yaml).")],
-    direction: Annotated[str, typer.Option(help="last or first: the end from which blocks are compressed.")] = "last",
+    direction: Annotated[str, typer.Option(help="last, first, middle_out or middle_to_late.")] = "last",
+    variant: Annotated[str | None, typer.Option(help="A method of the sweep (mixt4); default: the first.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say at which depth a sweep will break, before anything is recovered: cheap signals of every depth."""
     from tensormix.recipe import Sweep
     from tensormix.sweep.predict import predict as predict_sweep
 
-    if direction not in ("last", "first"):
-        raise ValueError(f"predict: direction must be last or first, got {direction!r}")
-    rows = predict_sweep(Sweep.load(settings), direction=direction)
+    rows = predict_sweep(Sweep.load(settings), direction=direction, variant=variant)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
@@ -182,7 +182,7 @@ def listing(what: str) -> list[dict[str, Any]]:
         "operators": lambda: __import__("tensormix.operators", fromlist=["OPERATORS"]).OPERATORS,
         "statistics": lambda: __import__("tensormix.statistics", fromlist=["STATISTICS"]).STATISTICS,
         "diagnostics": lambda: __import__("tensormix.diagnose", fromlist=["DIAGNOSTICS"]).DIAGNOSTICS,
-        "stages": lambda: __import__("tensormix.run", fromlist=["STAGES"]).STAGES,
+        "stages": lambda: __import__("tensormix.rows", fromlist=["STAGES"]).STAGES,
         "subjects": lambda: __import__("tensormix.exam", fromlist=["SUBJECTS"]).SUBJECTS,
     }
     if what not in tables:
@@ -218,7 +218,8 @@ def measured_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def check_out(folder: Path, ours: str, overwrite: bool) -> None:
     """Raise ValueError if `folder` holds something and not the file `ours`, by which our own folders are known."""
-    if not overwrite and folder.exists() and not (folder / ours).exists() and any(folder.iterdir()):
+    there = {file.name for file in folder.iterdir()} - {LOCK} if folder.exists() else set()
+    if there and ours not in there and not overwrite:
         raise ValueError(f"{folder} holds something else (no {ours}); choose another --out, or add --overwrite")
 
 

@@ -13,7 +13,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from tensormix import __version__
 from tensormix.compression import Calibration, Progress, Stream, Walk, compress, named, streams_of
 from tensormix.compression.choosing import Notes, chooses
 from tensormix.compression.fitting import Row
@@ -24,6 +23,8 @@ from tensormix.sites.calls import Activations
 from tensormix.storage.assembly import Assembly
 from tensormix.storage.checkpoint import INDEX, PICKLED, Checkpoint
 from tensormix.storage.files import whole_folder
+from tensormix.storage.locks import only_writer
+from tensormix.version import code_version
 
 
 @torch.no_grad()
@@ -64,35 +65,37 @@ def compress_checkpoint(
         The rows of `compress`.
 
     Raises:
-        ValueError: as `compress`, and if the checkpoint is damaged or incomplete, `out` exists, or the disk is too
-            small. What was finished before an error or a kill is used by the next call.
+        ValueError: as `compress`, and if the checkpoint is damaged or incomplete, `out` exists or is being
+            written by another process, or the disk is too small. What was finished before an error or a kill is used
+            by the next call.
     """
     folder, out = local_folder(source), Path(out).resolve()
     _check_request(folder, out, workers, inputs)
-    if plan.whole is not None:
+    with only_writer(out):
+        if plan.whole is not None:
+            _check_free(out, overwrite)
+            return _in_memory(folder, out, plan, batches, progress, dtype, inputs, precision, device)
+        model: Any = skeleton(folder, dtype=dtype)
+        home = Disk(model, Assembly(model, Checkpoint(folder)), out, convert=dtype != "auto", device=device)
+        calibration = Calibration(batches, inputs, precision)
+        with _room(home):
+            names, notes = _named(model, plan, home, calibration, spill)
+        walk = Walk(model, names, home, progress, notes)
+        request = _request(folder, plan, calibration, dtype, asked)
+        if notes:
+            request["blocks"] = [rule.blocks for rule in names.root]
+        if home.is_complete(request):
+            return home.all_rows()
         _check_free(out, overwrite)
-        return _in_memory(folder, out, plan, batches, progress, dtype, inputs, precision, device)
-    model: Any = skeleton(folder, dtype=dtype)
-    home = Disk(model, Assembly(model, Checkpoint(folder)), out, convert=dtype != "auto", device=device)
-    calibration = Calibration(batches, inputs, precision)
-    with _room(home):
-        names, notes = _named(model, plan, home, calibration, spill)
-    walk = Walk(model, names, home, progress, notes)
-    request = _request(folder, plan, calibration, dtype, asked)
-    if notes:
-        request["blocks"] = [rule.blocks for rule in names.root]
-    if home.is_complete(request):
+        _prepare(walk, home, calibration, request, spill)
+        _carry_out(walk, home, calibration, workers, folder, request["source"])
         return home.all_rows()
-    _check_free(out, overwrite)
-    _prepare(walk, home, calibration, request, spill)
-    _carry_out(walk, home, calibration, workers, folder, request["source"])
-    return home.all_rows()
 
 
 def _request(folder: Path, plan: Plan, calibration: Calibration, dtype: str, asked: Any) -> dict[str, Any]:
     """What tells one call from another, beside its batches."""
     return {
-        "version": __version__,
+        "version": code_version(),
         "source": fingerprint(folder),
         "dtype": dtype,
         "plan": plan.model_dump(mode="json"),
@@ -104,18 +107,15 @@ def _request(folder: Path, plan: Plan, calibration: Calibration, dtype: str, ask
 
 def _carry_out(walk: Walk, home: Disk, calibration: Calibration, workers: int, folder: Path, source: str) -> None:
     """The walk, and the end of the new checkpoint. `source` is what the files in `folder` were when it began."""
-    try:
-        with _room(home):
-            walk.run(calibration, workers)
-            if fingerprint(folder) != source:
-                raise ValueError(f"{folder} changed while it was read: what was made of it is of no use; start again")
-            home.finish()
-    finally:
-        home.unlock()
+    with _room(home):
+        walk.run(calibration, workers)
+        if fingerprint(folder) != source:
+            raise ValueError(f"{folder} changed while it was read: what was made of it is of no use; start again")
+        home.finish()
 
 
 def _prepare(walk: Walk, home: Disk, calibration: Calibration, request: dict[str, Any], spill: bool) -> None:
-    """Everything that is to be there before the first block: batches, buffers, room on the disk, a locked output."""
+    """Everything that is to be there before the first block: batches, buffers, room on the disk."""
     walk.check_inputs(calibration.batches)
     meanwhile = 0
     if walk.last_observed >= 0:

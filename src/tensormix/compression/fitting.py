@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tensormix.compression.units import Group
 from tensormix.methods.base import BlockMethod, LinearMethod, Method
 from tensormix.operators import ExpertStack, StructuredLinear
+from tensormix.rows import Row
 from tensormix.sites import Site, install, macs_per_token, opened, returns_tuple
 from tensormix.statistics import is_finite
 
-Row = dict[str, Any]
 _ROWS = 256  # of a weight that are in fp64 at the same time
 Statistics = dict[str, list[dict[type, Any]]]  # site name -> of each expert: statistic class -> what it saw
 

@@ -10,8 +10,6 @@ was stopped at any moment goes on at the first unfinished block, and ends with t
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from tensormix.hf import attach, install_empty, operators_of
 from tensormix.operators import StandIn
 from tensormix.storage.assembly import Assembly, Making, packed_config
 from tensormix.storage.checkpoint import INDEX, PICKLED, Entry, Piece, check_space, file_hash, read_header, write_shard
-from tensormix.storage.files import new_file, read_json, write_json
+from tensormix.storage.files import new_file, put_in_place, read_json, write_json
 from tensormix.storage.journal import Journal, Line
 from tensormix.storage.memory import set_weight
 
@@ -60,14 +58,13 @@ class Disk(Source):
         Args:
             meanwhile: bytes that are needed beside the files while they are made.
 
-        Raises ValueError if it does not fit, or another process is at it.
+        Raises ValueError if it does not fit.
         """
         self._lines = self._intact(self.part, self.journal.read(request)) if self.part.exists() else {}
         missing = [number for number, unit in enumerate(self.units) if unit.file not in self._lines]
         beside = sum(file.stat().st_size for file in self._files_beside())
         check_space(self.out.parent, meanwhile + beside + sum(self._bytes_of(number, walk) for number in missing))
         self.part.mkdir(parents=True, exist_ok=True)
-        self._lock()
         for file in self.part.iterdir():
             if file.name not in self._lines:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
@@ -77,20 +74,6 @@ class Disk(Source):
         """The lines whose files are in `folder` as they were written."""
         there = {file: line for file, line in lines.items() if (folder / file).exists()}
         return {file: line for file, line in there.items() if file_hash(folder / file) == line["sha256"]}
-
-    def _lock(self) -> None:
-        """Held until this process lets go of it or ends, however it ends."""
-        self._locked = os.open(self.part, os.O_RDONLY)
-        try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._locked)
-            raise ValueError(
-                f"{self.out} is being written by another process; wait, or choose another folder"
-            ) from None
-
-    def unlock(self) -> None:
-        os.close(self._locked)
 
     def _files_beside(self) -> list[Path]:
         """What lies beside the weights of the source and goes along: the tokenizer and the like."""
@@ -160,7 +143,7 @@ class Disk(Source):
                 shutil.copyfileobj(source, copy)
         shutil.rmtree(self.part / "activations", ignore_errors=True)
         shutil.rmtree(self.out, ignore_errors=True)
-        self.part.replace(self.out)
+        put_in_place(self.part, self.out)
 
     # Writing
 

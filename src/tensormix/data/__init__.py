@@ -11,6 +11,7 @@ from tensormix.data.windows import (
     pack,
     packed_source,
     separator_of,
+    windows_of,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "packed_source",
     "read_documents",
     "separator_of",
+    "windows_of",
 ]

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -221,3 +221,20 @@ def calibration_batches(tokenizer: Any, source: Source, *, num_windows: int, win
     """`num_windows` windows (1, T) of one source, for methods that need statistics."""
     mixture = Mixture(tokenizer, [source], window=window, num_windows=num_windows, seed=seed)
     return [mixture[index]["input_ids"][None] for index in range(num_windows)]
+
+
+class Windows(Protocol):
+    """A section of a recipe that asks for windows of text."""
+
+    @property
+    def text(self) -> Source: ...
+    @property
+    def num_windows(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+
+
+def windows_of(tokenizer: Any, asked: Windows, seed: int) -> list[Tensor]:  # (1, T) each
+    """The windows of tokens that a section of a recipe asks for. Raises ValueError as `calibration_batches`."""
+    of = {"num_windows": asked.num_windows, "window": asked.window}
+    return calibration_batches(tokenizer, asked.text, seed=seed, **of)

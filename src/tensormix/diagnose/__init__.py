@@ -20,7 +20,7 @@ from tensormix.diagnose.geometry import drift_map, geometry_rows, similarity_map
 from tensormix.diagnose.scaling import fit_trend, scaling_rows
 from tensormix.diagnose.table import SELECTABLE, Diagnose
 from tensormix.evaluate.choices import ChoicePrompt
-from tensormix.evaluate.forward import Progress
+from tensormix.rows import Progress
 
 ALWAYS: dict[str, Callable[..., Any]] = {  # in every run with an exam, and in every sweep
     "output_entropy": output_entropy,

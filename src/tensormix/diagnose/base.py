@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from tensormix.evaluate.forward import device_of, options_of, quiet
+from tensormix.rows import Row
 from tensormix.settings import Settings
 
-Row = dict[str, Any]
 Batches = Sequence[Tensor]  # token ids (B, T) each
 Compress = Callable[[nn.Module, int], None]  # compresses one block of a model in place, by its index
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.evaluate.choices import ChoicePrompt, encode
-from tensormix.evaluate.forward import Progress, device_of, logits_at, pad_right, quiet
+from tensormix.evaluate.forward import device_of, logits_at, pad_right, quiet
+from tensormix.rows import Progress
 from tensormix.sites import blocks
 
 

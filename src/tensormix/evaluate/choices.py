@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.evaluate.batches import Asked, BatchSize
-from tensormix.evaluate.forward import Progress, context_length, device_of, logits_at, options_of, pad_right, quiet
+from tensormix.evaluate.forward import context_length, device_of, logits_at, options_of, pad_right, quiet
+from tensormix.rows import Progress
 
 LETTERS = ("A", "B", "C", "D")
 SHORTEST_PREFIX = 16  # tokens; below this a cache saves less than it costs

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.evaluate.batches import Asked, BatchSize
-from tensormix.evaluate.forward import Progress, device_of, dtype_of, options_of, pad_right, quiet
+from tensormix.evaluate.forward import device_of, dtype_of, options_of, pad_right, quiet
 from tensormix.evaluate.perplexity import Window, check_text, windows
+from tensormix.rows import Progress
 
 _CELLS = 1 << 22  # tokens times vocabulary that are in fp64 at a time
 

@@ -9,14 +9,12 @@ Legend: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-Progress = Callable[[int, int], None]  # called with (items done, items in all)
 
 
 @contextmanager

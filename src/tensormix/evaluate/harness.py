@@ -19,10 +19,10 @@ from typing import Any
 from tensormix.evaluate.batches import Asked, BatchSize
 from tensormix.evaluate.benchmarks import LETTERED, Question, questions, silent
 from tensormix.evaluate.choices import accuracy_rows, answer_tokens
-from tensormix.evaluate.forward import Progress, quiet
+from tensormix.evaluate.forward import quiet
+from tensormix.rows import Progress, Row
 from tensormix.settings import Benchmark
 
-Row = dict[str, Any]
 CHUNK = 8  # batches between two writes of the journal
 
 

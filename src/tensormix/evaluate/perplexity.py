@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensormix.evaluate.batches import Asked, BatchSize
-from tensormix.evaluate.forward import Progress, context_length, device_of, dtype_of, options_of, pad_right, quiet
+from tensormix.evaluate.forward import context_length, device_of, dtype_of, options_of, pad_right, quiet
+from tensormix.rows import Progress
 
 Window = tuple[int, int, int]  # begin, first scored token, end: positions in the text
 

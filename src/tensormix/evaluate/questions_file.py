@@ -1,4 +1,4 @@
-"""Four-choice questions of one's own, from a file: what the exam asks where a recipe names one.
+"""The four-choice questions that a recipe asks for: of the built-in exam, or of one's own from a file.
 
 A local file is jsonl, one question a line: `text`, the whole prompt, which ends in "Answer:"; `gold`, the right one of
 A, B, C, D as 0 to 3; and, where there are several, `subject`. The texts are asked as they stand, worked examples and
@@ -8,10 +8,51 @@ all, so the format is the user's own.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tensormix.evaluate.benchmarks import LETTERED, choice_prompts
 from tensormix.evaluate.choices import LETTERS, ChoicePrompt
+from tensormix.exam import exam, prompt, worked_examples
+from tensormix.rows import Row
+from tensormix.settings import Evaluate, Exam
+
+
+def exam_prompts(settings: Exam) -> list[ChoicePrompt]:
+    """The questions of the exam as prompts: of a file as they stand, the built-in ones with the subjects in turn.
+
+    Raises ValueError for what `read_prompts` refuses.
+    """
+    if settings.file is not None:
+        return read_prompts(settings.file, settings.num_questions)
+    examples: dict[str, list] = {}
+    prompts = []
+    for question in exam(settings.num_questions, settings.seed):
+        shown = examples.setdefault(question.subject, worked_examples(question.subject, settings.shots))
+        prompts.append(
+            ChoicePrompt(id=question.id, subject=question.subject, text=prompt(question, shown), gold=question.gold)
+        )
+    return prompts
+
+
+def has_answers(settings: Evaluate) -> bool:
+    """Whether four-letter answers are asked for, at which entropies and geometry can be taken."""
+    return settings.exam is not None or any(benchmark.name in LETTERED for benchmark in settings.benchmarks)
+
+
+def answer_prompts(settings: Evaluate, answers: Sequence[Row]) -> list[ChoicePrompt]:
+    """The prompts of the exam, without one those questions of MMLU that were answered; none without either."""
+    if settings.exam is not None:
+        return exam_prompts(settings.exam)
+    answered = {(row["task"], row["subject"], row["id"]) for row in answers if row["kind"] == "answer"}
+    lettered = (benchmark for benchmark in settings.benchmarks if benchmark.name in LETTERED)
+    return [
+        asked
+        for benchmark in lettered
+        for asked in choice_prompts(benchmark)
+        if (benchmark.name, asked.subject, asked.id) in answered
+    ]
 
 
 def read_prompts(path: str, num_questions: int | None = None) -> list[ChoicePrompt]:

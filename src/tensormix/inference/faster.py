@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tensormix.clock import seconds_of
 from tensormix.operators import Dense, StructuredLinear
-
-Row = dict[str, Any]
+from tensormix.rows import Row
 
 
 @contextmanager

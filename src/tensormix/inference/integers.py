@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from tensormix.operators import Quantized, StructuredLinear
-
-Row = dict[str, Any]
+from tensormix.rows import Row
 
 
 @torch.no_grad()

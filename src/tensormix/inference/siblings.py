@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tensormix.inference.faster import milliseconds
 from tensormix.operators import MixT, Sibling, Siblings, StructuredLinear, why_apart
+from tensormix.rows import Row
 from tensormix.sites import FUSED, role_of
 
-Row = dict[str, Any]
 Layers = dict[str, nn.Module]  # name in the parent -> layer
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from tensormix.inference.siblings import is_watched
 from tensormix.operators import Placed
+from tensormix.rows import Row
 from tensormix.sites import role_of
 
 ROLES = ("gate", "up", "down")
-Row = dict[str, Any]
 Layers = dict[str, tuple[str, nn.Module]]
 
 

@@ -1,17 +1,20 @@
-"""A sweep: many runs of one recipe that differ in how many blocks are compressed, from which end, and how."""
+"""A sweep: many runs of one recipe that differ in which blocks are compressed, and how."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from tensormix.methods import Method
+from tensormix.plan import AnyMethod
+from tensormix.recipe.cell import Cell, Direction, schedule
+from tensormix.recipe.reading import validated
 from tensormix.recipe.recipe import Recipe, load_with_recipe
 from tensormix.settings import Settings
-
-Direction = Literal["last", "first"]
-
 
 Baseline = Literal["zero", "drop_blocks"]
 
@@ -32,7 +35,7 @@ class Baselines(Settings):
 
     methods: tuple[Baseline, ...] = ("zero", "drop_blocks")
     depths: Literal["all"] | tuple[int, ...] | None = None  # without it those of the direction
-    directions: tuple[Direction, ...] = ("last",)
+    directions: tuple[Direction, ...] | None = None  # without it last, or the blocks that the sweep lists
 
     @field_validator("depths", mode="before")
     @classmethod
@@ -40,27 +43,22 @@ class Baselines(Settings):
         return None if value is None else checked_depths(value)
 
 
-class Cell(Settings):
-    """One run of a sweep: `method` on the `depth` first or last blocks."""
-
-    depth: int  # number of compressed blocks
-    direction: Direction
-    method: Literal["mixt", "zero", "drop_blocks"]
-    num_branches: int | None = None  # of mixt
-
-
 class Sweep(Settings):
-    """Many runs of one recipe that differ in how many blocks are compressed, from which end, and how.
+    """Many runs of one recipe that differ in which blocks are compressed, and how.
 
-    The plan of the recipe is the template: it is empty, or has one rule with a `mixt` method, whose `blocks` and
-    `num_branches` are replaced in every cell.
+    The plan of the recipe is the template: it is empty, or has one rule, whose `blocks` are replaced in every cell and
+    whose method gets every combination of the settings in `vary`.
     """
 
     base: str | None = None  # a recipe file, relative to the sweep's
     recipe: Recipe | None = None  # the same, written here; `load` fills it in from `base`
-    num_branches: tuple[int, ...] = Field(default=(4,), min_length=1)
+    # setting of the method -> values; the key `method` has whole methods in the place of the template's, and "of.keep"
+    # is the setting `keep` of the method within a method
+    vary: dict[str, tuple[Any, ...]] = Field(default={})
     depths: Literal["all"] | tuple[int, ...] = "all"  # numbers of compressed blocks, for all directions
-    directions: dict[Direction, Depths | None] = Field(default={"last": None}, min_length=1)  # with depths of their own
+    # each with depths of its own; without any it is last, or only the listed blocks
+    directions: dict[Direction, Depths | None] = Field(default={})
+    blocks: tuple[tuple[int, ...], ...] = ()  # a cell for each list
     baselines: Baselines | None = None
     search: Literal["scan", "bisect"] = "scan"  # every depth, or only as many as finding the boundary takes
     warm_start: bool = False  # of a scan: every depth goes on from the recovered model of the depth before
@@ -76,13 +74,40 @@ class Sweep(Settings):
     def _as_mapping(cls, value: Any) -> Any:
         return dict.fromkeys(value) if isinstance(value, list | tuple) else value
 
+    @field_validator("blocks")
+    @classmethod
+    def _each_block_once(cls, value: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        for blocks in value:
+            if not blocks or min(blocks) < 0 or len(set(blocks)) < len(blocks):
+                raise ValueError(f"each is a list of blocks from 0, each block once, got {list(blocks)}")
+        return value
+
     @model_validator(mode="after")
     def _one_recipe(self) -> Self:
         if self.base is None and self.recipe is None:
             raise ValueError("needs base (the path of a recipe) or recipe (the recipe itself)")
-        rules = self.recipe.plan.root if self.recipe is not None else ()
-        if len(rules) > 1 or any(rule.method.name != "mixt" for rule in rules):
-            raise ValueError("the recipe's plan is a template: it must be empty or one rule with the method mixt")
+        if self.recipe is not None and len(self.recipe.plan.root) > 1:
+            raise ValueError("the recipe's plan is a template: it must be empty or one rule")
+        for name, values in self.vary.items():
+            if not values:
+                raise ValueError(f"vary: {name} needs at least one value")
+        if self.recipe is not None:
+            for method, _ in self.variants():
+                self._check_method(method)
+        return self
+
+    def _check_method(self, method: Method) -> None:
+        if method.site == "model":
+            raise ValueError(f"{method.name} changes the whole model, so there is nothing to sweep over its blocks")
+        if getattr(method, "num_chosen", None) is not None:
+            raise ValueError(f"{method.name} chooses its blocks itself, and a sweep names them")
+        if method.needs and self.recipe is not None and self.recipe.calibration is None:
+            raise ValueError(f"the method {method.name} needs calibration, and the recipe has no such section")
+
+    @model_validator(mode="after")
+    def _single_has_no_depth(self) -> Self:
+        if self.directions.get("single") is not None:
+            raise ValueError("directions: single takes every block alone: leave out its depths, or list blocks")
         return self
 
     @model_validator(mode="after")
@@ -122,6 +147,8 @@ class Sweep(Settings):
         listed += [self.baselines.depths] if self.baselines and self.baselines.depths else []
         if any(depths != "all" for depths in listed):
             raise ValueError("search: bisect chooses the depths by itself: leave out depths, or give scan")
+        if self.blocks or "single" in self.directions:
+            raise ValueError("search: bisect follows a direction of depths: leave out blocks and single, or give scan")
         if self.warm_start:
             raise ValueError("search: bisect jumps between depths, so none can go on from the one before (warm_start)")
         if self.recipe is not None and self.recipe.evaluate.exam is None:
@@ -133,24 +160,71 @@ class Sweep(Settings):
         """The sweep in a YAML file, its recipe included. Raises ValueError as `Recipe.load` does."""
         return load_with_recipe(cls, Path(path), "sweep")
 
+    def variants(self) -> list[tuple[Method, dict[str, Any]]]:
+        """Every method of the sweep but the baselines, with the settings that tell it from the others.
+
+        Raises ValueError for a setting or a value that a method does not have, and for two that are the same.
+        """
+        assert self.recipe is not None  # `load` and the validators see to it
+        rules = self.recipe.plan.root
+        template = {**rules[0].method.model_dump()} if rules else {"name": "mixt"}
+        settings = {name: values for name, values in self.vary.items() if name != "method"}
+        wholes = self.vary.get("method", () if rules or self.vary else ({"name": "mixt", "num_branches": 4},))
+        found: dict[str, tuple[Method, dict[str, Any]]] = {}
+        for whole in wholes or (None,):
+            start = template if whole is None else {"name": whole} if isinstance(whole, str) else dict(whole)
+            own = {} if whole is None else {key: value for key, value in start.items() if key != "name"}
+            for values in product(*settings.values()):
+                changes = {**own, **dict(zip(settings, values, strict=True))}
+                method = validated(_Varied, {"method": _changed(start, changes)}, "vary").method
+                name = Cell(direction="single", blocks=(0,), method=method, settings=changes).variant
+                if name in found:
+                    raise ValueError(f"vary: {name} is there twice; its runs could not be told apart")
+                found[name] = (method, changes)
+        return list(found.values())
+
     def cells(self, num_blocks: int) -> tuple[Cell, ...]:
         """Every run of the sweep on a model with `num_blocks` blocks, in order.
 
-        Raises ValueError if a depth is more than that.
+        Raises ValueError if a depth or a block is more than the model has.
         """
-        cells: dict[Cell, None] = {}  # in order, without repeats
-        for direction, own in self.directions.items():
-            for depth in _resolved(own.depths if own else self.depths, num_blocks):
-                for num_branches in self.num_branches:
-                    cells[Cell(depth=depth, direction=direction, method="mixt", num_branches=num_branches)] = None
+        cells: dict[str, Cell] = {}  # in order, without repeats
+
+        def add(places: Iterator[tuple[Any, tuple[int, ...]]], variants: list[tuple[Any, dict[str, Any]]]) -> None:
+            for direction, chosen in places:
+                for method, settings in variants:
+                    cell = Cell(direction=direction, blocks=chosen, method=method, settings=settings)
+                    cells.setdefault(cell.name, cell)
+
+        directions = tuple(self.directions) or (() if self.blocks else ("last",))
+        add(self._places(directions, None, num_blocks), self.variants())
         if self.baselines is not None:
-            for direction in self.baselines.directions:
-                own = self.directions.get(direction)
-                depths = self.baselines.depths or (own.depths if own else self.depths)
-                for depth in _resolved(depths, num_blocks):
-                    for method in self.baselines.methods:
-                        cells[Cell(depth=depth, direction=direction, method=method)] = None
-        return tuple(cells)
+            nulls = [(validated(_Varied, {"method": {"name": n}}, "sweep").method, {}) for n in self.baselines.methods]
+            chosen = self.baselines.directions or (("last",) if "last" in directions or not self.blocks else ())
+            add(self._places(chosen, self.baselines.depths, num_blocks), nulls)
+        return tuple(cells.values())
+
+    def _places(
+        self, directions: tuple[Direction, ...], depths: Any, num_blocks: int
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The blocks of every cell of some directions, then those that are listed."""
+        for direction in directions:
+            order, own = schedule(direction, num_blocks), self.directions.get(direction)
+            if direction == "single":
+                yield from ((direction, (block,)) for block in order)
+                continue
+            for depth in _resolved(depths or (own.depths if own else self.depths), direction, len(order), num_blocks):
+                yield direction, order[:depth]
+        for blocks in self.blocks:
+            if max(blocks) >= num_blocks:
+                raise ValueError(f"sweep: blocks lists {max(blocks)}; the model has {num_blocks} blocks, from 0")
+            yield "blocks", blocks
+
+
+class _Varied(Settings):
+    """For the validation of a method alone."""
+
+    method: AnyMethod
 
 
 def checked_depths(value: Any) -> Any:
@@ -163,9 +237,19 @@ def checked_depths(value: Any) -> Any:
     return tuple(dict.fromkeys(depths))
 
 
-def _resolved(depths: Literal["all"] | tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
+def _resolved(depths: Literal["all"] | tuple[int, ...], direction: str, largest: int, num_blocks: int) -> Any:
     if depths == "all":
-        return tuple(range(1, num_blocks + 1))
-    if max(depths) > num_blocks:
-        raise ValueError(f"sweep: depths asks for {max(depths)} blocks; the model has {num_blocks}")
+        return range(1, largest + 1)
+    if max(depths) > largest:
+        there = f"the model has {num_blocks}" + ("" if largest == num_blocks else f", {direction} reaches {largest}")
+        raise ValueError(f"sweep: depths asks for {max(depths)} blocks; {there}")
     return depths
+
+
+def _changed(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The same settings with some changed; "of.keep" is `keep` of the mapping `of`."""
+    data = dict(data)
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        data[first] = _changed(data.get(first) or {}, {rest: value}) if rest else value
+    return data

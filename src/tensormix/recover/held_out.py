@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 from tensormix.data import IGNORED
 from tensormix.recover.losses import counted, keep, kept_divergence
 from tensormix.recover.trainer import kept_of
+from tensormix.rows import Row
 from tensormix.storage.files import new_file
 
-Row = dict[str, Any]
 NUM_KEPT = 256  # logits that are kept, and tokens drawn beside them, of every position that a teacher judges
 
 

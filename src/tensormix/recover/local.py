@@ -23,11 +23,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tensormix.recover.rates import compressed_parameters, parameter_groups
+from tensormix.rows import Row
 from tensormix.sites import blocks
 from tensormix.sites.calls import Activations, Call, record_calls
 from tensormix.storage.files import new_file, read_json, write_json
-
-Row = dict[str, Any]
 
 
 def learning_blocks(model: nn.Module, trained: set[nn.Parameter]) -> list[int]:

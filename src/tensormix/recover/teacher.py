@@ -3,8 +3,9 @@
     cache.json                   what they are of: teacher, tokenizer, vocabulary, kept and drawn tokens, window
     logits-00000.safetensors     `ids` of 64 windows, and of every position but the last the parts of `losses.Kept`
 
-A file is written whole or not at all, so a cache that was stopped goes on. The windows themselves are in the files and
-are compared, so a cache serves every run that reads the same windows, also one that reads only the first of them.
+A file is written whole or not at all, so a cache that was stopped goes on; and by one process at a time, so runs at the
+same time share one. The windows themselves are in the files and are compared, so a cache serves every run that reads
+the same windows, also one that reads only the first of them.
 
 Shape letters: B windows, T tokens, K tokens kept of each position, M tokens drawn from the others.
 """
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from tensormix.models import load_model, load_tokenizer
 from tensormix.recover.losses import Kept, keep
-from tensormix.storage.files import new_file, read_json, write_json
+from tensormix.storage.files import new_file, read_json, remove_unfinished, write_json
+from tensormix.storage.locks import in_turn
 
 WINDOWS_PER_FILE = 64
 
@@ -86,10 +88,11 @@ class TeacherLogits:
             "tail_samples": tail_samples,
             "window": window,
         }
-        if (folder / "cache.json").exists():
-            self._compare(read_json(folder / "cache.json"))
-        else:
-            write_json(folder / "cache.json", self.about)
+        with in_turn(folder / "cache.json"):
+            if (folder / "cache.json").exists():
+                self._compare(read_json(folder / "cache.json"))
+            else:
+                write_json(folder / "cache.json", self.about)
 
     def _compare(self, found: dict[str, Any]) -> None:
         for key, wanted in self.about.items():
@@ -115,19 +118,21 @@ class TeacherLogits:
         size = WINDOWS_PER_FILE
         for number in range(wanted.start // size, -(-wanted.stop // size)):
             ids = torch.stack([windows(i) for i in range(size * number, min(size * (number + 1), num_windows))]).int()
-            if self._has(number, ids):
-                continue
-            kept: list[Kept] = []
-            for batch in ids.split(batch_size):
-                logits = self._finite(logits_of(batch.long()))[:, :-1]
-                first = size * number + len(kept)
-                kept += [self._keep(of_window, first + place) for place, of_window in enumerate(logits)]
-            content = {
-                "ids": ids,
-                **{part: torch.stack([getattr(k, part) for k in kept]).cpu() for part in Kept._fields},
-            }
-            with new_file(self._file(number)) as handle:
-                handle.write(save({name: tensor.contiguous() for name, tensor in content.items()}))
+            with in_turn(self._file(number)):
+                if not self._has(number, ids):
+                    self._write(number, ids, logits_of, batch_size)
+
+    def _write(self, number: int, ids: Tensor, logits_of: Callable[[Tensor], Tensor], batch_size: int) -> None:
+        """One file: what is kept of its windows."""
+        file, kept = self._file(number), []
+        remove_unfinished(self.folder, file.name)
+        for batch in ids.split(batch_size):
+            logits = self._finite(logits_of(batch.long()))[:, :-1]
+            first = WINDOWS_PER_FILE * number + len(kept)
+            kept += [self._keep(of_window, first + place) for place, of_window in enumerate(logits)]
+        parts = {part: torch.stack([getattr(k, part) for k in kept]).cpu() for part in Kept._fields}
+        with new_file(file) as handle:
+            handle.write(save({name: tensor.contiguous() for name, tensor in {"ids": ids, **parts}.items()}))
 
     def _keep(self, logits: Tensor, number: int) -> Kept:  # (T - 1, V)
         """Of window `number`, which is the seed of its draws: they do not depend on the batch that it comes in."""

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from tensormix.rows import Row
 from tensormix.storage.files import read_json, write_json
 
-Row = dict[str, Any]
 MARK = "whole.json"  # written into a checkpoint when everything else in it is: name and size of each file
 PATIENCE = 3  # losses in a row that must be too high: the loss of one step jumps where few tokens count
 

@@ -236,7 +236,7 @@ def boundaries(sweep: Sweep) -> list[Boundary]:
     """The boundaries of accuracy that the sweep has written, the main one (MixT, back to front) first."""
     found = [
         Boundary(
-            method=str(row.get("method", "mixt")),
+            method=str(row.get("variant") or row.get("method", "mixt")),
             direction=str(row.get("direction", "last")),
             num_branches=row.get("num_branches"),
             value=number(row.get("value")),

@@ -7,22 +7,11 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from tensormix.rows.labels import DIRECTIONS, METHODS
+
 MISSING = "–"
 MINUS = "\u2212"
 NARROW = "\u00a0"  # a space at which no line breaks
-METHODS = {
-    "mixt": "MixT",
-    "zero": "zeroed linears",
-    "drop_blocks": "dropped blocks",
-    "mean_output": "mean output",
-    "svd": "low rank (SVD)",
-    "svd_llm": "low rank (SVD-LLM)",
-    "coala": "low rank (COALA)",
-    "laser": "low rank (LASER)",
-    "hassle_free": "sparse + low rank (HASSLE-free)",
-    "rtn": "round to nearest",
-}
-DIRECTIONS = {"last": "back to front", "first": "front to back"}
 
 
 def number(value: Any) -> float | None:

@@ -123,7 +123,14 @@ def _cell(sweep: Path, row: Row) -> Cell:
     folder = sweep / str(row["folder"])
     run = read_run(folder, str(row["cell"])) if is_run(folder) else None
     branches = row.get("num_branches")
-    return Cell(str(row["cell"]), int(row["depth"]), str(row["direction"]), str(row["method"]), branches, run)
+    return Cell(
+        str(row["cell"]),
+        int(row["depth"]),
+        str(row["direction"]),
+        str(row.get("variant") or row["method"]),
+        branches,
+        run,
+    )
 
 
 def _dense_of(folder: Path, content: Row, cells: list[Cell]) -> Run | None:

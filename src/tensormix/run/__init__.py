@@ -1,7 +1,7 @@
 """Recipes carried out: one run, a sweep of them, a comparison, and what can be told before."""
 
+from tensormix.rows import STAGES
 from tensormix.run.keys import (
-    STAGES,
     allocation_key,
     dense_recipe,
     is_done,

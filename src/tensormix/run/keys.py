@@ -1,23 +1,24 @@
-"""What is done already: every stage of a run has a key, the hash of what was asked and of all that comes before it."""
+"""What is done already: every stage of a run has a key, the hash of what was asked and of all that comes before it.
+
+Asked is also the content of every file that is named, and the code that answers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensormix import __version__
-from tensormix.examine import has_answers
+from tensormix.evaluate import has_answers
 from tensormix.models import fingerprint
 from tensormix.plan import Plan
 from tensormix.recipe import Recipe
-from tensormix.storage.files import read_json
-
-Row = dict[str, Any]
-
-
-STAGES = ("allocate", "reparameterise", "compress", "direct", "recover", "evaluate", "diagnose", "profile")
+from tensormix.recipe.reading import FILES
+from tensormix.rows import Row
+from tensormix.storage.files import content_digest, read_json
+from tensormix.version import code_version
 
 
 def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
@@ -27,15 +28,14 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
     """
     if recipe.is_open:
         return {"allocate": allocation_key(recipe)}
-    start = [__version__, fingerprint(recipe.model), recipe.dtype, recipe.seed]
+    start = [code_version(), fingerprint(recipe.model), recipe.dtype, recipe.seed]
     keys: dict[str, str] = {}
 
     def key(stage: str, *upon: Any) -> None:
         settings = stage_settings(recipe, stage)
         if stage in ("evaluate", "direct"):
             del settings["batch_size"], settings["direct"]  # neither changes what is measured
-        text = json.dumps([stage, settings, *upon], sort_keys=True)
-        keys[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        keys[stage] = key_of(stage, settings, *upon)
 
     if len(recipe.plan.root):
         if recipe.is_turned:
@@ -59,9 +59,23 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
 
 def allocation_key(recipe: Recipe) -> str:
     """The key of what a budget or a search becomes: a hash of it, of the plan, and of what both are decided on."""
-    start = [__version__, fingerprint(recipe.start or recipe.model), recipe.dtype, recipe.seed]
-    text = json.dumps(["allocate", stage_settings(recipe, "allocate"), start], sort_keys=True)
+    start = [code_version(), fingerprint(recipe.start or recipe.model), recipe.dtype, recipe.seed]
+    return key_of("allocate", stage_settings(recipe, "allocate"), start)
+
+
+def key_of(*upon: Any) -> str:
+    """A hash of plain data and of what the files hold that it names."""
+    text = json.dumps([*upon, {name: content_digest(Path(name)) for name in named_files(upon)}], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def named_files(data: Any) -> Iterator[str]:
+    """Every file that settings name, as plain data."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        if key in FILES and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            yield from named_files(value)
 
 
 def stage_settings(recipe: Recipe, stage: str) -> Any:

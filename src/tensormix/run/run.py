@@ -11,6 +11,7 @@
     compressed/       the model after compress        recovered/   the model after recover
     compressed.journal.jsonl   what each file of compressed/ holds, and its SHA-256
     dense/            the run of the untouched model that the others are compared with
+    .lock             held by the process that writes into the folder
 
 A stage is done when its file exists and carries the key of what was asked: the hash of its own settings and of all
 that comes before it. So a run that was stopped goes on at the first stage that is missing, and a changed recipe
@@ -26,9 +27,11 @@ from pathlib import Path
 from tensormix.allocation.laser_search import check_search
 from tensormix.evaluate import check_installed
 from tensormix.recipe import Recipe
-from tensormix.run.keys import STAGES, dense_recipe, with_allocation
-from tensormix.run.stages import Progress, Stages
-from tensormix.storage.files import write_json
+from tensormix.rows import STAGES, StageProgress
+from tensormix.run.keys import dense_recipe, with_allocation
+from tensormix.run.stages import Stages
+from tensormix.storage.files import remove_unfinished, write_json
+from tensormix.storage.locks import only_process
 
 
 def run_recipe(
@@ -36,7 +39,7 @@ def run_recipe(
     folder: Path,
     *,
     reference: Path | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     keep_compressed: bool = True,
     workers: int = 1,
     teacher_cache: Path | None = None,
@@ -52,9 +55,25 @@ def run_recipe(
             no longer than the recovery.
 
     Raises:
-        ValueError: whatever a stage finds wrong with the recipe, the model or the data. Finished stages stay.
+        ValueError: another process writes into the folder, or whatever a stage finds wrong with the recipe, the model
+            or the data. Finished stages stay.
     """
-    write_json(folder / "recipe.json", json.loads(recipe.model_dump_json()))
+    with only_process(folder):
+        remove_unfinished(folder)
+        write_json(folder / "recipe.json", json.loads(recipe.model_dump_json()))
+        _carry_out(recipe, folder, reference, progress, keep_compressed, workers, teacher_cache)
+    return folder
+
+
+def _carry_out(
+    recipe: Recipe,
+    folder: Path,
+    reference: Path | None,
+    progress: StageProgress | None,
+    keep_compressed: bool,
+    workers: int,
+    teacher_cache: Path | None,
+) -> None:
     if recipe.search is not None and with_allocation(recipe, folder) is None:
         check_search(recipe)  # before the dense model is measured
     if reference is None and len(recipe.plan.root):
@@ -72,4 +91,3 @@ def run_recipe(
         if stage == "recover" and stage in run.keys and not keep_compressed:
             shutil.rmtree(folder / "compressed", ignore_errors=True)
             (folder / "compressed.journal.jsonl").unlink(missing_ok=True)
-    return folder

@@ -15,26 +15,28 @@ import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
 from tensormix.allocation import allocate
 from tensormix.allocation.laser_search import scorer, search_sites
 from tensormix.compression.checkpoint import compress_checkpoint
+from tensormix.data import windows_of
 from tensormix.diagnose.verdict import Verdict, exam_accuracy
-from tensormix.evaluate import macro_drop_row
+from tensormix.evaluate import exam_prompts, macro_drop_row
 from tensormix.evaluate.forward import dtype_of
-from tensormix.examine import diagnose_rows, evaluate_rows, exam_prompts, windows
 from tensormix.models import load_model, load_tokenizer, quiet
 from tensormix.profile import bytes_by_dtype, num_parameters, profile
 from tensormix.recipe import Recipe
 from tensormix.recover import recover
 from tensormix.reparameterise import reparameterise
-from tensormix.run.keys import Row, is_done, stage_keys, stage_rows, stage_settings
+from tensormix.rows import Row, StageProgress
+from tensormix.run.keys import is_done, stage_keys, stage_rows, stage_settings
+from tensormix.run.measuring import diagnose_rows, evaluate_rows
 from tensormix.settings import Calibration, Exam, Recover, Source
 from tensormix.storage.files import environment, now, whole_folder, write_json
-
-Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
 
 class Stages:
     """The state of one run: which model is in memory, and which keys the stages have."""
 
-    def __init__(self, recipe: Recipe, folder: Path, reference: Path | None, progress: Progress, workers: int) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, reference: Path | None, progress: StageProgress, workers: int
+    ) -> None:
         self.recipe, self.folder, self.reference, self.progress = recipe, folder, reference, progress
         self.workers = workers
         self.cache: Path | None = None
@@ -115,7 +117,7 @@ class Stages:
         settings = self.recipe.calibration
         if settings is None:
             return None
-        return windows(self.tokenizer, settings, self.recipe.seed)
+        return windows_of(self.tokenizer, settings, self.recipe.seed)
 
     def _allocate(self) -> list[Row]:
         if self.recipe.search is not None:

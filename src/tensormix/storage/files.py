@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -14,21 +15,23 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 RECORDED_PACKAGES = ("tensormix", "torch", "transformers", "accelerate", "safetensors", "datasets")
+UNFINISHED = ".unfinished"  # how the names of files and folders end while they are written
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file that stands at `path` whole or not at all: under another name, flushed to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = unfinished(path)
     try:
-        with part.open("wb") as handle:
+        with part.open("xb") as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        part.replace(path)
+        put_in_place(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -57,20 +60,58 @@ def read_json(path: Path) -> Any:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends without an error; what stood there is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = unfinished(path)
     part.mkdir()
     try:
         yield part
-        for file in part.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        for file in (part, *part.rglob("*")):
+            _sync(file)
         shutil.rmtree(path, ignore_errors=True)
-        part.replace(path)
+        put_in_place(part, path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def unfinished(path: Path) -> Path:
+    """A name beside `path` that no other process and no other write of this one uses."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:12]}{UNFINISHED}")
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Rename, and return when the new name is on the disk."""
+    part.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of `name` in `folder`. Whoever calls it holds the lock of what it names."""
+    for left in folder.glob(f".{name}.{'[0-9a-f]' * 12}{UNFINISHED}"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def content_digest(path: Path) -> str | None:
+    """A hash of what a file holds, None where there is no file. A file that did not change is read once a process."""
+    try:
+        known = path.stat()
+    except OSError:
+        return None
+    return _digest(path.resolve(), known.st_size, known.st_mtime_ns) if path.is_file() else None
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def now() -> str:

@@ -11,34 +11,39 @@ was, and one that gets another method, budget or seed makes only the cells that 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tensormix.allocation import ImpossibleBudget
 from tensormix.models import local_folder
 from tensormix.recipe import Recipe
 from tensormix.recipe.comparison import NULLS, ComparedCell, Comparison
+from tensormix.rows import Row, SweepProgress
 from tensormix.run.keys import dense_recipe, stage_rows, with_allocation
 from tensormix.run.run import run_recipe
 from tensormix.storage.bits import checkpoint_bits
 from tensormix.storage.files import environment, now, read_json, write_json
-from tensormix.sweep.depths import Progress, finished, within
+from tensormix.storage.locks import only_process
+from tensormix.sweep.depths import finished, within
 
-Row = dict[str, Any]
 
-
-def run_comparison(comparison: Comparison, folder: Path, *, progress: Progress | None = None) -> Path:
+def run_comparison(comparison: Comparison, folder: Path, *, progress: SweepProgress | None = None) -> Path:
     """Make every cell that is missing and write comparison.json; returns `folder`.
 
     A budget that a method cannot meet is a cell without a run: the sentence why stands in comparison.json.
 
     Raises:
-        ValueError: whatever a stage of a cell finds wrong. Finished cells stay.
+        ValueError: another process writes into the folder, or whatever a stage of a cell finds wrong. Finished cells
+            stay.
     """
     recipe = comparison.recipe
     assert recipe is not None  # Comparison.load and its validator see to it
-    tell: Callable[[str, float, float], None] = progress or (lambda what, done, total: None)
+    tell: SweepProgress = progress or (lambda what, done, total: None)
+    with only_process(folder):
+        _make_cells(comparison, recipe, folder, tell)
+    return folder
+
+
+def _make_cells(comparison: Comparison, recipe: Recipe, folder: Path, tell: SweepProgress) -> None:
     cells, dense, impossible = comparison.cells(), folder / "dense", {}
     write_comparison(comparison, folder, impossible)
     run_recipe(dense_recipe(recipe), dense, keep_compressed=False)
@@ -54,7 +59,6 @@ def run_comparison(comparison: Comparison, folder: Path, *, progress: Progress |
         write_comparison(comparison, folder, impossible)
     tell("done", len(todo), len(todo))
     write_comparison(comparison, folder, impossible, ended=True)
-    return folder
 
 
 def is_finished(recipe: Recipe, folder: Path, dense: Path) -> bool:

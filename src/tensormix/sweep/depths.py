@@ -1,4 +1,4 @@
-"""Many runs of one recipe that differ in depth, direction and method; one folder per cell, and the boundary found.
+"""Many runs of one recipe that differ in blocks and method; one folder per cell, and the boundary found.
 
     sweep.json        settings, the list of cells, the boundaries of what is finished
     dense/            the run of the untouched model, depth 0 of every series
@@ -14,23 +14,21 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from tensormix.diagnose import Measurement, bisect_boundary, find_boundary, fit_crossing
-from tensormix.methods import DropBlocks, Mixt, ZeroMethod
+from tensormix.diagnose import Measurement, bisect_boundary
 from tensormix.models import skeleton
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Cell, Recipe, Sweep
-from tensormix.run.keys import STAGES, dense_recipe, is_done, stage_keys, stage_rows
+from tensormix.rows import STAGES, SweepProgress
+from tensormix.run.keys import dense_recipe, is_done, stage_keys
 from tensormix.run.run import run_recipe
 from tensormix.sites import blocks
 from tensormix.storage.files import environment, now, write_json
+from tensormix.storage.locks import only_process
+from tensormix.sweep.boundaries import boundary_rows, cell_row, labels, measurement
 from tensormix.sweep.family import family_rows, run_family
-
-Row = dict[str, Any]
-Progress = Callable[[str, float, float], None]  # what is being done, work done, work in all
 
 # Rough shares of one cell's time, only to move the bar between two cells.
 SHARES = {
@@ -45,36 +43,27 @@ SHARES = {
 }
 
 
-def cell_name(cell: Cell) -> str:
-    what = f"mixt{cell.num_branches}" if cell.method == "mixt" else cell.method
-    return f"{cell.direction}-{cell.depth:02d}-{what}"
-
-
 def cell_recipe(recipe: Recipe, cell: Cell) -> Recipe:
     """The sweep's recipe with the plan of one cell; everything else is the same in all cells."""
-    template = recipe.plan.root[0] if recipe.plan.root else Rule(method=Mixt(num_branches=1))
-    where = f"{cell.direction} {cell.depth}"
-    if cell.method == "mixt":
-        method = template.method.model_copy(update={"num_branches": cell.num_branches})
-        rule = Rule(blocks=where, sites=template.sites, method=method)
-    elif cell.method == "zero":
-        rule = Rule(blocks=where, sites=template.sites, method=ZeroMethod())
-    else:
-        rule = Rule(blocks=where, method=DropBlocks())
+    whole = cell.method.site == "block"
+    sites = recipe.plan.root[0].sites if recipe.plan.root and not whole else None
+    rule = Rule(blocks=cell.where, sites=sites, method=cell.method)
     return recipe.model_copy(update={"plan": Plan((rule,))})
 
 
-def run_sweep(sweep: Sweep, folder: Path, *, progress: Progress | None = None) -> Path:
+def run_sweep(sweep: Sweep, folder: Path, *, progress: SweepProgress | None = None) -> Path:
     """Make every cell that is missing, find the boundaries, write sweep.json; returns `folder`.
 
     Raises:
-        ValueError: a depth beyond the model, or whatever a stage of a cell finds wrong. Finished cells stay.
+        ValueError: a depth beyond the model, another process writes into the folder, or whatever a stage of a cell
+            finds wrong. Finished cells stay.
     """
     tell = progress or (lambda what, done, total: None)
     job = _Sweep(sweep, folder)
-    run_family(sweep, folder)
-    (job.bisect if sweep.search == "bisect" else job.scan)(tell)
-    shutil.rmtree(folder / "teacher", ignore_errors=True)
+    with only_process(folder):
+        run_family(sweep, folder)
+        (job.bisect if sweep.search == "bisect" else job.scan)(tell)
+        shutil.rmtree(folder / "teacher", ignore_errors=True)
     return folder
 
 
@@ -106,15 +95,15 @@ class _Sweep:
         """With warm starts: the recovered model of the deepest cell of the same series before this one."""
         if not self.sweep.warm_start or self.recipe.recover is None:
             return None
-        before = [c for c in self.cells if _series(c) == _series(cell) and c.depth < cell.depth]
+        before = [c for c in self.cells if c.series == cell.series and set(c.blocks) < set(cell.blocks)]
         deepest = max(before, key=lambda c: c.depth, default=None)
-        return self.folder / cell_name(deepest) / "recovered" if deepest else None
+        return self.folder / deepest.name / "recovered" if deepest else None
 
-    def scan(self, tell: Progress) -> None:
+    def scan(self, tell: SweepProgress) -> None:
         """Every cell that is missing."""
         write_sweep(self.sweep, self.cells, self.folder)
         cells = sorted(self.cells, key=lambda c: c.depth) if self.sweep.warm_start else self.cells
-        costs = {cell_name(cell): cost(cell, self.num_blocks) for cell in cells}
+        costs = {cell.name: cost(cell, self.num_blocks) for cell in cells}
         todo: dict[str, Cell | None] = {}
         # Whether a cell is finished can be asked once the dense run is: its key is part of theirs.
         if not (self.dense / "evaluate.json").exists() or not finished(dense_recipe(self.recipe), self.dense, None):
@@ -122,8 +111,8 @@ class _Sweep:
         for cell in cells:
             start = self._start(cell)
             known = (self.dense / "evaluate.json").exists() and (start is None or start.exists())
-            if not known or not finished(self.recipe_of(cell), self.folder / cell_name(cell), self.dense):
-                todo[cell_name(cell)] = cell
+            if not known or not finished(self.recipe_of(cell), self.folder / cell.name, self.dense):
+                todo[cell.name] = cell
         total, done = sum(costs.get(name, 0.3) for name in todo), 0.0
         for name, cell in todo.items():
             weight = costs.get(name, 0.3)
@@ -133,20 +122,20 @@ class _Sweep:
             tell(name, done, total)
             write_sweep(self.sweep, self.cells, self.folder)
 
-    def bisect(self, tell: Progress) -> None:
+    def bisect(self, tell: SweepProgress) -> None:
         """Of each series only the cells that finding its boundary takes; those not made are not in sweep.json."""
-        series = list(dict.fromkeys(_series(cell) for cell in self.cells))
+        series = list(dict.fromkeys(cell.series for cell in self.cells))
         total = len(series) * (math.ceil(math.log2(self.num_blocks)) + 3.0)  # more for a gradual fall
         made: list[Cell] = []
         self.make("dense", dense_recipe(self.recipe))
-        for number, labels in enumerate(series):
-            members = {cell.depth: cell for cell in self.cells if _series(cell) == labels}
+        for number, of_series in enumerate(series):
+            members = {cell.depth: cell for cell in self.cells if cell.series == of_series}
             seen: dict[int, Measurement] = {}
 
             def measure(depth: int, members=members, seen=seen) -> Measurement:
-                name = cell_name(members[depth]) if depth else "dense"
+                name = members[depth].name if depth else "dense"
                 if depth:
-                    self.make(name, self._judged(cell_recipe(self.recipe, members[depth]), seen))
+                    self.make(name, self._judged(cell_recipe(self.recipe, members[depth]), seen, max(members)))
                     made.append(members[depth])
                     write_sweep(self.sweep, made, self.folder)
                 found = measurement(self.folder / name, depth)
@@ -155,30 +144,26 @@ class _Sweep:
                 tell(name, min(len(made), total), total)
                 return found
 
-            bisect_boundary(measure, self.num_blocks)
+            bisect_boundary(measure, max(members))
             tell(f"series {number + 1}", min(len(made), total), total)
         made.sort(key=lambda cell: self.cells.index(cell))
         write_sweep(self.sweep, made, self.folder)
         tell("boundary", total, total)
 
-    def _judged(self, recipe: Recipe, seen: dict[int, Measurement]) -> Recipe:
+    def _judged(self, recipe: Recipe, seen: dict[int, Measurement], deepest: int) -> Recipe:
         """The recipe with the threshold of early stopping, once both ends of the series are known."""
         stop = recipe.recover.early_stop if recipe.recover else None
         if recipe.recover is None or stop is None:
             return recipe
-        ends = [seen.get(0), seen.get(self.num_blocks)]
+        ends = [seen.get(0), seen.get(deepest)]
         known = [end.accuracy for end in ends if end is not None]
         stop = None if len(known) < 2 else stop.model_copy(update={"threshold": sum(known) / 2})
         return recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"early_stop": stop})})
 
 
-def _series(cell: Cell) -> tuple[str, str, int | None]:
-    return cell.method, cell.direction, cell.num_branches
-
-
 def cost(cell: Cell, num_blocks: int) -> float:
     """Work of a cell in units of one dense recovery: a block that is gone costs little, a compressed one nearly all."""
-    gone = 0.0 if cell.method == "mixt" else 0.8
+    gone = 0.8 if cell.method.name in ("zero", "drop_blocks") else 0.0
     return 1.0 - gone * cell.depth / num_blocks
 
 
@@ -199,65 +184,17 @@ def finished(recipe: Recipe, folder: Path, reference: Path | None) -> bool:
     return all(is_done(folder, stage, keys) for stage in keys)
 
 
-def write_sweep(sweep: Sweep, cells: Iterable[Cell], folder: Path) -> None:
-    rows = [
-        {"cell": cell_name(cell), "folder": cell_name(cell), **json.loads(cell.model_dump_json())} for cell in cells
-    ]
-    dense = {
-        "cell": "dense",
-        "folder": "dense",
-        "depth": 0,
-        "direction": "last",
-        "method": "dense",
-        "num_branches": None,
-    }
+def write_sweep(sweep: Sweep, cells: Sequence[Cell], folder: Path) -> None:
+    rows = [cell_row(cell) for cell in cells]
+    place = {"depth": 0, "blocks": []}
+    dense = {"cell": "dense", "folder": "dense", **place, **labels("dense", {}, "last")}
     write_json(
         folder / "sweep.json",
         {
             "settings": json.loads(sweep.model_dump_json(exclude={"base"})),
             "cells": [dense, *rows],
-            "boundary": boundary_rows(rows, folder) + family_rows(sweep, folder, rows),
+            "boundary": boundary_rows(cells, folder) + family_rows(sweep, folder, rows),
             "environment": environment(),
             "finished": now() if all((folder / row["folder"] / "evaluate.json").exists() for row in rows) else None,
         },
     )
-
-
-def boundary_rows(cells: list[Row], folder: Path) -> list[Row]:
-    """For each series of cells (method, direction, branches) the boundary of accuracy and the crossing of the drift."""
-    if not (folder / "dense" / "evaluate.json").exists():
-        return []
-    series: dict[tuple, list[Row]] = {}
-    for cell in cells:
-        if (folder / cell["folder"] / "evaluate.json").exists():
-            series.setdefault((cell["method"], cell["direction"], cell["num_branches"]), []).append(cell)
-    rows = []
-    for (method, direction, branches), members in series.items():
-        labels = {"method": method, "direction": direction, "num_branches": branches}
-        start = measurement(folder / "dense", 0)
-        found = [measurement(folder / cell["folder"], cell["depth"]) for cell in members]
-        measured = [item for item in (start, *found) if item is not None]
-        if start is not None and len(measured) >= 3:
-            rows.append(find_boundary(measured).row(**labels))
-        drifts = {0: 0.0}
-        for cell in members:
-            if (drift := mean_drift(folder / cell["folder"])) is not None:
-                drifts[cell["depth"]] = drift
-        if len(drifts) >= 4:
-            rows.append({**fit_crossing(list(drifts), list(drifts.values())).row(), **labels})
-    return rows
-
-
-def measurement(folder: Path, depth: int) -> Measurement | None:
-    for row in stage_rows(folder, "evaluate"):
-        if row["kind"] == "accuracy" and row["subject"] == "all":
-            return Measurement(depth=depth, accuracy=row["value"], num_questions=row["num_questions"])
-    return None
-
-
-def mean_drift(folder: Path) -> float | None:
-    """The mean drift over all pairs of layers; None where it was not measured."""
-    if not (folder / "diagnose.json").exists():
-        return None
-    means = [row for row in stage_rows(folder, "diagnose") if row["kind"] == "drift_mean" and row["region"] == "all"]
-    return means[0]["value"] if means else None

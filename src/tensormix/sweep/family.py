@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tensormix.diagnose import scaling_rows
 from tensormix.models import skeleton
 from tensormix.profile import num_parameters
 from tensormix.recipe import Recipe, Sweep
+from tensormix.rows import Row
 from tensormix.run.keys import dense_recipe, stage_rows
 from tensormix.run.run import run_recipe
 from tensormix.settings import Evaluate
-
-Row = dict[str, Any]
 
 
 def members(sweep: Sweep, folder: Path) -> dict[Path, Recipe]:

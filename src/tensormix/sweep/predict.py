@@ -23,30 +23,29 @@ import copy
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from tensormix.compression import compress
-from tensormix.data import Mixture, calibration_batches
+from tensormix.data import Mixture, windows_of
 from tensormix.diagnose.geometry import last_states, similarity_map
 from tensormix.diagnose.table import Diagnose
-from tensormix.evaluate import ChoicePrompt
+from tensormix.evaluate import ChoicePrompt, exam_prompts
 from tensormix.evaluate.choices import answer_tokens, encode
 from tensormix.evaluate.forward import device_of, logits_at, pad_right, quiet
-from tensormix.examine import exam_prompts
 from tensormix.methods.base import Method
 from tensormix.models import load_model, load_tokenizer
 from tensormix.plan import Plan, Rule
-from tensormix.recipe import Cell, Direction, Sweep
+from tensormix.recipe import Cell, Direction, Sweep, schedule
 from tensormix.recover.local import distill_blocks
 from tensormix.recover.rates import compressed_parameters
+from tensormix.rows import Row
 from tensormix.settings import Exam, Source
 from tensormix.sites import blocks
 from tensormix.sweep.depths import cell_recipe
 
-Row = dict[str, Any]
 SIGNALS = ("drift", "output_entropy", "divergence", "local_error", "effective_rank")
 WITHOUT_A_SAY = {"effective_rank"}
 
@@ -55,6 +54,7 @@ def predict(
     sweep: Sweep,
     *,
     direction: Direction = "last",
+    variant: str | None = None,
     num_prompts: int | None = None,
     local_tokens: int = 2048,
     local_rate: float = 1e-3,
@@ -62,30 +62,33 @@ def predict(
     """Signals of every depth (kind "signal") and what they say (kind "prediction", depth None where nothing rises).
 
     Args:
-        sweep: whose recipe names the model, the template of the method and the text; nothing is recovered.
-        direction: from which end blocks are compressed.
+        sweep: whose recipe names the model, the methods and the text; nothing is recovered.
+        direction: in which blocks are compressed, one after another.
+        variant: which method of the sweep, by the name that its cells end in; without it the first.
         num_prompts: questions of the exam at which the model is looked at; without it those of the recipe's diagnosis.
         local_tokens: tokens that each block is trained on alone, in windows of the recipe's recovery.
 
     Raises:
-        ValueError: as `compress`, and for a tokenizer that cannot answer the exam.
+        ValueError: as `compress`, for a direction or a variant that the sweep does not know, and for a tokenizer that
+            cannot answer the exam.
     """
+    if direction not in get_args(Direction) or direction == "single":
+        known = ", ".join(name for name in get_args(Direction) if name != "single")
+        raise ValueError(f"predict: direction must be one of {known}, got {direction!r}")
     recipe = sweep.recipe
     assert recipe is not None  # Sweep.load and its validator see to it
     dense: Any = load_model(recipe.model, dtype="float32")
     tokenizer = load_tokenizer(recipe.model)
     num_blocks = len(blocks(dense))
-    cell = Cell(depth=num_blocks, direction=direction, method="mixt", num_branches=sweep.num_branches[0])
+    order = schedule(direction, num_blocks)
+    cell = Cell(direction=direction, blocks=order, method=_variant(sweep, variant))
     (rule,) = cell_recipe(recipe, cell).plan.root
     settings = recipe.calibration
     batches = None
     if settings is not None:
-        batches = calibration_batches(
-            tokenizer, settings.text, num_windows=settings.num_windows, window=settings.window, seed=recipe.seed
-        )
+        batches = windows_of(tokenizer, settings, recipe.seed)
     asked = num_prompts or (recipe.diagnose or Diagnose()).num_prompts
     prompts = exam_prompts((recipe.evaluate.exam or Exam()).model_copy(update={"num_questions": asked}))
-    order = list(range(num_blocks)) if direction == "first" else list(reversed(range(num_blocks)))
     looks = _Looks(dense, tokenizer, prompts)
     rows = looks.rows(dense, 0)
     model = copy.deepcopy(dense)
@@ -99,6 +102,14 @@ def predict(
         total += errors.get(block, 0.0)
         rows.append({"kind": "signal", "signal": "local_error", "depth": depth, "value": total})
     return rows + prediction_rows(rows)
+
+
+def _variant(sweep: Sweep, name: str | None) -> Method:
+    cells = [Cell(direction="single", blocks=(0,), method=method, settings=own) for method, own in sweep.variants()]
+    known = {cell.variant: cell.method for cell in cells}
+    if name is not None and name not in known:
+        raise ValueError(f"predict: the sweep has no method {name!r}; it has {', '.join(known)}")
+    return known[name or next(iter(known))]
 
 
 def prediction_rows(rows: list[Row]) -> list[Row]:
@@ -191,7 +202,7 @@ def _local_errors(
 ) -> dict[int, float]:
     """Of every block, its error on dense inputs after it was trained alone on a few tokens."""
     model, recover = copy.deepcopy(dense), recipe.recover
-    compress(model, Plan((rule.model_copy(update={"blocks": "all"}),)), batches, inputs="dense")
+    compress(model, Plan((rule,)), batches, inputs="dense")
     sources = recover.text if recover else (Source(exam=True),)
     window = min(recover.window if recover else 256, tokens)
     per_step = max(1, 256 // window)  # many small steps from few tokens

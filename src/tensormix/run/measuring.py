@@ -6,30 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tensormix.compression import compress
-from tensormix.data import calibration_batches, describe, packed_source, separator_of
+from tensormix.data import describe, packed_source, separator_of, windows_of
 from tensormix.diagnose import Diagnose, diagnose, run_diagnostics
 from tensormix.evaluate import (
-    LETTERED,
-    ChoicePrompt,
+    answer_prompts,
     ask,
-    choice_prompts,
     evaluate_choices,
+    exam_prompts,
     kl_divergence,
     macro_drop_row,
     macro_row,
     perplexity,
-    read_prompts,
 )
-from tensormix.exam import exam, prompt, worked_examples
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
-from tensormix.settings import Calibration, Evaluate, Exam, Source
-
-Row = dict[str, Any]
-Progress = Callable[[int, int], None]
+from tensormix.rows import Progress, Row
+from tensormix.settings import Evaluate
 
 
 def evaluate_rows(
@@ -96,7 +89,7 @@ def diagnose_rows(
         rows += run_diagnostics(
             chosen,
             model,
-            windows(tokenizer, settings, recipe.seed),
+            windows_of(tokenizer, settings, recipe.seed),
             reference=None if is_dense else dense(),
             compress=lambda other, index: compress_block(other, tokenizer, recipe, index),
             progress=progress,
@@ -104,50 +97,8 @@ def diagnose_rows(
     return rows
 
 
-def has_answers(settings: Evaluate) -> bool:
-    """Whether four-letter answers are asked for, at which entropies and geometry can be taken."""
-    return settings.exam is not None or any(benchmark.name in LETTERED for benchmark in settings.benchmarks)
-
-
-def answer_prompts(settings: Evaluate, answers: Sequence[Row]) -> list[ChoicePrompt]:
-    """The prompts of the exam, without one those questions of MMLU that were answered; none without either."""
-    if settings.exam is not None:
-        return exam_prompts(settings.exam)
-    answered = {(row["task"], row["subject"], row["id"]) for row in answers if row["kind"] == "answer"}
-    lettered = (benchmark for benchmark in settings.benchmarks if benchmark.name in LETTERED)
-    return [
-        asked
-        for benchmark in lettered
-        for asked in choice_prompts(benchmark)
-        if (benchmark.name, asked.subject, asked.id) in answered
-    ]
-
-
 def compress_block(model: Any, tokenizer: Any, recipe: Recipe, index: int) -> None:
     """Compress one block of a dense model by the methods of the plan, whichever blocks they were meant for."""
     rules = tuple(Rule(**{**dict(rule), "blocks": str(index)}) for rule in recipe.plan.root)
     settings = recipe.calibration
-    compress(model, Plan(rules), None if settings is None else windows(tokenizer, settings, recipe.seed))
-
-
-def windows(tokenizer: Any, settings: Calibration | Diagnose, seed: int) -> list[torch.Tensor]:  # (1, T) each
-    """The windows of tokens that a section of a recipe asks for."""
-    text: Source = settings.text
-    return calibration_batches(tokenizer, text, num_windows=settings.num_windows, window=settings.window, seed=seed)
-
-
-def exam_prompts(settings: Exam) -> list[ChoicePrompt]:
-    """The questions of the exam as prompts: of a file as they stand, the built-in ones with the subjects in turn.
-
-    Raises ValueError for what `read_prompts` refuses.
-    """
-    if settings.file is not None:
-        return read_prompts(settings.file, settings.num_questions)
-    examples: dict[str, list] = {}
-    prompts = []
-    for question in exam(settings.num_questions, settings.seed):
-        shown = examples.setdefault(question.subject, worked_examples(question.subject, settings.shots))
-        prompts.append(
-            ChoicePrompt(id=question.id, subject=question.subject, text=prompt(question, shown), gold=question.gold)
-        )
-    return prompts
+    compress(model, Plan(rules), None if settings is None else windows_of(tokenizer, settings, recipe.seed))
