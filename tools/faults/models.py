@@ -13,9 +13,14 @@ FAULTS = (
     Fault("hf/plugin.py", "        install(model, name, operator)\n", "        pass\n", "hf/test_hf.py"),
     Fault("hf/plugin.py", 'if entry.get("bias") and', "if False and", "hf/test_hf.py"),
     Fault("hf/plugin.py", 'record(block, "hidden_states", 0)', "pass", "hf/test_hf.py"),
-    Fault("models.py", "        _keep_wide(model, wanted)\n", "", "storage/test_assembly.py"),
-    Fault("models.py", "        model.initialize_weights()\n", "        pass\n", "compression/test_stream.py"),
-    Fault("models.py", 'if missing := sorted(report["missing_keys"]):', "if missing := []:", "test_models.py"),
+    Fault("models/loading.py", "        _keep_wide(model, wanted)\n", "", "storage/test_assembly.py"),
+    Fault("models/loading.py", "        model.initialize_weights()\n", "        pass\n", "compression/test_stream.py"),
+    Fault(
+        "models/loading.py",
+        'if missing := sorted(report["missing_keys"]):',
+        "if missing := []:",
+        "models/test_loading.py",
+    ),
     Fault("plan.py", "if site.name not in chosen and not taken:", "if not taken:", "test_plan.py"),
     Fault(
         "plan.py", "range(num_blocks - count, num_blocks)", "range(num_blocks - count - 1, num_blocks)", "test_plan.py"
@@ -70,9 +75,11 @@ FAULTS = (
         "expert.copy_(self._read(parts, wanted.dtype)); making.__dict__.setdefault('kept', []).append(expert.clone())",
         "compression/test_stream_memory.py",
     ),
-    Fault("storage/checkpoint.py", "not 0 <= entry.start <= entry.stop <= size", "False", "storage/test_checkpoint.py"),
-    Fault("storage/checkpoint.py", "access=mmap.ACCESS_COPY", "access=mmap.ACCESS_WRITE", "storage/test_checkpoint.py"),
-    Fault("storage/checkpoint.py", "listed.get(entry.name) != file.name", "False", "storage/test_checkpoint.py"),
+    Fault(
+        "storage/safetensors.py", "not 0 <= entry.start <= entry.stop <= size", "False", "storage/test_safetensors.py"
+    ),
+    Fault("storage/entries.py", "access=mmap.ACCESS_COPY", "access=mmap.ACCESS_WRITE", "storage/test_safetensors.py"),
+    Fault("storage/safetensors.py", "listed.get(entry.name) != file.name", "False", "storage/test_safetensors.py"),
     Fault("storage/files.py", "        part.unlink(missing_ok=True)\n", "        pass\n", "storage/test_files.py"),
     Fault(
         "storage/journal.py",

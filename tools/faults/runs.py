@@ -76,8 +76,8 @@ FAULTS = (
     Fault("sweep/predict.py", "total += errors.get(block, 0.0)", "total += 1", "sweep/test_predict.py"),
     Fault(
         "run/stages.py",
-        "is_turned else recipe.start or recipe.model",
-        "is_turned else recipe.model",
+        "is_turned else recipe.start or self.source",
+        "is_turned else self.source",
         "sweep/test_sweep_search.py",
     ),
     Fault("run/stages.py", 'self._load(self.folder / "compressed")', "self.model", "run/test_run_direct.py"),

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
 from tensormix.data import Mixture
-from tensormix.models import fingerprint, load_model, load_tokenizer
+from tensormix.models import ModelSource, load_model, load_tokenizer
 from tensormix.recover.local import distill_blocks, learning_blocks
 from tensormix.recover.lora import Patches, Turns, patched
 from tensormix.recover.rates import compressed_parameters, parameter_groups
@@ -75,7 +75,7 @@ def recover(
     folder: Path,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-    teacher: str | Path | None = None,
+    teacher: ModelSource | str | Path | None = None,
     cache: Path | None = None,
     judge: Judge | None = None,
 ) -> list[Row]:
@@ -169,7 +169,7 @@ class _Recovery:
 
     def run(
         self,
-        teacher_source: str | Path | None,
+        teacher_source: ModelSource | str | Path | None,
         cache: Path | None,
         progress: Callable[[int, int], None] | None,
         judge: Judge | None,
@@ -177,8 +177,14 @@ class _Recovery:
         rows: list[Row] = []
         logits = teacher = None
         if self.settings.loss != "lm":
-            teacher = self._teacher(self.settings.distill.teacher or teacher_source)
-            logits = self._logits(teacher, self.settings.distill.teacher or teacher_source, cache)
+            source = self.settings.distill.teacher or teacher_source
+            if source is None:
+                raise ValueError(
+                    f"recover: the loss {self.settings.loss} needs a teacher; name one as distill.teacher."
+                )
+            source = ModelSource.of(source)
+            teacher = self._teacher(source)
+            logits = self._logits(teacher, source, cache)
             rows = self._local(teacher, progress) if self.local_steps else []
         dataset = TaughtWindows(
             self.windows,
@@ -188,9 +194,7 @@ class _Recovery:
         )
         return rows + self._global(dataset, teacher if self.settings.distill.hidden else None, progress, judge)
 
-    def _teacher(self, source: str | Path | None) -> Any:
-        if source is None:
-            raise ValueError(f"recover: the loss {self.settings.loss} needs a teacher; name one as distill.teacher.")
+    def _teacher(self, source: ModelSource) -> Any:
         teacher: Any = load_model(source, dtype="float32")
         check_vocabulary(teacher, self.model)
         if tokenizer_digest(load_tokenizer(source)) != tokenizer_digest(self.tokenizer):
@@ -200,11 +204,11 @@ class _Recovery:
             )
         return teacher.to(next(self.model.parameters()).device).requires_grad_(False)
 
-    def _logits(self, teacher: Any, source: Any, cache: Path | None) -> TeacherLogits:
+    def _logits(self, teacher: Any, source: ModelSource, cache: Path | None) -> TeacherLogits:
         """Filled for the steps that learn from them."""
         settings = self.settings
         about: dict[str, Any] = {
-            "teacher": fingerprint(source),
+            "teacher": source.fingerprint,
             "tokenizer": tokenizer_digest(self.tokenizer),
             "vocabulary": teacher.get_output_embeddings().weight.shape[0],
             "top_k": settings.distill.top_k,

@@ -20,7 +20,7 @@ from typing import Any
 
 from tensormix.diagnose import Measurement, bisect_boundary, find_boundary, fit_crossing
 from tensormix.methods import DropBlocks, Mixt, ZeroMethod
-from tensormix.models import skeleton
+from tensormix.models import Sources, skeleton
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Cell, Recipe, Sweep
 from tensormix.run.keys import STAGES, dense_recipe, is_done, stage_keys, stage_rows
@@ -84,7 +84,8 @@ class _Sweep:
     def __init__(self, sweep: Sweep, folder: Path) -> None:
         assert sweep.recipe is not None  # Sweep.load and its validator see to it
         self.sweep, self.recipe, self.folder, self.dense = sweep, sweep.recipe, folder, folder / "dense"
-        self.num_blocks = len(blocks(skeleton(self.recipe.model)))
+        self.sources = Sources()
+        self.num_blocks = len(blocks(skeleton(self.sources[self.recipe.model])))
         self.cells = sweep.cells(self.num_blocks)
 
     def make(self, name: str, recipe: Recipe, progress: Callable[[str, int, int], None] | None = None) -> None:
@@ -95,6 +96,7 @@ class _Sweep:
             progress=progress,
             keep_compressed=False,
             teacher_cache=self.folder / "teacher",
+            sources=self.sources,
         )
 
     def recipe_of(self, cell: Cell) -> Recipe:
@@ -117,12 +119,14 @@ class _Sweep:
         costs = {cell_name(cell): cost(cell, self.num_blocks) for cell in cells}
         todo: dict[str, Cell | None] = {}
         # Whether a cell is finished can be asked once the dense run is: its key is part of theirs.
-        if not (self.dense / "evaluate.json").exists() or not finished(dense_recipe(self.recipe), self.dense, None):
+        dense = dense_recipe(self.recipe)
+        if not (self.dense / "evaluate.json").exists() or not finished(dense, self.dense, None, self.sources):
             todo["dense"] = None
         for cell in cells:
             start = self._start(cell)
             known = (self.dense / "evaluate.json").exists() and (start is None or start.exists())
-            if not known or not finished(self.recipe_of(cell), self.folder / cell_name(cell), self.dense):
+            where = self.folder / cell_name(cell)
+            if not known or not finished(self.recipe_of(cell), where, self.dense, self.sources):
                 todo[cell_name(cell)] = cell
         total, done = sum(costs.get(name, 0.3) for name in todo), 0.0
         for name, cell in todo.items():
@@ -192,10 +196,10 @@ def within(tell: Callable[[float], None]) -> Callable[[str, int, int], None]:
     return progress
 
 
-def finished(recipe: Recipe, folder: Path, reference: Path | None) -> bool:
+def finished(recipe: Recipe, folder: Path, reference: Path | None, sources: Sources) -> bool:
     if reference is not None and not (reference / "diagnose.json").exists() and recipe.diagnose is not None:
         return False
-    keys = stage_keys(recipe, reference)
+    keys = stage_keys(recipe, reference, sources)
     return all(is_done(folder, stage, keys) for stage in keys)
 
 

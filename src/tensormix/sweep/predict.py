@@ -37,7 +37,7 @@ from tensormix.evaluate.choices import answer_tokens, encode
 from tensormix.evaluate.forward import device_of, logits_at, pad_right, quiet
 from tensormix.examine import exam_prompts
 from tensormix.methods.base import Method
-from tensormix.models import load_model, load_tokenizer
+from tensormix.models import ModelSource, load_model
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Cell, Direction, Sweep
 from tensormix.recover.local import distill_blocks
@@ -72,8 +72,9 @@ def predict(
     """
     recipe = sweep.recipe
     assert recipe is not None  # Sweep.load and its validator see to it
-    dense: Any = load_model(recipe.model, dtype="float32")
-    tokenizer = load_tokenizer(recipe.model)
+    source = ModelSource(recipe.model)
+    dense: Any = load_model(source, dtype="float32")
+    tokenizer = source.tokenizer()
     num_blocks = len(blocks(dense))
     cell = Cell(depth=num_blocks, direction=direction, method="mixt", num_branches=sweep.num_branches[0])
     (rule,) = cell_recipe(recipe, cell).plan.root
