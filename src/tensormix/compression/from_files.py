@@ -13,6 +13,7 @@ from tensormix.compression import Home
 from tensormix.compression.fitting import Row
 from tensormix.operators import DenseStack
 from tensormix.sites import Site, locate_blocks
+from tensormix.sites.families import EXPERT_WEIGHTS
 from tensormix.storage.assembly import Assembly, Making
 from tensormix.storage.memory import empty_weights, give_back, set_weight
 from tensormix.storage.safetensors import shard_name
@@ -74,7 +75,9 @@ class Source(Home):
             names = [name for making in self.units[index].makings for name in making.sources]
             return sum(self.assembly.weights.bits(self.entries[name]) for name in names)
         if site.kind == "experts":
-            return self.assembly.bits_of(site.name + (".stack" if isinstance(site.module, DenseStack) else "_proj"))
+            path, _, stack = site.name.rpartition(".")
+            fused = f"{path}.{EXPERT_WEIGHTS[stack]}"
+            return self.assembly.bits_of(f"{site.name}.stack" if isinstance(site.module, DenseStack) else fused)
         return self.assembly.bits_of(f"{site.name}.weight")
 
     def tidy(self) -> None:
