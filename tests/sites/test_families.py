@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from tensormix.sites.families import FAMILIES, Family
 from zoo import MOE, ZOO
 
 ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "tensormix"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,20 @@ def test_every_record_with_more_than_names_is_tried(script):
     """Those that say only what a block returns have no model in the zoo."""
     tried = {script.block_class(family) for family in (*ZOO, *MOE)}
     assert {name for name, record in FAMILIES.items() if record.stream_norms or record.pairs} <= tried
+
+
+def test_no_other_file_names_what_architectures_call_their_parts():
+    """Blocks, layers and norms; a sliced block has names of its own, which are those of its checkpoints."""
+    names = re.compile(
+        r"\w+(DecoderLayer|GPT\w*Block)\b|self_attn\b|\w+_layernorm\b|\b[a-z_]+_proj\b|\b(c_attn|Wqkv|fc1|ln_f)\b"
+    )
+    known = {Path("sites/families.py"), Path("operators/sliced.py")}
+    found = {
+        str(path.relative_to(SOURCE)): hit[0]
+        for path in SOURCE.rglob("*.py")
+        if path.relative_to(SOURCE) not in known and (hit := names.search(path.read_text(encoding="utf-8")))
+    }
+    assert not found, "say it in sites/families.py"
 
 
 @pytest.mark.parametrize("feature", ["turned stream", "turned pairs", "sliced stream"])

@@ -24,8 +24,8 @@ SCALES = "scale"
 class Npy:
     """A folder of .npy files. Matrices are one byte a number, with one scale for all that stands before them."""
 
-    weights = ("*.npy",)
-    indexes = ()
+    file_patterns = ("*.npy",)
+    index_patterns = ()
 
     def __init__(self, folder, file=None):
         self.folder, self.files = folder, sorted(folder.glob("*.npy")) if file is None else [file]

@@ -21,6 +21,10 @@ FAULTS = (
         "if missing := []:",
         "models/test_loading.py",
     ),
+    Fault("models/loading.py", "value.clone())", "value)", "models/test_source.py"),
+    Fault("models/loading.py", "model.get_parameter(other))", "model.get_parameter(name))", "storage/test_formats.py"),
+    Fault("models/source.py", "!= self.fingerprint", "!= ModelSource(self.asked).fingerprint", "models/test_source.py"),
+    Fault("models/source.py", "if self.file is None else self.weights.files", "", "models/test_source.py"),
     Fault("plan.py", "if site.name not in chosen and not taken:", "if not taken:", "test_plan.py"),
     Fault(
         "plan.py", "range(num_blocks - count, num_blocks)", "range(num_blocks - count - 1, num_blocks)", "test_plan.py"
@@ -28,6 +32,7 @@ FAULTS = (
     Fault("reparameterise/heads.py", "turns = num_kv_heads if", "turns = 1 if", REWRITTEN),
     Fault("reparameterise/heads.py", "g * attention.group + alike", "g + alike", REWRITTEN),
     Fault("reparameterise/pairs.py", "torch.linalg.inv(one).T", "one", REWRITTEN),
+    Fault("sites/families.py", '{"ln_1": ("attn.", "mlp.")}', '{"ln_1": ("attn.",)}', RESIDUAL),
     Fault("sites/families.py", ".view(2, -1).T", ".view(-1, 2)", REWRITTEN),
     Fault("reparameterise/pairs.py", "[-sin, cos]", "[sin, -cos]", REWRITTEN),
     Fault("reparameterise/residual.py", "norm.gain.fill_(1)", "pass", RESIDUAL),
@@ -78,6 +83,7 @@ FAULTS = (
     Fault(
         "storage/safetensors.py", "not 0 <= entry.start <= entry.stop <= size", "False", "storage/test_safetensors.py"
     ),
+    Fault("storage/formats.py", "entry.is_plain and dtype in", "dtype in", "storage/test_formats.py"),
     Fault("storage/entries.py", "access=mmap.ACCESS_COPY", "access=mmap.ACCESS_WRITE", "storage/test_safetensors.py"),
     Fault("storage/safetensors.py", "listed.get(entry.name) != file.name", "False", "storage/test_safetensors.py"),
     Fault("storage/files.py", "        part.unlink(missing_ok=True)\n", "        pass\n", "storage/test_files.py"),

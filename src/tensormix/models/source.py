@@ -62,7 +62,7 @@ class ModelSource:
         from huggingface_hub import snapshot_download
 
         wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-        wanted += [pattern for one in FORMATS.values() for pattern in one.weights]
+        wanted += [pattern for one in FORMATS.values() for pattern in one.file_patterns]
         with quiet(), explained(self.location):
             folder = Path(snapshot_download(self.location, allow_patterns=wanted))
         return ModelSource(folder)

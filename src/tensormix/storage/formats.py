@@ -23,15 +23,15 @@ class Format(Protocol):
     """The weights of one model, as they lie in files of one kind. To open it reads headers only.
 
     Attributes:
-        weights: patterns of the names of files that hold weights.
-        indexes: patterns of the names of files that say which tensor is in which of them.
+        file_patterns: of the names of files that hold weights.
+        index_patterns: of the names of files that say which tensor is in which of them.
         folder: the model's.
         files: those that hold its tensors.
         entries: every tensor, by the name that transformers would store it under.
     """
 
-    weights: ClassVar[tuple[str, ...]]
-    indexes: ClassVar[tuple[str, ...]]
+    file_patterns: ClassVar[tuple[str, ...]]
+    index_patterns: ClassVar[tuple[str, ...]]
     folder: Path
     files: list[Path]
     entries: Mapping[str, Entry]
@@ -71,21 +71,21 @@ def open_weights(folder: Path, file: Path | None = None) -> Format:
             "where you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) "
             "writes safetensors"
         )
-    patterns = ", ".join(pattern for one in FORMATS.values() for pattern in one.weights)
+    patterns = ", ".join(pattern for one in FORMATS.values() for pattern in one.file_patterns)
     raise ValueError(f"{folder} has a config.json but no weights ({patterns})")
 
 
 def format_of(file: Path) -> type[Format] | None:
     """The format whose weights, or index of them, a file of this name is."""
     for one in FORMATS.values():
-        if any(file.match(pattern) for pattern in (*one.weights, *one.indexes)):
+        if any(file.match(pattern) for pattern in (*one.file_patterns, *one.index_patterns)):
             return one
     return None
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder that hold weights in a format that is read here, indexed or not."""
-    return [file for one in FORMATS.values() for file in _matching(folder, one.weights)]
+    return [file for one in FORMATS.values() for file in _matching(folder, one.file_patterns)]
 
 
 def files_beside(folder: Path) -> list[Path]:
@@ -95,7 +95,7 @@ def files_beside(folder: Path) -> list[Path]:
 
 
 def _indexes(folder: Path) -> list[Path]:
-    return [file for one in FORMATS.values() for file in _matching(folder, one.indexes)]
+    return [file for one in FORMATS.values() for file in _matching(folder, one.index_patterns)]
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

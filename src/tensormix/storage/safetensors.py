@@ -31,20 +31,20 @@ class Safetensors:
             which tensor is where, or the index and the files disagree.
     """
 
-    weights: ClassVar[tuple[str, ...]] = ("*.safetensors",)
-    indexes: ClassVar[tuple[str, ...]] = ("*.safetensors.index.json",)
+    file_patterns: ClassVar[tuple[str, ...]] = ("*.safetensors",)
+    index_patterns: ClassVar[tuple[str, ...]] = ("*.safetensors.index.json",)
 
     def __init__(self, folder: Path, file: Path | None = None) -> None:
         self.folder = folder
         first = file or next((folder / name for name in (SINGLE, INDEX) if (folder / name).exists()), None)
         if first is None:  # a single file goes before an index, as it does for transformers
-            other = next(iter(sorted(folder.glob(self.weights[0]))), folder)
+            other = next(iter(sorted(folder.glob(self.file_patterns[0]))), folder)
             raise ValueError(
                 f"{folder} has {other.name}, but neither {SINGLE} nor {INDEX} to say which tensor is where"
             )
-        listed = _weight_map(first) if first.match(self.indexes[0]) else None
+        listed = _weight_map(first) if first.match(self.index_patterns[0]) else None
         self.files = [first] if listed is None else [folder / name for name in sorted(set(listed.values()))]
-        self.entries = _entries(self.files, first, listed)
+        self.entries: Mapping[str, Entry] = _entries(self.files, first, listed)
 
     def read(self, entry: Entry) -> Tensor:
         return entry.read()
