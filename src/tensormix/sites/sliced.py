@@ -118,7 +118,8 @@ def _sliced(block: Any, width: int, full: int) -> SlicedBlock:
         block.set_submodule(name, _linear(*sizes, old.bias is not None, old.weight))
     first, second = (SlicedNorm(full, eps_of(block.get_submodule(norm))) for norm in norms)
     shortcuts = tuple(_linear(width, width, False, like) for _ in range(2))
-    made = SlicedBlock(*map(block.get_submodule, parts), (first, second), shortcuts)
+    attention, mlp = (block.get_submodule(part) for part in parts)
+    made = SlicedBlock(attention, mlp, (first, second), shortcuts)
     if hasattr(block, "attention_type"):
         made.attention_type = block.attention_type  # by which models choose the mask
     return made.train(block.training)
