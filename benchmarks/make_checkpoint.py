@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 from tensormix.models import skeleton
-from tensormix.storage.checkpoint import INDEX, Piece, check_space, write_shard
-from tensormix.storage.files import write_json
+from tensormix.storage.entries import Piece
+from tensormix.storage.memory import check_space
+from tensormix.storage.safetensors import shard_name, write_index, write_shard
 
 SHARD = 5_000_000_000  # bytes
 
@@ -61,14 +62,11 @@ def make(out: Path, blocks: int, dtype: torch.dtype) -> None:
             shards.append({})
         shards[-1][name] = piece
     check_space(out, sum(piece.num_bytes for shard in shards for piece in shard.values()))
-    weight_map, total = {}, 0
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        size, _ = write_shard(out / file, shard)
-        print(f"{file}: {size / 1e9:.2f} GB", flush=True)
-        weight_map.update(dict.fromkeys(shard, file))
-        total += sum(piece.num_bytes for piece in shard.values())
-    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    files = [out / shard_name(number, len(shards)) for number in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        size, _ = write_shard(file, shard)
+        print(f"{file.name}: {size / 1e9:.2f} GB", flush=True)
+    write_index(files, out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tensormix.methods import DropBlocks, MeanOutput, Mixt, SvdLlm
 from tensormix.plan import Plan, Rule
-from tensormix.storage.checkpoint import file_hash
+from tensormix.storage.safetensors import file_hash
 from zoo import make, token_ids
 
 PLANS = {

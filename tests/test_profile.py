@@ -20,7 +20,6 @@ from tensormix.profile import (
     num_parameters,
     peak_memory,
     profile,
-    stored_dtype,
 )
 from tensormix.recipe import Recipe
 from tensormix.run.check import check, counts, replace_empty
@@ -175,7 +174,6 @@ def test_bytes_on_disk_are_those_of_the_dtype_that_runs(tiny):
     """A checkpoint stored in float32 and run in bfloat16 is counted in bfloat16, dense like compressed."""
     wide, narrow = (load_model(str(tiny), dtype=dtype) for dtype in ("float32", "bfloat16"))
     stored = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
-    assert stored_dtype(next(tiny.glob("*.safetensors"))) == torch.float32
     assert bytes_on_disk(wide, tiny) == stored
     assert 0.45 * stored < bytes_on_disk(narrow, tiny) < 0.6 * stored
 

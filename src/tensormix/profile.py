@@ -10,24 +10,24 @@ from __future__ import annotations
 import statistics
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensormix.clock import seconds_of
-from tensormix.models import quiet
+from tensormix.models import ModelSource, quiet
 from tensormix.operators.quantized import Packed
 from tensormix.rows import Row
 from tensormix.sites import macs_per_token
 from tensormix.storage.bits import stored_bits
+from tensormix.storage.entries import main_dtype
+from tensormix.storage.formats import weight_files
 
 DTYPES = ("float32", "bfloat16")  # that sizes are told in
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -47,28 +47,19 @@ def embedding_bytes(model: Any) -> int:
     return weight.numel() * weight.element_size()
 
 
-def bytes_on_disk(model: Any, folder: Path | None) -> int:
+def bytes_on_disk(model: Any, source: ModelSource | str | Path | None) -> int:
     """Bytes of the weight files of a model in the dtype in which it was loaded.
 
-    Taken from `folder` if it is saved there in that dtype; otherwise, so that dense and compressed are compared in one
-    dtype, it is saved for a moment and measured.
+    Those of `source` if it is a folder or file in that dtype; otherwise, so that dense and compressed are compared in
+    one dtype, it is saved for a moment and measured.
     """
-    files = sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else []
-    if files and stored_dtype(files[0]) == model.dtype:
-        return sum(file.stat().st_size for file in files)
+    saved = None if source is None else ModelSource.of(source)
+    if saved is not None and isinstance(saved.location, Path) and saved.has_weights:
+        if main_dtype(saved.entries.values()) == model.dtype:
+            return sum(file.stat().st_size for file in saved.weights.files)
     with tempfile.TemporaryDirectory() as part, quiet():
         model.save_pretrained(part)
-        return sum(file.stat().st_size for file in Path(part).glob("*.safetensors"))
-
-
-def stored_dtype(file: Path) -> torch.dtype | None:
-    """The dtype of the first floating-point tensor in a safetensors file that holds anything."""
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():
-            tensor = tensors.get_slice(name)
-            if 0 not in tensor.get_shape() and (dtype := SAFETENSORS_DTYPES.get(tensor.get_dtype())):
-                return dtype
-    return None
+        return sum(file.stat().st_size for file in weight_files(Path(part)))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -151,10 +142,12 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
-def profile(models: dict[str, Any], folders: dict[str, Path], *, tokens: Sequence[int], repeats: int) -> list[Row]:
+def profile(
+    models: dict[str, Any], sources: Mapping[str, ModelSource | str | Path], *, tokens: Sequence[int], repeats: int
+) -> list[Row]:
     """Rows of resources for each model and of latency for each number of tokens; the first model is the yardstick.
 
-    `folders` says where each model lies on disk.
+    `sources` says where each model lies on disk.
     """
     rows: list[Row] = []
     for name, model in models.items():
@@ -167,7 +160,7 @@ def profile(models: dict[str, Any], folders: dict[str, Path], *, tokens: Sequenc
                 "macs_per_token": macs_per_token(model),
                 "bytes": bytes_by_dtype(model),
                 "embedding_bytes": embedding_bytes(model),
-                "bytes_on_disk": bytes_on_disk(model, folders.get(name)),
+                "bytes_on_disk": bytes_on_disk(model, sources.get(name)),
                 "peak_memory_bytes": peak_memory(model, ids),
                 "peak_memory_tokens": max(tokens),
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),

@@ -15,7 +15,9 @@ from tensormix.methods import DropBlocks, MeanOutput, Mixt, Svd
 from tensormix.models import load_model
 from tensormix.plan import Plan, Rule
 from tensormix.sites.calls import Activations
-from tensormix.storage.checkpoint import INDEX, Checkpoint
+from tensormix.storage.bits import checkpoint_bits
+from tensormix.storage.formats import open_weights
+from tensormix.storage.safetensors import INDEX
 from zoo import MOE, NUM_BLOCKS, ZOO, make, token_ids
 
 WEIGHTS_ONLY = Plan((Rule(method=Mixt(num_branches=2), blocks="last 2"),))
@@ -103,7 +105,7 @@ def test_dtypes(tmp_path, stored, dtype):
 def test_without_a_plan_every_tensor_is_copied(tmp_path):
     folder = saved(tmp_path, "gpt2", "40KB")
     assert compress_checkpoint(folder, tmp_path / "out", Plan(())) == []
-    before, after = Checkpoint(folder).entries, Checkpoint(tmp_path / "out").entries
+    before, after = open_weights(folder).entries, open_weights(tmp_path / "out").entries
     assert before.keys() == after.keys()
     assert all(list(before[n].chunks()) == list(after[n].chunks()) for n in before)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
@@ -124,7 +126,7 @@ def test_what_the_model_does_not_know_passes_through(tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
     compress_checkpoint(folder, tmp_path / "out", WEIGHTS_ONLY, dtype="bfloat16")
-    entries = Checkpoint(tmp_path / "out").entries
+    entries = open_weights(tmp_path / "out").entries
     for name, tensor in strange.items():
         assert entries[name].read().dtype == tensor.dtype
         assert torch.equal(entries[name].read().view(torch.uint8), tensor.view(torch.uint8))
@@ -140,7 +142,7 @@ def test_untouched_tensors_keep_a_dtype_of_their_own(tmp_path):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-4
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     compress_checkpoint(folder, tmp_path / "out", WEIGHTS_ONLY)
-    kept = Checkpoint(tmp_path / "out").entries["model.norm.weight"].read()
+    kept = open_weights(tmp_path / "out").entries["model.norm.weight"].read()
     assert torch.equal(kept, tensors["model.norm.weight"])
     in_memory(folder, tmp_path / "memory", WEIGHTS_ONLY)
     assert_same_model(tmp_path / "memory", tmp_path / "out")
@@ -205,7 +207,7 @@ def test_the_index_lists_every_tensor_once(tmp_path):
     compress_checkpoint(folder, tmp_path / "out", CALIBRATED, BATCHES)
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert len(set(index["weight_map"].values())) == NUM_BLOCKS + 1
-    assert index["metadata"]["total_size"] == Checkpoint(tmp_path / "out").num_bytes
+    assert index["metadata"]["total_size"] == checkpoint_bits(tmp_path / "out") // 8
 
 
 def test_a_hub_id_is_compressed_from_the_local_cache(tmp_path, monkeypatch):

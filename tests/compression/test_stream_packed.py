@@ -15,7 +15,7 @@ from tensormix.compression.checkpoint import compress_checkpoint
 from tensormix.methods import MeanOutput, Svd
 from tensormix.models import load_model
 from tensormix.plan import Plan, Rule
-from tensormix.storage.checkpoint import Checkpoint
+from tensormix.storage.formats import open_weights
 from zoo import token_ids
 
 FAMILIES = ["llama", "deepseek_v3", "gpt_oss"]
@@ -46,7 +46,7 @@ def test_the_same_as_from_plain_weights(tmp_path, family, plan):
 def test_what_is_not_compressed_stays_packed_byte_for_byte(tmp_path, family):
     save_packed(tmp_path, family)
     compress_checkpoint(tmp_path / "packed", tmp_path / "out", PLANS["weights_only"])
-    before, after = Checkpoint(tmp_path / "packed").entries, Checkpoint(tmp_path / "out").entries
+    before, after = open_weights(tmp_path / "packed").entries, open_weights(tmp_path / "out").entries
     kept = [name for name in before if not any(f"layers.{n}." in name for n in (1, 3))]
     assert any(before[name].dtype in ("F8_E4M3", "U8") for name in kept)
     for name in kept:
@@ -60,7 +60,7 @@ def test_what_is_not_compressed_stays_packed_byte_for_byte(tmp_path, family):
 def test_another_dtype_unpacks_everything(tmp_path, family):
     save_packed(tmp_path, family)
     compress_checkpoint(tmp_path / "packed", tmp_path / "out", PLANS["weights_only"], dtype="float32")
-    entries = Checkpoint(tmp_path / "out").entries.values()
+    entries = open_weights(tmp_path / "out").entries.values()
     assert {entry.dtype for entry in entries} == {"F32"}
     assert "packed" not in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     model = load_model(tmp_path / "packed", dtype="float32")

@@ -58,7 +58,7 @@ run_sweep(Sweep.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
 CACHE = """
 import torch
 from tensormix.recover.teacher import TeacherLogits
-cache = TeacherLogits(Path(sys.argv[2]), teacher="t", tokenizer="k", vocabulary=5, top_k=2, window=3)
+cache = TeacherLogits(Path(sys.argv[2]), teacher="t", tokenizer="k", vocabulary=5, top_k=2, tail_samples=0, window=3)
 def logits(ids):
     hold()
     return torch.zeros(*ids.shape, 5)
@@ -109,7 +109,7 @@ def test_a_second_sweep_of_one_folder_is_refused_and_so_is_a_run_of_its_cell(tin
 def test_a_file_of_a_shared_teacher_cache_is_computed_by_one_and_used_by_both(tmp_path, caplog):
     folder, calls = tmp_path / "cache", []
     with held(CACHE, tmp_path, str(folder)), caplog.at_level(logging.WARNING):
-        cache = TeacherLogits(folder, teacher="t", tokenizer="k", vocabulary=5, top_k=2, window=3)
+        cache = TeacherLogits(folder, teacher="t", tokenizer="k", vocabulary=5, top_k=2, tail_samples=0, window=3)
         threading.Timer(0.5, (tmp_path / "started.go").touch).start()
         cache.fill(lambda number: torch.tensor([0, 1, number]), range(2), 2, calls.append, 2)  # type: ignore[arg-type]
     assert calls == [] and cache[1]["teacher_values"].shape == (2, 2)
@@ -120,6 +120,6 @@ def test_a_killed_writer_of_a_cache_is_replaced_at_once(tmp_path):
     folder = tmp_path / "cache"
     with held(CACHE, tmp_path, str(folder)):
         pass
-    cache = TeacherLogits(folder, teacher="t", tokenizer="k", vocabulary=5, top_k=2, window=3)
+    cache = TeacherLogits(folder, teacher="t", tokenizer="k", vocabulary=5, top_k=2, tail_samples=0, window=3)
     cache.fill(lambda number: torch.tensor([0, 1, number]), range(2), 2, lambda ids: torch.zeros(*ids.shape, 5), 2)
     assert cache[0]["teacher_values"].shape == (2, 2)

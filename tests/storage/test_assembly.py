@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tensormix.models import load_model, skeleton
 from tensormix.storage.assembly import Assembly
-from tensormix.storage.checkpoint import Checkpoint
+from tensormix.storage.formats import open_weights
 from zoo import MOE, ZOO, make
 
 
@@ -24,7 +24,7 @@ def saved(tmp_path, family, change=None, **changes):
 
 
 def assembled(folder, dtype=None) -> Assembly:
-    return Assembly(skeleton(folder, dtype), Checkpoint(folder))
+    return Assembly(skeleton(folder, dtype), open_weights(folder))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -45,9 +45,9 @@ def test_every_tensor_on_disk_belongs_to_one_parameter(tmp_path, family):
     folder = saved(tmp_path, family)
     assembly = assembled(folder)
     sources = [name for making in assembly.makings for name in making.sources]
-    assert sorted(sources) == sorted(Checkpoint(folder).entries)
+    assert sorted(sources) == sorted(open_weights(folder).entries)
     assert sum(assembly.bits_of(name) for making in assembly.makings for name in making.targets) == 8 * sum(
-        entry.num_bytes for entry in Checkpoint(folder).entries.values()
+        entry.num_bytes for entry in open_weights(folder).entries.values()
     )
 
 

@@ -1,11 +1,14 @@
 """A comparison makes every method at every budget once, the null baselines among them, and says what was missed."""
 
+import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
 
+from tensormix.models import source
 from tensormix.recipe.comparison import Comparison
 from tensormix.report import build_report
 from tensormix.run import stage_rows
@@ -49,6 +52,14 @@ def test_every_cell_has_its_folder_and_the_null_baselines_are_always_there(finis
             stored = [tensors.get_tensor(key) for key in tensors.keys()]
         assert row["bits"] == sum(8 * tensor.numel() * tensor.element_size() for tensor in stored)
     assert read_json(finished / "comparison.json")["finished"]
+
+
+def test_the_dense_model_is_hashed_once_for_all_cells(tiny, finished, monkeypatch):
+    hashed = []
+    counted = SimpleNamespace(blake2b=lambda **options: hashed.append(options) or hashlib.blake2b(**options))
+    monkeypatch.setattr(source, "hashlib", counted)
+    run_comparison(comparison(tiny, budgets=[0.5, 0.01]), finished)
+    assert len(hashed) == 1
 
 
 def test_a_budget_that_a_method_cannot_meet_is_said_and_stops_nothing(finished):

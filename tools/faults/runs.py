@@ -67,8 +67,8 @@ FAULTS = (
     Fault("run/keys.py", "content_digest(Path(name)) for", "0 for", "run/test_keys.py"),
     Fault(
         "run/keys.py",
-        "start = [code_version(), fingerprint(recipe.model)",
-        "start = [fingerprint(recipe.model)",
+        "start = [code_version(), sources[recipe.model]",
+        "start = [sources[recipe.model]",
         "run/test_keys.py",
     ),
     Fault("run/run.py", "with only_process(folder):", "if folder:", "run/test_two_processes.py"),
@@ -87,8 +87,8 @@ FAULTS = (
     Fault("sweep/predict.py", "total += errors.get(block, 0.0)", "total += 1", "sweep/test_predict.py"),
     Fault(
         "run/stages.py",
-        "is_turned else recipe.start or recipe.model",
-        "is_turned else recipe.model",
+        "is_turned else recipe.start or self.source",
+        "is_turned else self.source",
         "sweep/test_sweep_search.py",
     ),
     Fault("run/stages.py", 'self._load(self.folder / "compressed")', "self.model", "run/test_run_direct.py"),

@@ -30,17 +30,16 @@ from tensormix.allocation.survey import Found, Survey
 from tensormix.allocation.ways import WAYS, Chosen, train_ranks
 from tensormix.compression import Calibration, Home, Progress
 from tensormix.compression.from_files import Source
-from tensormix.models import fill_buffers, load_model, local_folder, skeleton
+from tensormix.models import ModelSource, fill_buffers, load_model, skeleton
 from tensormix.plan import Plan
 from tensormix.settings import Budget
 from tensormix.sites import Site, find_sites
 from tensormix.sites.calls import Activations
 from tensormix.storage.assembly import Assembly
-from tensormix.storage.checkpoint import Checkpoint
 
 
 def allocate(
-    model: str | Path,
+    model: ModelSource | str | Path,
     plan: Plan,
     budget: Budget,
     batches: Iterable[Tensor] | None = None,
@@ -66,7 +65,7 @@ def allocate(
         ValueError: a weight or an input is not finite or all zero (it names the site), or the way to divide needs
             what is not there.
     """
-    joint = is_joint(plan)
+    model, joint = ModelSource.of(model), is_joint(plan)
     if joint and budget.by != "uniform":
         name = plan.root[0].method.name
         raise ValueError(f"budget: {name} divides its keep within each block by itself: only by 'uniform' among blocks")
@@ -96,7 +95,7 @@ def allocate(
 
 
 def _measured_whole(
-    make_survey: Callable[..., Survey], model: nn.Module, calibration: Calibration, budget: Budget, source: str | Path
+    make_survey: Callable[..., Survey], model: nn.Module, calibration: Calibration, budget: Budget, source: ModelSource
 ) -> Allocation:
     """With the whole model in memory: its ranks trained together, or what each site alone does to it."""
     batches = list(calibration.batches or ())
@@ -112,7 +111,7 @@ def _measured_whole(
 class _Counted(Home):
     """The blocks are in the model; what their weights take is asked of the files, which may have packed them."""
 
-    def __init__(self, source: str | Path, dtype: str) -> None:
+    def __init__(self, source: ModelSource, dtype: str) -> None:
         bare: Any = skeleton(source, dtype=dtype)
         self.files = _home(bare, source, "cpu")
         self.sites = {site.name: site for site in find_sites(bare)}
@@ -121,16 +120,13 @@ class _Counted(Home):
         return self.files.dense_bits(self.sites[site.name])
 
 
-def _home(model: nn.Module, folder: str | Path, device: str) -> Home:
+def _home(model: nn.Module, source: ModelSource, device: str) -> Home:
     """The files of the checkpoint; a folder with nothing but a config is enough to count."""
-    path = local_folder(folder)
-    if not any(path.glob("*.safetensors")):
-        return Home()
-    return Source(model, Assembly(model, Checkpoint(path)), device)
+    return Source(model, Assembly(model, source.weights), device) if source.has_weights else Home()
 
 
 def _decided(
-    model: nn.Module, budget: Budget, survey: Survey, source: str | Path,
+    model: nn.Module, budget: Budget, survey: Survey, source: ModelSource,
     divide: Callable[[Sequence[Found], int], Chosen] | None = None,
 ) -> Allocation:  # fmt: skip
     found = [survey.found[name] for name in survey.sites if name in survey.found]
@@ -146,7 +142,7 @@ def _decided(
     return Allocation(sized_plan(found, chosen), [total_row(budget, whole, units + outside, outside, rows), *rows])
 
 
-def _joint(model: nn.Module, home: Home, plan: Plan, budget: Budget, source: str | Path) -> Allocation:
+def _joint(model: nn.Module, home: Home, plan: Plan, budget: Budget, source: ModelSource) -> Allocation:
     """One `keep` for all blocks. Where ranks depend on the data, the costs are those of equal spectra."""
     dense = costs(model, home, at_keep(plan, 1.0), budget.of)
     sites = sum(before for _, before, _ in dense.values())

@@ -22,7 +22,7 @@ from tensormix.data import describe, packed_source, separator_of
 from tensormix.evaluate import evaluate_choices, exam_prompts, perplexity, read_prompts
 from tensormix.evaluate.batches import Asked
 from tensormix.methods import Laser, laser_search
-from tensormix.models import load_tokenizer, skeleton
+from tensormix.models import ModelSource, skeleton
 from tensormix.operators import ExpertStack
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
@@ -51,9 +51,10 @@ def check_search(recipe: Recipe) -> None:
     model cannot be held in memory.
     """
     assert recipe.search is not None
-    model = skeleton(recipe.model, recipe.dtype)
+    source = ModelSource(recipe.model)
+    model = skeleton(source, recipe.dtype)
     candidates(model, recipe.plan, recipe.search)
-    scorer(load_tokenizer(recipe.model), recipe.evaluate, recipe.search.part)
+    scorer(source.tokenizer(), recipe.evaluate, recipe.search.part)
     weights = (*model.parameters(), *model.buffers())
     needed = sum(tensor.numel() * tensor.element_size() for tensor in weights)
     free = [available_memory()] + ([torch.cuda.mem_get_info()[0]] if torch.cuda.is_available() else [])

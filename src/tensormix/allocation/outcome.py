@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,13 +13,13 @@ from torch import nn
 from tensormix.allocation.survey import Found
 from tensormix.fitting.divide import Option
 from tensormix.methods.base import LinearMethod, Method
-from tensormix.models import local_folder
+from tensormix.models import ModelSource
 from tensormix.plan import Plan, Rule
 from tensormix.profile import num_parameters
 from tensormix.rows import Row
 from tensormix.settings import Budget
 from tensormix.sites import macs_per_token
-from tensormix.storage.bits import checkpoint_bits, stored_bits
+from tensormix.storage.bits import stored_bits
 
 
 class ImpossibleBudget(ValueError):
@@ -86,9 +85,8 @@ def sized_plan(found: Sequence[Found], chosen: Mapping[str, Option]) -> Plan:
     return Plan(tuple(rules))
 
 
-def cost_of_model(model: nn.Module, of: str, source: str | Path) -> int:
-    folder = local_folder(source)
-    stored = checkpoint_bits(folder) if any(folder.glob("*.safetensors")) else stored_bits(model)
+def cost_of_model(model: nn.Module, of: str, source: ModelSource) -> int:
+    stored = source.stored_bits or stored_bits(model)
     if of == "bytes_per_token":
         raise ValueError("budget: bytes_per_token is counted over sites only, not over the model; leave out over")
     return {"bits": stored, "parameters": num_parameters(model), "macs": macs_per_token(model)}[of]

@@ -17,19 +17,19 @@ from tensormix.compression import Calibration, Progress, Stream, Walk, compress,
 from tensormix.compression.choosing import Notes, chooses
 from tensormix.compression.fitting import Row
 from tensormix.compression.to_files import Disk
-from tensormix.models import fill_buffers, fingerprint, load_model, local_folder, quiet, skeleton
+from tensormix.models import ModelSource, fill_buffers, load_model, quiet, skeleton
 from tensormix.plan import Plan
 from tensormix.sites.calls import Activations
 from tensormix.storage.assembly import Assembly
-from tensormix.storage.checkpoint import INDEX, PICKLED, Checkpoint
 from tensormix.storage.files import whole_folder
+from tensormix.storage.formats import files_beside
 from tensormix.storage.locks import only_writer
 from tensormix.version import code_version
 
 
 @torch.no_grad()
 def compress_checkpoint(
-    source: str | Path,
+    source: ModelSource | str | Path,
     out: Path,
     plan: Plan,
     batches: Iterable[Tensor] | None = None,
@@ -51,7 +51,7 @@ def compress_checkpoint(
     whole model at once (slice_gpt) is the exception: the model is loaded, and an interrupted call begins again.
 
     Args:
-        source: a folder with config.json and safetensors, or a Hub id.
+        source: a folder with config.json and weights, a Hub id, one file of weights, or a source that is open.
         batches, inputs, precision: as in `compress`.
         dtype: "auto" leaves every tensor in its own; another one converts those that the model knows.
         spill: keep the activations between blocks in files beside `out` instead of in memory.
@@ -69,34 +69,34 @@ def compress_checkpoint(
             written by another process, or the disk is too small. What was finished before an error or a kill is used
             by the next call.
     """
-    folder, out = local_folder(source), Path(out).resolve()
-    _check_request(folder, out, workers, inputs)
+    source, out = ModelSource.of(source).local, Path(out).resolve()
+    _check_request(source.folder, out, workers, inputs)
     with only_writer(out):
         if plan.whole is not None:
             _check_free(out, overwrite)
-            return _in_memory(folder, out, plan, batches, progress, dtype, inputs, precision, device)
-        model: Any = skeleton(folder, dtype=dtype)
-        home = Disk(model, Assembly(model, Checkpoint(folder)), out, convert=dtype != "auto", device=device)
+            return _in_memory(source, out, plan, batches, progress, dtype, inputs, precision, device)
+        model: Any = skeleton(source, dtype=dtype)
+        home = Disk(model, Assembly(model, source.weights), out, convert=dtype != "auto", device=device)
         calibration = Calibration(batches, inputs, precision)
         with _room(home):
             names, notes = _named(model, plan, home, calibration, spill)
         walk = Walk(model, names, home, progress, notes)
-        request = _request(folder, plan, calibration, dtype, asked)
+        request = _request(source, plan, calibration, dtype, asked)
         if notes:
             request["blocks"] = [rule.blocks for rule in names.root]
         if home.is_complete(request):
             return home.all_rows()
         _check_free(out, overwrite)
         _prepare(walk, home, calibration, request, spill)
-        _carry_out(walk, home, calibration, workers, folder, request["source"])
+        _carry_out(walk, home, calibration, workers, source)
         return home.all_rows()
 
 
-def _request(folder: Path, plan: Plan, calibration: Calibration, dtype: str, asked: Any) -> dict[str, Any]:
+def _request(source: ModelSource, plan: Plan, calibration: Calibration, dtype: str, asked: Any) -> dict[str, Any]:
     """What tells one call from another, beside its batches."""
     return {
         "version": code_version(),
-        "source": fingerprint(folder),
+        "source": source.fingerprint,
         "dtype": dtype,
         "plan": plan.model_dump(mode="json"),
         "inputs": calibration.inputs,
@@ -105,12 +105,14 @@ def _request(folder: Path, plan: Plan, calibration: Calibration, dtype: str, ask
     }
 
 
-def _carry_out(walk: Walk, home: Disk, calibration: Calibration, workers: int, folder: Path, source: str) -> None:
-    """The walk, and the end of the new checkpoint. `source` is what the files in `folder` were when it began."""
+def _carry_out(walk: Walk, home: Disk, calibration: Calibration, workers: int, source: ModelSource) -> None:
+    """The walk, and the end of the new checkpoint."""
     with _room(home):
         walk.run(calibration, workers)
-        if fingerprint(folder) != source:
-            raise ValueError(f"{folder} changed while it was read: what was made of it is of no use; start again")
+        if source.has_changed():
+            raise ValueError(
+                f"{source.folder} changed while it was read: what was made of it is of no use; start again"
+            )
         home.finish()
 
 
@@ -166,7 +168,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _in_memory(
-    folder: Path,
+    source: ModelSource,
     out: Path,
     plan: Plan,
     batches: Iterable[Tensor] | None,
@@ -177,14 +179,12 @@ def _in_memory(
     device: str,
 ) -> list[Row]:
     """For a method that changes all blocks at once: the whole model is loaded, and nothing is continued."""
-    model: Any = load_model(folder, dtype=dtype)
+    model: Any = load_model(source, dtype=dtype)
     model.to(device)
     rows = compress(model, plan, batches, progress, inputs=inputs, precision=precision)
-    weights = {file.name for pattern in ("*.safetensors", *PICKLED) for file in folder.glob(pattern)}
     with whole_folder(out) as part, quiet():
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name not in {*weights, INDEX, "config.json"}:
-                shutil.copyfile(file, part / file.name)
+        for file in files_beside(source.folder):
+            shutil.copyfile(file, part / file.name)
         model.save_pretrained(part)
     return rows
 

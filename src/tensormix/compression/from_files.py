@@ -13,8 +13,10 @@ from tensormix.compression import Home
 from tensormix.compression.fitting import Row
 from tensormix.operators import DenseStack
 from tensormix.sites import Site, locate_blocks
+from tensormix.sites.families import EXPERT_WEIGHTS
 from tensormix.storage.assembly import Assembly, Making
 from tensormix.storage.memory import empty_weights, give_back, set_weight
+from tensormix.storage.safetensors import shard_name
 
 
 @dataclass
@@ -34,14 +36,14 @@ class Source(Home):
 
     def __init__(self, model: Any, assembly: Assembly, device: str = "cpu") -> None:
         self.model, self.assembly, self.device = model, assembly, device
-        self.entries = assembly.checkpoint.entries
+        self.entries = assembly.weights.entries
         self.root, self.layers = locate_blocks(model)
         self.units = self._units(len(self.layers))  # one for each block, and the last one for the rest
         self._entered: dict[int, list[nn.Module]] = {}
 
     def _units(self, num_blocks: int) -> list[Unit]:
         total = num_blocks + 1
-        units = [Unit(f"model-{number + 1:05d}-of-{total:05d}.safetensors") for number in range(total)]
+        units = [Unit(shard_name(number, total)) for number in range(total)]
         for making in self.assembly.makings:
             units[self._block_of(making.targets[0], num_blocks)].makings.append(making)
         for name in self.assembly.unknown:
@@ -71,9 +73,11 @@ class Source(Home):
         index = site.block
         if site.kind == "block" and index is not None:
             names = [name for making in self.units[index].makings for name in making.sources]
-            return sum(8 * self.entries[name].num_bytes for name in names)
+            return sum(self.assembly.weights.bits(self.entries[name]) for name in names)
         if site.kind == "experts":
-            return self.assembly.bits_of(site.name + (".stack" if isinstance(site.module, DenseStack) else "_proj"))
+            path, _, stack = site.name.rpartition(".")
+            fused = f"{path}.{EXPERT_WEIGHTS[stack]}"
+            return self.assembly.bits_of(f"{site.name}.stack" if isinstance(site.module, DenseStack) else fused)
         return self.assembly.bits_of(f"{site.name}.weight")
 
     def tidy(self) -> None:

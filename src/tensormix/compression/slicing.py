@@ -19,8 +19,9 @@ from tensormix.operators import SlicedBlock
 from tensormix.operators.base import computing_dtype
 from tensormix.reparameterise.residual import read, write
 from tensormix.sites import locate_blocks, macs_per_token
-from tensormix.sites.calls import Call, record_calls
-from tensormix.sites.sliced import block_layers, check_sliceable, ends, final_norm, shrink
+from tensormix.sites.calls import record_calls
+from tensormix.sites.families import family_of
+from tensormix.sites.sliced import block_layers, check_sliceable, ends, final_norm, run_attention, run_mlp, shrink
 from tensormix.statistics import Gram
 
 
@@ -78,21 +79,13 @@ def _bases(
     bases = []
     for index, block in enumerate(layers):
         name = f"{root}.{index}"
-        for half, place in ((_attention, "attention"), (_mlp, "MLP")):
+        for half, place in ((run_attention, "attention"), (run_mlp, "MLP")):
             bases.append(_basis(hidden, width, precision, f"{name}, before its {place}"))
             for number, call in enumerate(calls[index]):
                 entering = _projected(hidden[number], bases[-1]) if propagated else hidden[number]
                 hidden[number] = half(block, call, entering)
         progress(index + 1, len(layers), name)
     return [*bases, _basis(hidden, width, precision, "the final norm")]
-
-
-def _attention(block: Any, call: Call, hidden: Tensor) -> Tensor:  # (B, T, D)
-    return hidden + block.self_attn(hidden_states=block.input_layernorm(hidden), **call.kwargs)[0]
-
-
-def _mlp(block: Any, _: Call, hidden: Tensor) -> Tensor:  # (B, T, D)
-    return hidden + block.mlp(block.post_attention_layernorm(hidden))
 
 
 def _basis(hidden: list[Tensor], width: int, precision: torch.dtype, place: str) -> Tensor:  # (B, T, D) -> (D, S)
@@ -116,7 +109,7 @@ def _turned(model: nn.Module, bases: list[Tensor]) -> dict[str, Tensor]:
     for index, block in enumerate(layers):
         places = bases[2 * index : 2 * index + 3]
         for half, (inputs, outputs) in enumerate(pairwise(places)):
-            part, norm = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))[half]
+            norm, part = family_of(block).halves[half]
             shortcut = ("attention_shortcut", "mlp_shortcut")[half]
             scale = block.get_submodule(norm).get_parameter("weight")
             for name, (layer, reads) in block_layers(block).items():

@@ -21,10 +21,12 @@ from tensormix.compression.units import groups_of
 from tensormix.hf import attach, install_empty, operators_of
 from tensormix.operators import StandIn
 from tensormix.storage.assembly import Assembly, Making, packed_config
-from tensormix.storage.checkpoint import INDEX, PICKLED, Entry, Piece, check_space, file_hash, read_header, write_shard
+from tensormix.storage.entries import Entry, Piece
 from tensormix.storage.files import new_file, put_in_place, read_json, write_json
+from tensormix.storage.formats import files_beside, passed_on
 from tensormix.storage.journal import Journal, Line
-from tensormix.storage.memory import set_weight
+from tensormix.storage.memory import check_space, set_weight
+from tensormix.storage.safetensors import file_hash, read_header, write_index, write_shard
 
 
 class Disk(Source):
@@ -77,10 +79,7 @@ class Disk(Source):
 
     def _files_beside(self) -> list[Path]:
         """What lies beside the weights of the source and goes along: the tokenizer and the like."""
-        folder = self.assembly.checkpoint.folder
-        weights = {file.name for pattern in ("*.safetensors", *PICKLED) for file in folder.glob(pattern)}
-        ours = {INDEX, "config.json", self.journal.path.name}
-        return [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in weights | ours]
+        return [file for file in files_beside(self.assembly.weights.folder) if file.name != self.journal.path.name]
 
     def _bytes_of(self, number: int, walk: Walk) -> int:
         """What the file of one unit will hold, without its header: methods are asked for empty operators."""
@@ -88,7 +87,7 @@ class Disk(Source):
         opened = {name.rpartition(".")[0] for name in here if walk.sites[name].kind == "experts"}
         gone = {*here, *opened}
         joint = {n: op for group in groups_of(self.model, walk.sites, here).values() for n, op in group.empty().items()}
-        total = sum(self.entries[name].num_bytes for name in self.units[number].unknown)
+        total = sum(self._copy(name).num_bytes for name in self.units[number].unknown)
         for making in self.units[number].makings:
             if not any(inside(target, gone) for target in making.targets):
                 total += sum(piece.num_bytes for piece in self._copies(making).values())
@@ -136,7 +135,7 @@ class Disk(Source):
         for line in self._lines.values():
             known = operators_of(self.model)
             install_empty(self.model, {k: spec for k, spec in line["operators"].items() if known.get(k) != spec})
-        self._write_index()
+        write_index([self.part / unit.file for unit in self.units], self.part)
         self._write_config()
         for file in self._files_beside():
             with file.open("rb") as source, new_file(self.part / file.name) as copy:
@@ -150,7 +149,7 @@ class Disk(Source):
     def _write(self, number: int, operators: dict[str, Any], rows: list[Row], changed: bool = False) -> None:
         unit = self.units[number]
         new = self._state(number) if number < len(self.layers) else {}
-        pieces: dict[str, Piece | Entry] = {name: self.entries[name] for name in unit.unknown}
+        pieces: dict[str, Piece | Entry] = {name: self._copy(name) for name in unit.unknown}
         for making, kept in self._kept(number, operators):
             if kept == making.targets and not changed:
                 pieces |= self._copies(making)
@@ -166,18 +165,15 @@ class Disk(Source):
     def _copies(self, making: Making) -> dict[str, Piece | Entry]:
         """The tensors on disk of a making as they are, or in the dtype of the model where that was asked for."""
         if not self.convert:
-            return {name: self.entries[name] for name in making.sources}
+            return {name: self._copy(name) for name in making.sources}
         return self.assembly.converted(making)
 
-    def _write_index(self) -> None:
-        entries = [entry for unit in self.units for entry in read_header(self.part / unit.file)]
-        weight_map = {entry.name: entry.file.name for entry in sorted(entries, key=lambda entry: entry.name)}
-        total = sum(entry.num_bytes for entry in entries)
-        write_json(self.part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    def _copy(self, name: str) -> Piece | Entry:
+        return passed_on(self.assembly.weights, self.entries[name])
 
     def _write_config(self) -> None:
         """The config of the source, with the operators in it."""
-        config = read_json(self.assembly.checkpoint.folder / "config.json")
+        config = read_json(self.assembly.weights.folder / "config.json")
         packed = packed_config(self.assembly.config)
         if packed is not None and self.convert:
             config.pop("quantization_config")  # nothing is packed any more

@@ -11,12 +11,15 @@ from transformers.core_model_loading import WeightConverter, _IdentityOp
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tensormix.sites.families import EXPERT_WEIGHTS
 from tensormix.storage.packed import Pack
 
 # By pack, what is stored for a parameter: ends of names.
 _STORED = {
     "fp8": {"weight": ["weight", "weight_scale_inv", "activation_scale"]},
-    "mxfp4": {name: [f"{name}_blocks", f"{name}_scales"] for name in ("gate_up_proj", "down_proj")},
+    "mxfp4": {
+        name: [f"{name}_blocks", f"{name}_scales"] for name in (EXPERT_WEIGHTS["gate_up"], EXPERT_WEIGHTS["down"])
+    },
 }
 # Dtypes, as safetensors and torch name them, that are no weights without scales.
 _CODES = ("F8_E4M3", "F8_E5M2", "U8", "I8", torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)

@@ -34,7 +34,7 @@ class Recipe(Settings):
     both say how large something is, or if a search cannot be one.
     """
 
-    model: str  # a folder, relative to the recipe, or a Hub id
+    model: str  # a folder or a file of weights, relative to the recipe, or a Hub id
     start: str | None = None  # a compressed and recovered form of it to go on from; what is compressed there stays
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"  # loaded and trained in

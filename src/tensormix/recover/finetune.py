@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 from transformers import PrinterCallback
 
 from tensormix.data import Mixture
-from tensormix.models import fingerprint
+from tensormix.models import ModelSource
 from tensormix.recover.first_step import NUM_BATCHES, largest_rate, loss_per_rate, warning
 from tensormix.recover.held_out import Judgements, judged_steps, taught
 from tensormix.recover.local import distill_blocks, learning_blocks
@@ -49,7 +49,7 @@ def recover(
     folder: Path,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-    teacher: str | Path | None = None,
+    teacher: ModelSource | str | Path | None = None,
     cache: Path | None = None,
     judge: Judge | None = None,
 ) -> list[Row]:
@@ -148,7 +148,7 @@ class _Recovery:
 
     def run(
         self,
-        teacher_source: str | Path | None,
+        teacher_source: ModelSource | str | Path | None,
         cache: Path | None,
         progress: Callable[[int, int], None] | None,
         judge: Judge | None,
@@ -157,9 +157,9 @@ class _Recovery:
         logits = teacher = None
         distill = self.settings.distill
         if self.settings.loss != "lm":
-            teacher = open_teacher(distill.teacher or teacher_source, self.model, self.tokenizer)
+            teacher, source = open_teacher(distill.teacher or teacher_source, self.model, self.tokenizer)
             if distill.top_k != "all":
-                logits = self._logits(teacher, distill.teacher or teacher_source, cache)
+                logits = self._logits(teacher, source, cache)
         judgements = self._judgements(teacher)
         judgements.judge(self.model, 0)
         dataset = TaughtWindows(
@@ -210,11 +210,11 @@ class _Recovery:
             autocast=torch.bfloat16 if self.dtype == "bfloat16" else None,
         )
 
-    def _logits(self, teacher: Any, source: Any, cache: Path | None) -> TeacherLogits:
+    def _logits(self, teacher: Any, source: ModelSource, cache: Path | None) -> TeacherLogits:
         """Filled for the steps that learn from them."""
         settings = self.settings
         about: dict[str, Any] = settings.distill.model_dump(include={"top_k", "tail_samples"}) | {
-            "teacher": fingerprint(source),
+            "teacher": source.fingerprint,
             "tokenizer": tokenizer_digest(self.tokenizer),
             "vocabulary": teacher.get_output_embeddings().weight.shape[0],
             "window": settings.window,

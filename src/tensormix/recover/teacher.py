@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tensormix.models import load_model, load_tokenizer
+from tensormix.models import ModelSource, load_model, load_tokenizer
 from tensormix.recover.losses import Kept, keep
 from tensormix.storage.files import new_file, read_json, remove_unfinished, write_json
 from tensormix.storage.locks import in_turn
@@ -47,12 +47,16 @@ def check_vocabulary(teacher: Any, student: Any) -> None:
         )
 
 
-def open_teacher(source: str | Path | None, student: Any, tokenizer: Any) -> Any:
-    """The dense model in float32, where the student is. Raises ValueError if none is named or its tokens are others."""
+def open_teacher(source: ModelSource | str | Path | None, student: Any, tokenizer: Any) -> tuple[Any, ModelSource]:
+    """The dense model in float32, where the student is, and where it came from.
+
+    Raises ValueError if none is named or its tokens are others.
+    """
     if source is None:
         raise ValueError(
             "recover: a loss that learns from the dense model needs a teacher; name one as distill.teacher."
         )
+    source = ModelSource.of(source)
     teacher: Any = load_model(source, dtype="float32")
     check_vocabulary(teacher, student)
     if tokenizer_digest(load_tokenizer(source)) != tokenizer_digest(tokenizer):
@@ -60,7 +64,7 @@ def open_teacher(source: str | Path | None, student: Any, tokenizer: Any) -> Any
             f"recover: the tokenizer of the teacher ({source}) means other tokens than the model's; distillation "
             "compares logits token by token, so it needs a teacher with the same tokenizer."
         )
-    return teacher.to(next(student.parameters()).device).requires_grad_(False)
+    return teacher.to(next(student.parameters()).device).requires_grad_(False), source
 
 
 class TeacherLogits:

@@ -23,7 +23,7 @@ from tensormix.reparameterise.heads import Attention, attentions
 from tensormix.reparameterise.residual import find_stream, ones_and_last, rotate_residual
 from tensormix.reparameterise.values import map_values
 from tensormix.sites import Site, blocks, find_sites
-from tensormix.sites.sliced import WRITES
+from tensormix.sites.families import WRITES
 from tensormix.statistics import Gram
 
 Term = Callable[[Tensor], Tensor]  # the rotation of the stream (D, D) -> the relative squared error of one layer

@@ -5,7 +5,6 @@ Shape letters: I in_features, H heads, G key-value heads, D head size, C channel
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -14,20 +13,7 @@ from torch import Tensor, nn
 from tensormix.reparameterise.heads import Attention, attentions
 from tensormix.reparameterise.values import balance, gram_of
 from tensormix.sites import locate_blocks
-
-# How rotary positions pair the channels of a head: the first half with the second, each with its neighbour, or not.
-_PAIRS = {
-    "LlamaDecoderLayer": "halves",
-    "MistralDecoderLayer": "halves",
-    "Qwen2DecoderLayer": "halves",
-    "Gemma2DecoderLayer": "halves",
-    "Phi3DecoderLayer": "halves",
-    "GPTNeoXLayer": "halves",
-    "GPTJBlock": "neighbours",
-    "OPTDecoderLayer": "none",
-    "GPT2Block": "none",
-}
-_NORM = re.compile(r"(q|k|query|key)_?(layer_?)?norm$")
+from tensormix.sites.families import FAMILIES, family_of, norm_of_heads, rotary_channels
 
 
 @torch.no_grad()
@@ -63,24 +49,16 @@ def _pairs(model: nn.Module) -> Tensor:  # (P, 2), channels of a head
     """Raises ValueError where queries and keys cannot be turned."""
     root, layers = locate_blocks(model)
     block = layers[0]
-    kind = type(block).__name__
-    for name, _ in block.named_modules():
-        if _NORM.search(name):
-            raise ValueError(
-                f"{root}.0.{name} stands between a projection and its rotary positions and weights every channel by "
-                f"itself: pairs of queries and keys cannot be turned in a {kind} without changing the model"
-            )
-    if kind not in _PAIRS:
-        known = ", ".join(_PAIRS)
+    kind, pairs = type(block).__name__, family_of(block).pairs
+    if (norm := norm_of_heads(block)) is not None:
+        raise ValueError(
+            f"{root}.0.{norm} stands between a projection and its rotary positions and weights every channel by "
+            f"itself: pairs of queries and keys cannot be turned in a {kind} without changing the model"
+        )
+    if pairs is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.pairs is not None)
         raise ValueError(f"{root}.0 is a {kind}: how it pairs channels for its positions is not known; known: {known}")
-    if _PAIRS[kind] == "none":
-        return torch.empty(0, 2, dtype=torch.long)
-    if _PAIRS[kind] == "neighbours":
-        heads = next(attentions(model)).head_dim
-        size = getattr(model.config, "rotary_dim", None) or heads  # type: ignore[union-attr]
-        return torch.arange(size).view(-1, 2)
-    frequencies = next(m.get_buffer("inv_freq") for m in model.modules() if "inv_freq" in m._buffers)
-    return torch.arange(2 * len(frequencies)).view(2, -1).T
+    return rotary_channels(model, pairs)
 
 
 def _maps(attention: Attention, pairs: Tensor, grams: Mapping[str, Tensor]) -> list[Tensor]:  # (D, D) of each kv head

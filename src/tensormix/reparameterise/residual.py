@@ -17,24 +17,10 @@ from torch.nn import functional as F
 from tensormix.methods.slice_gpt import principal_basis
 from tensormix.reparameterise.layers import set_values
 from tensormix.sites import Site, is_dense, locate_blocks, role_of
-from tensormix.sites.sliced import WRITES, ends
+from tensormix.sites.families import FAMILIES, WRITES, eps_of, family_of, final_norm_of, has_norms_behind
+from tensormix.sites.sliced import ends
 from tensormix.statistics import Gram
 
-_ROOT_MEAN_SQUARE = {"input_layernorm": ("self_attn.",), "post_attention_layernorm": ("mlp.",)}
-# Blocks that read the residual stream through these norms alone, and only add to it. For each norm, how the names of
-# the layers begin that read what it hands on.
-_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
-    "LlamaDecoderLayer": _ROOT_MEAN_SQUARE,
-    "MistralDecoderLayer": _ROOT_MEAN_SQUARE,
-    "Phi3DecoderLayer": _ROOT_MEAN_SQUARE,
-    "Qwen2DecoderLayer": _ROOT_MEAN_SQUARE,
-    "Qwen3DecoderLayer": _ROOT_MEAN_SQUARE,
-    "OPTDecoderLayer": {"self_attn_layer_norm": ("self_attn.",), "final_layer_norm": ("fc1",)},
-    "GPT2Block": {"ln_1": ("attn.",), "ln_2": ("mlp.",)},
-    "GPTJBlock": {"ln_1": ("attn.", "mlp.")},
-    "GPTNeoXLayer": {"input_layernorm": ("attention.",), "post_attention_layernorm": ("mlp.",)},
-}
-_FINAL_NORMS = ("norm", "final_layer_norm", "ln_f")
 _ORTHOGONAL = 1e-5  # largest entry of R^T R - 1: what a rotation in fp32 is off
 
 
@@ -59,7 +45,7 @@ class Norm:
         wide = hidden.double()
         if isinstance(self.module, nn.LayerNorm):
             return F.layer_norm(wide, wide.shape[-1:], eps=self.module.eps)
-        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.module.variance_epsilon)
+        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps_of(self.module))
 
 
 @dataclass(frozen=True)
@@ -174,31 +160,31 @@ def find_stream(model: nn.Module) -> Stream:
         _check_block(f"{root}.{index}", block)
         linear = _dense_layers(f"{root}.{index}", index, block)
         writers += [site for site in linear if site.role in WRITES]
-        for name, starts in _NORMS[type(block).__name__].items():
+        for name, starts in family_of(block).stream_norms.items():
             begins = tuple(f"{root}.{index}.{start}" for start in starts)
             readers = tuple(s for s in linear if s.role not in WRITES and s.name.startswith(begins))
             norms.append(Norm(f"{root}.{index}.{name}", block.get_submodule(name), readers, index))
-    last = next((name for name in _FINAL_NORMS if isinstance(getattr(owner, name, None), nn.Module)), None)
-    projected = getattr(owner, "project_in", None) is not None
-    if last is None or projected or not (isinstance(embedding, nn.Embedding) and type(head) is nn.Linear):
+    last = final_norm_of(model, root)
+    if last is None or not (isinstance(embedding, nn.Embedding) and type(head) is nn.Linear):
         raise ValueError(
             f"{type(model).__name__}: turning the residual stream needs an embedding of its width, a final norm and a "
             "linear head that reads it"
         )
     names = {module: name for name, module in model.named_modules()}
     of_head = Site(names[head], "linear", None, None, head)
-    norms.append(Norm(names[getattr(owner, last)], getattr(owner, last), (of_head,), None))
+    norms.append(Norm(last, model.get_submodule(last), (of_head,), None))
     positions = [module for module in owner.children() if isinstance(module, nn.Embedding) and module is not embedding]
     return Stream((embedding, *positions), tuple(norms), tuple(writers))
 
 
 def _check_block(name: str, block: nn.Module) -> None:
-    kind = type(block).__name__
-    if kind not in _NORMS or getattr(block, "do_layer_norm_before", True) is False:
-        after = " with norms behind attention and MLP" if kind in _NORMS else ""
+    kind, norms = type(block).__name__, family_of(block).stream_norms
+    if not norms or has_norms_behind(block):
+        after = " with norms behind attention and MLP" if norms else ""
+        known = ", ".join(name for name, family in FAMILIES.items() if family.stream_norms)
         raise ValueError(
             f"{name} is a {kind}{after}: the residual stream can be turned where dense blocks read it through norms "
-            f"before attention and MLP and only add to it ({', '.join(_NORMS)}); other models change if it is turned"
+            f"before attention and MLP and only add to it ({known}); other models change if it is turned"
         )
 
 

@@ -15,7 +15,7 @@ from tensormix.compression.units import groups_of
 from tensormix.methods import METHODS, Method
 from tensormix.methods.base import BlockMethod, LinearMethod
 from tensormix.methods.slice_gpt import SliceGpt
-from tensormix.models import skeleton
+from tensormix.models import ModelSource, skeleton
 from tensormix.operators import ExpertStack
 from tensormix.plan import Plan
 from tensormix.profile import bytes_by_dtype, num_parameters
@@ -38,12 +38,13 @@ def check(recipe: Recipe) -> dict[str, Any]:
     Raises:
         ValueError: the model has no config, or the plan does not fit it.
     """
-    model = skeleton(recipe.model)
+    source = ModelSource(recipe.model)
+    model = skeleton(source)
     dense, plan, found, assumed = counts(model), recipe.plan, {}, chooses(recipe.plan)
     if recipe.budget is not None:
         assumed = WAYS[recipe.budget.by].needs_weights
         uniform = recipe.budget.model_copy(update={"by": "uniform"})
-        decided = allocate(recipe.model, plan, uniform, dtype=recipe.dtype)
+        decided = allocate(source, plan, uniform, dtype=recipe.dtype)
         plan, found = decided.plan, {"budget": decided.rows}
     if recipe.search is not None:
         pairs, left_out = candidates(model, plan, recipe.search)

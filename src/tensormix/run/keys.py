@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tensormix.evaluate import has_answers
-from tensormix.models import fingerprint
+from tensormix.models import Sources, fingerprint
 from tensormix.plan import Plan
 from tensormix.recipe import Recipe
 from tensormix.recipe.reading import FILES
@@ -21,14 +21,15 @@ from tensormix.storage.files import content_digest, read_json
 from tensormix.version import code_version
 
 
-def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
+def stage_keys(recipe: Recipe, reference: Path | None, sources: Sources | None = None) -> dict[str, str]:
     """The key of every stage that the recipe asks for: a hash of its settings and of what it builds upon.
 
     Of a recipe with a budget or a search only "allocate" is known: the others are those of the recipe that it becomes.
     """
+    sources = sources or Sources()
     if recipe.is_open:
-        return {"allocate": allocation_key(recipe)}
-    start = [code_version(), fingerprint(recipe.model), recipe.dtype, recipe.seed]
+        return {"allocate": allocation_key(recipe, sources)}
+    start = [code_version(), sources[recipe.model].fingerprint, recipe.dtype, recipe.seed]
     keys: dict[str, str] = {}
 
     def key(stage: str, *upon: Any) -> None:
@@ -44,7 +45,7 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
         key("compress", start, *([fingerprint(recipe.start)] if recipe.start else []), *upon)
     if recipe.recover is not None:
         other = recipe.recover.distill.teacher if recipe.recover.loss != "lm" else None
-        key("recover", start, keys.get("compress"), *([fingerprint(other)] if other else []))
+        key("recover", start, keys.get("compress"), *([sources[other].fingerprint] if other else []))
     if recipe.evaluate.direct and "compress" in keys and "recover" in keys:
         key("direct", start, keys["compress"])
     model = keys.get("recover", keys.get("compress"))
@@ -57,9 +58,10 @@ def stage_keys(recipe: Recipe, reference: Path | None) -> dict[str, str]:
     return keys
 
 
-def allocation_key(recipe: Recipe) -> str:
+def allocation_key(recipe: Recipe, sources: Sources | None = None) -> str:
     """The key of what a budget or a search becomes: a hash of it, of the plan, and of what both are decided on."""
-    start = [code_version(), fingerprint(recipe.start or recipe.model), recipe.dtype, recipe.seed]
+    source = fingerprint(recipe.start or (sources or Sources())[recipe.model])
+    start = [code_version(), source, recipe.dtype, recipe.seed]
     return key_of("allocate", stage_settings(recipe, "allocate"), start)
 
 
@@ -98,11 +100,11 @@ def dense_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"plan": Plan(()), **nothing})
 
 
-def with_allocation(recipe: Recipe, folder: Path) -> Recipe | None:
+def with_allocation(recipe: Recipe, folder: Path, sources: Sources | None = None) -> Recipe | None:
     """A recipe with a budget or a search as the recipe with the plan that it became; None if that is not known yet."""
     if not recipe.is_open:
         return recipe
-    if not is_done(folder, "allocate", {"allocate": allocation_key(recipe)}):
+    if not is_done(folder, "allocate", {"allocate": allocation_key(recipe, sources)}):
         return None
     plan = Plan.model_validate(read_json(folder / "allocate.json")["plan"])
     return recipe.model_copy(update={"plan": plan, "budget": None, "search": None})

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from tensormix.allocation.laser_search import check_search
 from tensormix.evaluate import check_installed
+from tensormix.models import Sources
 from tensormix.recipe import Recipe
 from tensormix.rows import STAGES, StageProgress
 from tensormix.run.keys import dense_recipe, with_allocation
@@ -43,6 +44,7 @@ def run_recipe(
     keep_compressed: bool = True,
     workers: int = 1,
     teacher_cache: Path | None = None,
+    sources: Sources | None = None,
 ) -> Path:
     """Every stage that the recipe asks for, in the order of STAGES; returns `folder`. Finished stages are not repeated.
 
@@ -53,6 +55,7 @@ def run_recipe(
         workers: blocks that are compressed at a time, where no method needs inputs.
         teacher_cache: a folder for the dense model's logits, shared by the runs of a sweep; without it they are kept
             no longer than the recovery.
+        sources: the dense models that are open already; runs that share them read each of them once for their keys.
 
     Raises:
         ValueError: another process writes into the folder, or whatever a stage finds wrong with the recipe, the model
@@ -61,7 +64,7 @@ def run_recipe(
     with only_process(folder):
         remove_unfinished(folder)
         write_json(folder / "recipe.json", json.loads(recipe.model_dump_json()))
-        _carry_out(recipe, folder, reference, progress, keep_compressed, workers, teacher_cache)
+        _carry_out(recipe, folder, reference, progress, keep_compressed, workers, teacher_cache, sources or Sources())
     return folder
 
 
@@ -73,18 +76,19 @@ def _carry_out(
     keep_compressed: bool,
     workers: int,
     teacher_cache: Path | None,
+    sources: Sources,
 ) -> None:
-    if recipe.search is not None and with_allocation(recipe, folder) is None:
+    if recipe.search is not None and with_allocation(recipe, folder, sources) is None:
         check_search(recipe)  # before the dense model is measured
     if reference is None and len(recipe.plan.root):
-        reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress)
+        reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress, sources=sources)
     if recipe.evaluate.benchmarks:
         check_installed()  # before hours of work, not after them
     tell = progress or (lambda stage, done, total: None)
     if recipe.is_open:
-        Stages(recipe, folder, reference, tell, workers).finish("allocate")
-        recipe = with_allocation(recipe, folder) or recipe
-    run = Stages(recipe, folder, reference, tell, workers)
+        Stages(recipe, folder, reference, tell, workers, sources).finish("allocate")
+        recipe = with_allocation(recipe, folder, sources) or recipe
+    run = Stages(recipe, folder, reference, tell, workers, sources)
     run.cache = teacher_cache
     for stage in STAGES:
         run.finish(stage)

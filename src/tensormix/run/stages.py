@@ -19,7 +19,7 @@ from tensormix.data import windows_of
 from tensormix.diagnose.verdict import Verdict, exam_accuracy
 from tensormix.evaluate import exam_prompts, macro_drop_row
 from tensormix.evaluate.forward import dtype_of
-from tensormix.models import load_model, load_tokenizer, quiet
+from tensormix.models import ModelSource, Sources, load_model, load_tokenizer, quiet
 from tensormix.profile import bytes_by_dtype, num_parameters, profile
 from tensormix.recipe import Recipe
 from tensormix.recover import recover
@@ -35,12 +35,19 @@ class Stages:
     """The state of one run: which model is in memory, and which keys the stages have."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, reference: Path | None, progress: StageProgress, workers: int
+        self,
+        recipe: Recipe,
+        folder: Path,
+        reference: Path | None,
+        progress: StageProgress,
+        workers: int,
+        sources: Sources | None = None,
     ) -> None:
         self.recipe, self.folder, self.reference, self.progress = recipe, folder, reference, progress
         self.workers = workers
         self.cache: Path | None = None
-        self.keys = stage_keys(recipe, reference)
+        self.sources = sources or Sources()
+        self.keys = stage_keys(recipe, reference, self.sources)
         self._beside: Row = {}  # what the file of a stage says beside its rows
         self._model: Any = None
         self._dense: Any = None
@@ -70,23 +77,28 @@ class Stages:
         self.progress(stage, 1, 1)
 
     @property
+    def source(self) -> ModelSource:
+        """The dense model's."""
+        return self.sources[self.recipe.model]
+
+    @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.recipe.model)
+            self._tokenizer = load_tokenizer(self.source)
         return self._tokenizer
 
     @property
-    def model_folder(self) -> str | Path:
+    def model_source(self) -> ModelSource:
         """Where the newest finished model of this run lies."""
         for stage, name in (("recover", "recovered"), ("compress", "compressed")):
             if stage in self.keys and is_done(self.folder, stage, self.keys):
-                return self.folder / name
-        return self.recipe.model
+                return ModelSource(self.folder / name)
+        return self.source
 
     @property
     def model(self) -> Any:
         if self._model is None:
-            self._model = self._load(self.model_folder)
+            self._model = self._load(self.model_source)
         return self._model
 
     @property
@@ -97,10 +109,10 @@ class Stages:
     @property
     def dense(self) -> Any:
         if self._dense is None:
-            self._dense = self._load(self.recipe.model)
+            self._dense = self._load(self.source)
         return self._dense
 
-    def _load(self, source: str | Path) -> Any:
+    def _load(self, source: ModelSource | Path) -> Any:
         model: Any = load_model(source, dtype=self.recipe.dtype)
         return model.to("cuda") if torch.cuda.is_available() else model
 
@@ -126,7 +138,7 @@ class Stages:
         assert budget is not None
         spill = self.folder / "activations"
         found = allocate(
-            self.recipe.start or self.recipe.model,
+            self.recipe.start or self.source,
             self.recipe.plan,
             budget,
             self._batches(),
@@ -162,7 +174,7 @@ class Stages:
     def _reparameterise(self) -> list[Row]:
         settings = self.recipe.reparameterise
         assert settings is not None
-        self._model = self._load(self.recipe.model)
+        self._model = self._load(self.source)
         rows = reparameterise(
             self._model,
             self.recipe.plan,
@@ -179,7 +191,7 @@ class Stages:
         if recipe.is_turned and not (self.folder / "rewritten").exists():  # compressing anew, to evaluate it directly
             self._reparameterise()
         rows = compress_checkpoint(
-            self.folder / "rewritten" if recipe.is_turned else recipe.start or recipe.model,
+            self.folder / "rewritten" if recipe.is_turned else recipe.start or self.source,
             self.folder / "compressed",
             recipe.plan,
             batches,
@@ -224,7 +236,7 @@ class Stages:
             folder=self.folder / "checkpoints" / self.keys["recover"],
             seed=self.recipe.seed,
             progress=lambda done, total: self.progress("recover", done, total),
-            teacher=self.recipe.model,
+            teacher=self.source,
             cache=self.cache,
             judge=verdict,
         )
@@ -272,8 +284,8 @@ class Stages:
         settings = self.recipe.profile
         assert settings is not None
         models = {"dense": self.dense, "compressed": self.model}
-        folders = {"dense": Path(self.recipe.model), "compressed": Path(self.model_folder)}
-        rows = profile(models, folders, tokens=settings.tokens, repeats=settings.repeats)
+        sources = {"dense": self.source, "compressed": self.model_source}
+        rows = profile(models, sources, tokens=settings.tokens, repeats=settings.repeats)
         self._dense = None
         del models
         gc.collect()

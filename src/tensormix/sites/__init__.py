@@ -1,20 +1,15 @@
 """Where a model can be compressed: the only folder that knows how architectures name, fuse and call weights."""
 
+from tensormix.sites.families import FUSED, ROLES, head_counts, is_conv1d, is_dense, role_of
 from tensormix.sites.installing import check_shape, dense_at, fill_dense, install
 from tensormix.sites.sites import (
-    FUSED,
-    ROLES,
     Site,
     blocks,
     find_sites,
-    head_counts,
-    is_conv1d,
-    is_dense,
     locate_blocks,
     macs_per_token,
     opened,
     returns_tuple,
-    role_of,
     takes_turns,
 )
 

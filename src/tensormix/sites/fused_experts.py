@@ -12,18 +12,17 @@ import torch
 from torch import nn
 
 from tensormix.operators import DenseStack, Experts, StackedLinear
+from tensormix.sites.families import EXPERT_WEIGHTS, EXPERTS_PER_TOKEN
 
-_STORED = {"gate_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}  # stack -> parameter of the fused module
 _FLAGS = ("num_experts", "config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # what configs call it
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether it holds the weights of all experts of a block and is run by transformers' experts implementations."""
     if not all(hasattr(module, flag) for flag in _FLAGS):
         return False
-    expected = {_STORED[name] for name in stack_names(module)}
+    expected = {EXPERT_WEIGHTS[name] for name in stack_names(module)}
     if module.has_bias:
         expected |= {f"{name}_bias" for name in expected}
     own = dict(module.named_parameters(recurse=False))
@@ -38,9 +37,9 @@ def stack_names(fused: Any) -> tuple[str, str]:
 
 def dense_stack(fused: Any, name: str) -> DenseStack:
     """The stack `name` around the parameters of a fused module, which holds them on: nothing is copied."""
-    stack = DenseStack.around(fused.get_parameter(_STORED[name]), transposed=fused.is_transposed)
+    stack = DenseStack.around(fused.get_parameter(EXPERT_WEIGHTS[name]), transposed=fused.is_transposed)
     if fused.has_bias:
-        stack.bias = fused.get_parameter(f"{_STORED[name]}_bias")
+        stack.bias = fused.get_parameter(f"{EXPERT_WEIGHTS[name]}_bias")
     return stack
 
 
@@ -49,12 +48,12 @@ def experts_per_token(fused: Any) -> int:
 
     Raises ValueError if the config does not say it in one number.
     """
-    found = [getattr(fused.config, key, None) for key in _PER_TOKEN]
+    found = [getattr(fused.config, key, None) for key in EXPERTS_PER_TOKEN]
     number = next((value for value in found if isinstance(value, int)), None)
     if number is None:
         raise ValueError(
             f"{type(fused.config).__name__} does not say how many experts a token visits: "
-            f"none of {', '.join(_PER_TOKEN)} is a number"
+            f"none of {', '.join(EXPERTS_PER_TOKEN)} is a number"
         )
     return number
 
@@ -74,8 +73,8 @@ def open_experts(model: nn.Module, name: str) -> Experts:
     for stack in stacks:
         # Saved in place of the weights that a loader without this package expects: it stops at the mismatch, where it
         # would else draw random experts. One expert of no size, because transformers splits and merges them per expert.
-        stored = fused.get_parameter(_STORED[stack])
-        experts.register_buffer(_STORED[stack], torch.empty(1, 0, 0, dtype=stored.dtype, device=stored.device))
+        stored = fused.get_parameter(EXPERT_WEIGHTS[stack])
+        experts.register_buffer(EXPERT_WEIGHTS[stack], torch.empty(1, 0, 0, dtype=stored.dtype, device=stored.device))
     model.set_submodule(name, experts.train(fused.training))
     return experts
 
@@ -89,9 +88,9 @@ def close_experts(model: nn.Module, name: str, dtype: torch.dtype | None = None)
     fused = copy.copy(experts.shell)
     fused._parameters = {}
     for stack_name, stack in experts.stacks.items():
-        fused.register_parameter(_STORED[stack_name], _merged(stack, fused.is_transposed, dtype))
+        fused.register_parameter(EXPERT_WEIGHTS[stack_name], _merged(stack, fused.is_transposed, dtype))
         if fused.has_bias:
-            fused.register_parameter(f"{_STORED[stack_name]}_bias", nn.Parameter(stack.bias.detach().to(dtype)))
+            fused.register_parameter(f"{EXPERT_WEIGHTS[stack_name]}_bias", nn.Parameter(stack.bias.detach().to(dtype)))
         elif stack.bias is not None:
             raise ValueError(
                 f"{name}.{stack_name} holds constant outputs, but the architecture has no bias there: "

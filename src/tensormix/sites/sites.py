@@ -1,4 +1,4 @@
-"""Where a model can be compressed: the only module that knows how architectures name and call weights.
+"""Where a model can be compressed: its blocks, and the matrices and stacks of experts inside them.
 
 Shape letters: O out_features, I in_features, E experts. A weight is always read as (O, I), and a stack of them as
 (E, O, I), however the architecture stores it.
@@ -6,40 +6,16 @@ Shape letters: O out_features, I in_features, E experts. A weight is always read
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from tensormix.operators import DenseStack, Experts, SlicedBlock, StandIn
 from tensormix.operators.base import StructuredLinear
+from tensormix.sites.families import family_of, is_conv1d, is_dense, is_router, qkv_takes_turns, role_of
 from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
-
-# What a role is made of, for the architectures that multiply several projections at once.
-FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-ROLES = ("q", "k", "v", "o", "gate", "up", "down", *FUSED)
-
-# Matched against the end of a site's name, in this order.
-_ROLE_NAMES = (
-    (r"\bq_proj", "q"),
-    (r"\bk_proj", "k"),
-    (r"\bv_proj", "v"),
-    (r"\b(qkv_proj|c_attn|query_key_value|Wqkv)", "qkv"),
-    (r"\b(o_proj|out_proj|(attn|attention)\.c_proj|(self_)?attention\.dense)", "o"),
-    (r"\bgate_up_proj", "gate_up"),
-    (r"\bgate_proj", "gate"),
-    (r"\b(up_proj|fc1|fc_in|c_fc|dense_h_to_4h)", "up"),
-    (r"\b(down_proj|fc2|fc_out|mlp\.c_proj|dense_4h_to_h)", "down"),
-)
-
-# What decides where a token goes is small, and a small error there sends the token elsewhere.
-_ROUTER = re.compile(r"router\b|\bshared_expert_gate$")
-
-# Blocks that return (hidden, attention weights) instead of the hidden state alone, as of transformers 5.
-_TUPLE_BLOCKS = frozenset({"BloomBlock", "CodeGenBlock", "FalconDecoderLayer", "GPTJBlock", "GPTNeoBlock", "MptBlock"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,21 +74,6 @@ class Site:
         return dense_stack(self.module, self.name.rpartition(".")[2])
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the transposed linear layer of GPT-2, recognised by name so that transformers is not imported."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
-
-
-def is_dense(module: nn.Module) -> bool:
-    # Subclasses of nn.Linear (packed 4-bit weights, adapters) do not hold a plain (O, I) matrix.
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def role_of(name: str) -> str | None:
-    """The role of the matrix called `name`; None if the name is not one we know."""
-    return next((role for pattern, role in _ROLE_NAMES if re.search(pattern + "$", name)), None)
-
-
 def locate_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and the list of the decoder blocks: the longest list of modules that is not inside another one.
 
@@ -148,7 +109,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         if not isinstance(block, SlicedBlock):  # without it the channels of the next block would be missed
             sites.append(Site(prefix, "block", None, index, block))
         for name, module in block.named_modules(prefix=prefix):
-            if is_dense(module) and not _ROUTER.search(name):
+            if is_dense(module) and not is_router(name):
                 sites.append(Site(name, "linear", role_of(name), index, module))
             elif is_fused(module) or isinstance(module, Experts):
                 sites += _stacks(name, index, module)
@@ -189,19 +150,7 @@ def opened(model: nn.Module, sites: Collection[Site]) -> Iterator[dict[str, nn.M
 
 def returns_tuple(block: nn.Module) -> bool:
     """Whether a decoder block returns (hidden, ...) instead of the hidden state alone."""
-    return block.returns == "tuple" if isinstance(block, StandIn) else type(block).__name__ in _TUPLE_BLOCKS
-
-
-def head_counts(model: nn.Module) -> tuple[int, int, int] | None:
-    """How many heads the attention has for queries, how many for keys and values, and their size; None if unknown."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(config, "num_attention_heads", None)
-    width = getattr(config, "hidden_size", None)
-    if heads is None or width is None:
-        return None
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return heads, kv_heads, getattr(config, "head_dim", None) or width // heads
+    return block.returns == "tuple" if isinstance(block, StandIn) else family_of(block).returns_tuple
 
 
 def takes_turns(model: nn.Module, site: Site) -> bool:
@@ -209,12 +158,7 @@ def takes_turns(model: nn.Module, site: Site) -> bool:
 
     Raises ValueError if the layout is not known.
     """
-    leaf, block = site.name.rpartition(".")[2], type(blocks(model)[site.block or 0]).__name__
-    if leaf == "query_key_value":
-        return True
-    if leaf not in ("qkv_proj", "c_attn", "Wqkv") or block == "CodeGenBlock":
-        raise ValueError(f"{site.name}: how q, k and v lie in it is not known; leave it out")
-    return False
+    return qkv_takes_turns(blocks(model)[site.block or 0], site.name)
 
 
 def macs_per_token(model: nn.Module) -> int:

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.operators import SlicedBlock, SlicedNorm
-from tensormix.sites.sites import locate_blocks, role_of
-
-# Blocks that do h + attention(norm(h)), then h + mlp(norm(h)), with root mean square norms, and nothing else.
-_SLICEABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Phi3DecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-READS = frozenset({"q", "k", "v", "qkv", "gate", "up", "gate_up"})
-WRITES = frozenset({"o", "down"})
+from tensormix.sites.calls import Call
+from tensormix.sites.families import FAMILIES, READS, WRITES, eps_of, family_of, final_norm_of, role_of
+from tensormix.sites.sites import locate_blocks
 
 
 def check_sliceable(model: nn.Module) -> int:
@@ -28,10 +25,11 @@ def check_sliceable(model: nn.Module) -> int:
     root, layers = locate_blocks(model)
     for index, block in enumerate(layers):
         name, kind = f"{root}.{index}", type(block).__name__
-        if kind not in _SLICEABLE:
+        if not family_of(block).halves:
+            known = ", ".join(name for name, family in FAMILIES.items() if family.halves)
             raise ValueError(
                 f"{name} is a {kind}: slice_gpt turns the residual stream of dense blocks with root mean square norms "
-                f"before attention and MLP and nothing else on the way ({', '.join(_SLICEABLE)}); other models change "
+                f"before attention and MLP and nothing else on the way ({known}); other models change "
                 "if it is turned"
             )
         for inner, module in _linear_layers(block, name):
@@ -42,7 +40,7 @@ def check_sliceable(model: nn.Module) -> int:
         if any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.children()):
             raise ValueError(f"{name} drops parts of its residual stream at random, which a sliced block does not")
     embedding, head = ends(model)
-    if not (isinstance(embedding, nn.Embedding) and type(head) is nn.Linear and hasattr(_owner(model), "norm")):
+    if not (isinstance(embedding, nn.Embedding) and type(head) is nn.Linear and final_norm_of(model, root)):
         raise ValueError(
             f"{type(model).__name__}: slice_gpt needs an embedding, a final norm and a head that are the usual ones"
         )
@@ -65,14 +63,15 @@ def shrink(model: nn.Module, width: int) -> None:
         raise ValueError(f"the sliced residual stream must have 1 to {full} channels, got {width}")
     loaded: Any = model
     embedding, head = ends(model)
-    _, layers = locate_blocks(model)
+    root, layers = locate_blocks(model)
+    last = final_norm_of(model, root) or ""
     for index, block in enumerate(layers):
         layers[index] = _sliced(block, width, full)
-    weight, owner = embedding.weight, _owner(model)
+    weight = embedding.weight
     smaller = nn.Embedding(embedding.num_embeddings, width, embedding.padding_idx, device="meta", dtype=weight.dtype)
     loaded.set_input_embeddings(smaller.to_empty(device=weight.device))
     loaded.set_output_embeddings(_linear(width, head.out_features, head.bias is not None, head.weight))
-    owner.norm = SlicedNorm(full, _eps(owner.norm))
+    model.set_submodule(last, SlicedNorm(full, eps_of(model.get_submodule(last))))
     loaded.config.tie_word_embeddings = False
     loaded.all_tied_weights_keys = {}
     loaded._no_split_modules = [*(loaded._no_split_modules or ()), SlicedBlock.__name__]
@@ -85,7 +84,19 @@ def ends(model: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    return cast(nn.Module, _owner(model).norm)
+    return model.get_submodule(final_norm_of(model, locate_blocks(model)[0]) or "")
+
+
+def run_attention(block: Any, call: Call, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+    """The first half of a block: hidden + attention(norm(hidden))."""
+    norm, attention = map(block.get_submodule, family_of(block).halves[0])
+    return hidden + attention(hidden_states=norm(hidden), **call.kwargs)[0]
+
+
+def run_mlp(block: Any, _: Call, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+    """The second half of a block: hidden + mlp(norm(hidden))."""
+    norm, mlp = map(block.get_submodule, family_of(block).halves[1])
+    return hidden + mlp(norm(hidden))
 
 
 def block_layers(block: nn.Module) -> dict[str, tuple[nn.Linear, bool]]:
@@ -98,23 +109,17 @@ def _linear_layers(block: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]
     return [(name, module) for name, module in found if role_of(name) in READS | WRITES]
 
 
-def _owner(model: nn.Module) -> Any:
-    return model.get_submodule(locate_blocks(model)[0].rpartition(".")[0])
-
-
-def _eps(norm: Any) -> float:
-    return norm.variance_epsilon
-
-
 def _sliced(block: Any, width: int, full: int) -> SlicedBlock:
     """A sliced block around the attention and MLP of `block`, whose linear layers become smaller."""
-    like = block.input_layernorm.weight
+    norms, parts = zip(*family_of(block).halves, strict=True)
+    like = block.get_submodule(norms[0]).weight
     for name, (old, reads) in block_layers(block).items():
         sizes = (width, old.out_features) if reads else (old.in_features, width)
         block.set_submodule(name, _linear(*sizes, old.bias is not None, old.weight))
-    first, second = (SlicedNorm(full, _eps(n)) for n in (block.input_layernorm, block.post_attention_layernorm))
+    first, second = (SlicedNorm(full, eps_of(block.get_submodule(norm))) for norm in norms)
     shortcuts = tuple(_linear(width, width, False, like) for _ in range(2))
-    made = SlicedBlock(block.self_attn, block.mlp, (first, second), shortcuts)
+    attention, mlp = (block.get_submodule(part) for part in parts)
+    made = SlicedBlock(attention, mlp, (first, second), shortcuts)
     if hasattr(block, "attention_type"):
         made.attention_type = block.attention_type  # by which models choose the mask
     return made.train(block.training)

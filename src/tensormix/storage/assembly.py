@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tensormix.storage.checkpoint import Checkpoint, Entry, Piece
+from tensormix.storage.entries import Entry, Piece
+from tensormix.storage.formats import Format, passed_on
 from tensormix.storage.packed import pack_of
 
 Parts = dict[str, str]  # role -> tensor on disk: one "weight", or the parts of a packed one
@@ -42,7 +43,7 @@ class Making:
 
 
 class Assembly:
-    """The parameters and persistent buffers of `model` (dense, on meta) in terms of the tensors of `checkpoint`.
+    """The parameters and persistent buffers of `model` (dense, on meta) in terms of the tensors in `weights`.
 
     Attributes:
         makings: one for each group of parameters and tensors that belong together, in the order of the model.
@@ -53,8 +54,8 @@ class Assembly:
             implies. Only headers have been read then.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.config = checkpoint, model.config
+    def __init__(self, model: Any, weights: Format) -> None:
+        self.weights, self.config = weights, model.config
         self.pack = pack_of(packed_config(model.config))
         self.targets: dict[str, Tensor] = dict(model.state_dict())  # on meta: the shapes and dtypes that are wanted
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys or {})
@@ -74,7 +75,7 @@ class Assembly:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         made_by: dict[str, Making] = {}
-        stored = self.checkpoint.entries
+        stored = self.weights.entries
         names = {self.pack.dense_name(name) for name in stored} if self.pack else stored.keys()
         for name in sorted(names, key=dot_natural_key):
             parts = self.pack.companions(name, stored) if self.pack else {"weight": name}
@@ -106,7 +107,7 @@ class Assembly:
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(
-                f"{self.checkpoint.folder}: the weights lack {', '.join(missing[:3])}{more}, which {model} needs; "
+                f"{self.weights.folder}: the weights lack {', '.join(missing[:3])}{more}, which {model} needs; "
                 "the checkpoint is incomplete or of another model"
             )
 
@@ -116,7 +117,7 @@ class Assembly:
             if making.stacks and any(len(several) != wanted[0] for several in making.parts.values()):
                 counts = sorted({len(several) for several in making.parts.values()})
                 raise ValueError(
-                    f"{self.checkpoint.folder}: {making.targets[0]} is stacked from {' and '.join(map(str, counts))} "
+                    f"{self.weights.folder}: {making.targets[0]} is stacked from {' and '.join(map(str, counts))} "
                     f"experts, but config.json implies {wanted[0]}"
                 )
             if making.stacks:
@@ -126,7 +127,7 @@ class Assembly:
             else:
                 continue  # the converter checks what it is given
             for parts in (parts for several in making.parts.values() for parts in several if "weight" in parts):
-                entry = self.checkpoint.entries[parts["weight"]]
+                entry = self.weights.entries[parts["weight"]]
                 if entry.shape != expected:
                     raise ValueError(
                         f"{entry.file}: {entry.name} has the shape {entry.shape}, but config.json implies {expected}"
@@ -153,10 +154,9 @@ class Assembly:
         wanted = self.targets[making.targets[0]]
         pieces: dict[str, Piece | Entry] = {}
         for parts in (parts for several in making.parts.values() for parts in several):
-            first = self.checkpoint.entries[next(iter(parts.values()))]
+            first = self.weights.entries[next(iter(parts.values()))]
             if self.pack is None or len(parts) == 1:
-                same = not first.is_float or first.torch_dtype == wanted.dtype
-                pieces[first.name] = first if same else Piece.cast(first, wanted.dtype)
+                pieces[first.name] = passed_on(self.weights, first, wanted.dtype if first.is_float else None)
             else:
                 shape = first.shape if "weight" in parts else tuple(wanted.shape)
                 make = partial(self._read, parts, wanted.dtype)
@@ -164,12 +164,12 @@ class Assembly:
         return pieces
 
     def _read(self, parts: Parts, dtype: torch.dtype) -> Tensor:
-        tensors = {role: self.checkpoint.entries[name].read() for role, name in parts.items()}
+        tensors = {role: self.weights.read(self.weights.entries[name]) for role, name in parts.items()}
         if self.pack is not None:
             try:
                 return self.pack.unpack(tensors, dtype)
             except ValueError as error:
-                entry = self.checkpoint.entries[next(iter(parts.values()))]
+                entry = self.weights.entries[next(iter(parts.values()))]
                 raise ValueError(f"{entry.file}: {entry.name}: {error}") from None
         tensor = tensors["weight"]
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -188,7 +188,7 @@ class Assembly:
     def bits_of(self, target: str) -> int:
         """What the parameter takes on disk, scales and all; of parameters made together, its share by size."""
         making = self._made_by[target]
-        total = 8 * sum(self.checkpoint.entries[name].num_bytes for name in making.sources)
+        total = sum(self.weights.bits(self.weights.entries[name]) for name in making.sources)
         numbers = [self.targets[name].numel() for name in making.targets]
         return total * self.targets[target].numel() // sum(numbers)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.operators.quantized import on_meta
-from tensormix.storage.checkpoint import Checkpoint
+from tensormix.storage.formats import open_weights
 
 
 def stored_bits(stored: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:
@@ -35,14 +35,15 @@ def stored_bits(stored: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | N
 
 
 def checkpoint_bits(folder: Path) -> int:
-    """Bits of all tensors in a folder of safetensors; only the headers are read, whatever the dtypes.
+    """Bits of all tensors in a folder of weights; only the headers are read, whatever the dtypes.
 
     After `save_pretrained` it is `stored_bits` of the model. A checkpoint that holds tied weights twice counts twice.
 
     Raises:
-        ValueError: the folder has no safetensors, or one is damaged or cut off.
+        ValueError: the folder has no weights, or a file is damaged or cut off.
     """
-    return 8 * Checkpoint(folder).num_bytes
+    weights = open_weights(folder)
+    return sum(map(weights.bits, weights.entries.values()))
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:

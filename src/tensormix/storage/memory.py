@@ -1,8 +1,9 @@
-"""The weights of a skeleton put in and taken out one by one, and the memory really given back."""
+"""The weights of a skeleton put in and taken out one by one, memory really given back, and room on the disk."""
 
 from __future__ import annotations
 
 import ctypes
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,16 @@ def available_memory() -> int | None:
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise ValueError, with both numbers, if the disk under `folder` has less than `needed` bytes free."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(
+            f"{there} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed; nothing was written"
+        )
 
 
 def set_weight(model: nn.Module, name: str, value: Tensor) -> None:

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from tensormix.allocation import ImpossibleBudget
-from tensormix.models import local_folder
+from tensormix.models import Sources
 from tensormix.recipe import Recipe
 from tensormix.recipe.comparison import NULLS, ComparedCell, Comparison
 from tensormix.rows import Row, SweepProgress
@@ -44,32 +44,34 @@ def run_comparison(comparison: Comparison, folder: Path, *, progress: SweepProgr
 
 
 def _make_cells(comparison: Comparison, recipe: Recipe, folder: Path, tell: SweepProgress) -> None:
-    cells, dense, impossible = comparison.cells(), folder / "dense", {}
-    write_comparison(comparison, folder, impossible)
-    run_recipe(dense_recipe(recipe), dense, keep_compressed=False)
-    todo = [cell for cell in cells if not is_finished(comparison.recipe_of(cell), folder / cell.name, dense)]
+    cells, dense, impossible, sources = comparison.cells(), folder / "dense", {}, Sources()
+    write_comparison(comparison, folder, impossible, sources)
+    run_recipe(dense_recipe(recipe), dense, keep_compressed=False, sources=sources)
+    todo = [cell for cell in cells if not is_finished(comparison.recipe_of(cell), folder / cell.name, dense, sources)]
     for done, cell in enumerate(todo):
         tell(cell.name, done, len(todo))
         begun = within(lambda share, name=cell.name, begun=done: tell(name, begun + share, len(todo)))
         try:
             job = comparison.recipe_of(cell)
-            run_recipe(job, folder / cell.name, reference=dense, progress=begun, keep_compressed=False)
+            where = folder / cell.name
+            run_recipe(job, where, reference=dense, progress=begun, keep_compressed=False, sources=sources)
         except ImpossibleBudget as reason:
             impossible[cell.name] = str(reason)
-        write_comparison(comparison, folder, impossible)
+        write_comparison(comparison, folder, impossible, sources)
     tell("done", len(todo), len(todo))
-    write_comparison(comparison, folder, impossible, ended=True)
+    write_comparison(comparison, folder, impossible, sources, ended=True)
 
 
-def is_finished(recipe: Recipe, folder: Path, dense: Path) -> bool:
-    decided = with_allocation(recipe, folder)
-    return decided is not None and finished(decided, folder, dense)
+def is_finished(recipe: Recipe, folder: Path, dense: Path, sources: Sources) -> bool:
+    decided = with_allocation(recipe, folder, sources)
+    return decided is not None and finished(decided, folder, dense, sources)
 
 
-def write_comparison(comparison: Comparison, folder: Path, impossible: dict[str, str], ended: bool = False) -> None:
+def write_comparison(
+    comparison: Comparison, folder: Path, impossible: dict[str, str], sources: Sources, ended: bool = False
+) -> None:
     assert comparison.recipe is not None
-    source = local_folder(comparison.recipe.model)
-    stored = checkpoint_bits(source) if any(source.glob("*.safetensors")) else None
+    stored = sources[comparison.recipe.model].stored_bits
     rows = [cell_row(comparison, cell, folder / cell.name, impossible.get(cell.name)) for cell in comparison.cells()]
     write_json(
         folder / "comparison.json",

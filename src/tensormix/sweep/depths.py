@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tensormix.diagnose import Measurement, bisect_boundary
-from tensormix.models import skeleton
+from tensormix.models import Sources, skeleton
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Cell, Recipe, Sweep
 from tensormix.rows import STAGES, SweepProgress
@@ -73,7 +73,8 @@ class _Sweep:
     def __init__(self, sweep: Sweep, folder: Path) -> None:
         assert sweep.recipe is not None  # Sweep.load and its validator see to it
         self.sweep, self.recipe, self.folder, self.dense = sweep, sweep.recipe, folder, folder / "dense"
-        self.num_blocks = len(blocks(skeleton(self.recipe.model)))
+        self.sources = Sources()
+        self.num_blocks = len(blocks(skeleton(self.sources[self.recipe.model])))
         self.cells = sweep.cells(self.num_blocks)
 
     def make(self, name: str, recipe: Recipe, progress: Callable[[str, int, int], None] | None = None) -> None:
@@ -84,6 +85,7 @@ class _Sweep:
             progress=progress,
             keep_compressed=False,
             teacher_cache=self.folder / "teacher",
+            sources=self.sources,
         )
 
     def recipe_of(self, cell: Cell) -> Recipe:
@@ -106,12 +108,14 @@ class _Sweep:
         costs = {cell.name: cost(cell, self.num_blocks) for cell in cells}
         todo: dict[str, Cell | None] = {}
         # Whether a cell is finished can be asked once the dense run is: its key is part of theirs.
-        if not (self.dense / "evaluate.json").exists() or not finished(dense_recipe(self.recipe), self.dense, None):
+        dense = dense_recipe(self.recipe)
+        if not (self.dense / "evaluate.json").exists() or not finished(dense, self.dense, None, self.sources):
             todo["dense"] = None
         for cell in cells:
             start = self._start(cell)
             known = (self.dense / "evaluate.json").exists() and (start is None or start.exists())
-            if not known or not finished(self.recipe_of(cell), self.folder / cell.name, self.dense):
+            where = self.folder / cell.name
+            if not known or not finished(self.recipe_of(cell), where, self.dense, self.sources):
                 todo[cell.name] = cell
         total, done = sum(costs.get(name, 0.3) for name in todo), 0.0
         for name, cell in todo.items():
@@ -177,10 +181,10 @@ def within(tell: Callable[[float], None]) -> Callable[[str, int, int], None]:
     return progress
 
 
-def finished(recipe: Recipe, folder: Path, reference: Path | None) -> bool:
+def finished(recipe: Recipe, folder: Path, reference: Path | None, sources: Sources) -> bool:
     if reference is not None and not (reference / "diagnose.json").exists() and recipe.diagnose is not None:
         return False
-    keys = stage_keys(recipe, reference)
+    keys = stage_keys(recipe, reference, sources)
     return all(is_done(folder, stage, keys) for stage in keys)
 
 

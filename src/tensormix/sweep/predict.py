@@ -36,7 +36,7 @@ from tensormix.evaluate import ChoicePrompt, exam_prompts
 from tensormix.evaluate.choices import answer_tokens, encode
 from tensormix.evaluate.forward import device_of, logits_at, pad_right, quiet
 from tensormix.methods.base import Method
-from tensormix.models import load_model, load_tokenizer
+from tensormix.models import ModelSource, load_model
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Cell, Direction, Sweep, schedule
 from tensormix.recover.local import distill_blocks
@@ -77,8 +77,9 @@ def predict(
         raise ValueError(f"predict: direction must be one of {known}, got {direction!r}")
     recipe = sweep.recipe
     assert recipe is not None  # Sweep.load and its validator see to it
-    dense: Any = load_model(recipe.model, dtype="float32")
-    tokenizer = load_tokenizer(recipe.model)
+    source = ModelSource(recipe.model)
+    dense: Any = load_model(source, dtype="float32")
+    tokenizer = source.tokenizer()
     num_blocks = len(blocks(dense))
     order = schedule(direction, num_blocks)
     cell = Cell(direction=direction, blocks=order, method=_variant(sweep, variant))

@@ -11,16 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tensormix.storage.checkpoint import (
-    DTYPES,
-    INDEX,
-    Checkpoint,
-    Piece,
-    check_space,
-    file_hash,
-    read_header,
-    write_shard,
-)
+from tensormix.storage.entries import DTYPES, Piece
+from tensormix.storage.formats import open_weights
+from tensormix.storage.memory import check_space
+from tensormix.storage.safetensors import INDEX, file_hash, read_header, write_shard
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
@@ -55,7 +49,7 @@ def write_index(folder, weight_map) -> None:
 
 
 def test_what_the_reference_library_wrote_is_read(folder):
-    entries = Checkpoint(folder).entries
+    entries = open_weights(folder).entries
     assert entries.keys() == tensors().keys()
     for name, tensor in tensors().items():
         read = entries[name].read()
@@ -82,7 +76,7 @@ def test_entries_pass_through_byte_for_byte_whatever_they_hold(folder, tmp_path)
     header = {"odd": {"dtype": "F6_E3M2", "shape": [4], "data_offsets": [0, 3]}}
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"abc")
-    entry = Checkpoint(folder).entries["odd"]
+    entry = open_weights(folder).entries["odd"]
     with pytest.raises(ValueError, match="odd has the dtype F6_E3M2, which cannot be read here"):
         entry.read()
     out = tmp_path / "out" / "model.safetensors"
@@ -94,7 +88,7 @@ def test_entries_pass_through_byte_for_byte_whatever_they_hold(folder, tmp_path)
 
 def test_writing_to_a_mapped_tensor_leaves_the_file_alone(folder):
     before = file_hash(folder / "model.safetensors")
-    tensor = Checkpoint(folder).entries["torch.float32"].read()
+    tensor = open_weights(folder).entries["torch.float32"].read()
     tensor.zero_()
     assert not tensor.any() and file_hash(folder / "model.safetensors") == before
 
@@ -117,66 +111,66 @@ def test_a_cut_file_names_the_tensor(folder):
     with pytest.raises(
         ValueError, match=rf"model.safetensors is damaged or cut off \({last.name} ends at byte {last.stop}, and the"
     ):
-        Checkpoint(folder)
+        open_weights(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", struct.pack("<Q", 10**15) + b"{}", struct.pack("<Q", 4) + b"[1,2"])
 def test_a_damaged_header(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model.safetensors is damaged or cut off \(.*header.*\); fetch it again"):
-        Checkpoint(folder)
+        open_weights(folder)
 
 
 def test_bytes_and_shape_that_disagree(folder):
     text = json.dumps({"x": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(12))
     with pytest.raises(ValueError, match=r"x has 12 bytes, not those of its shape \(2, 2\) in F32"):
-        Checkpoint(folder)
+        open_weights(folder)
 
 
 def test_a_sharded_checkpoint(sharded):
-    checkpoint = Checkpoint(sharded)
+    checkpoint = open_weights(sharded)
     assert {name: entry.file.name for name, entry in checkpoint.entries.items()} == {
         "x": "a.safetensors", "y": "a.safetensors", "z": "b.safetensors"
     }  # fmt: skip
-    assert checkpoint.num_bytes == 3 * 16
+    assert sum(map(checkpoint.bits, checkpoint.entries.values())) == 3 * 16 * 8
 
 
 def test_a_missing_shard(sharded):
     (sharded / "b.safetensors").unlink()
     with pytest.raises(ValueError, match=rf"b.safetensors is missing, but {INDEX} names it"):
-        Checkpoint(sharded)
+        open_weights(sharded)
 
 
 def test_an_index_that_lists_a_tensor_that_is_not_there(sharded):
     write_index(sharded, {"x": "a.safetensors", "y": "a.safetensors", "z": "b.safetensors", "q": "b.safetensors"})
     with pytest.raises(ValueError, match=rf"b.safetensors does not hold q, but {INDEX} says so: they disagree"):
-        Checkpoint(sharded)
+        open_weights(sharded)
 
 
 def test_an_index_that_puts_a_tensor_elsewhere(sharded):
     write_index(sharded, {"x": "b.safetensors", "y": "a.safetensors", "z": "b.safetensors"})
     with pytest.raises(ValueError, match=rf"a.safetensors holds x, but {INDEX} has it in b.safetensors: they disagree"):
-        Checkpoint(sharded)
+        open_weights(sharded)
 
 
 def test_an_index_that_leaves_a_tensor_out(sharded):
     write_index(sharded, {"x": "a.safetensors", "z": "b.safetensors"})
     with pytest.raises(ValueError, match=rf"a.safetensors holds y, but {INDEX} has it nowhere: they disagree"):
-        Checkpoint(sharded)
+        open_weights(sharded)
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '{"weight_map": ["x"]}', '{"weight_map": {"x": 3}}'])
 def test_an_index_without_a_weight_map(sharded, content):
     (sharded / INDEX).write_text(content)
     with pytest.raises(ValueError, match=rf"{INDEX} has no weight_map that says which tensor is in which file"):
-        Checkpoint(sharded)
+        open_weights(sharded)
 
 
 def test_files_that_no_index_puts_in_order(sharded):
     (sharded / INDEX).unlink()
     with pytest.raises(ValueError, match=rf"has a.safetensors, but neither model.safetensors nor {INDEX}"):
-        Checkpoint(sharded)
+        open_weights(sharded)
 
 
 def test_too_little_disk(tmp_path):

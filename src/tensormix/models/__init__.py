@@ -1,0 +1,21 @@
+"""Where a model comes from, and loading it: a folder, the Hugging Face Hub or one file of weights; dense or compressed.
+
+No code that a checkpoint brings along is ever run.
+"""
+
+from tensormix.models.loading import DTYPES, fill_buffers, load_model, load_tokenizer, skeleton
+from tensormix.models.quiet import quiet
+from tensormix.models.source import ModelSource, Sources, fingerprint, local_folder
+
+__all__ = [
+    "DTYPES",
+    "ModelSource",
+    "Sources",
+    "fill_buffers",
+    "fingerprint",
+    "load_model",
+    "load_tokenizer",
+    "local_folder",
+    "quiet",
+    "skeleton",
+]

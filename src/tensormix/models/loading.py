@@ -1,0 +1,154 @@
+"""Load a model, its tokenizer or its skeleton from where it comes from, dense or compressed.
+
+transformers' progress bars and warnings are silenced: what would make a model wrong is an error here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tensormix.models.quiet import explained, quiet
+from tensormix.models.source import ModelSource
+from tensormix.storage.assembly import Assembly
+from tensormix.storage.entries import main_dtype
+from tensormix.storage.memory import set_weight
+from tensormix.storage.safetensors import Safetensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def load_model(source: ModelSource | str | Path, dtype: str | None = None) -> PreTrainedModel:
+    """The model in evaluation mode on the CPU.
+
+    Args:
+        source: a folder with config.json and weights, a Hub id, one file of weights beside its config.json, or a
+            source that is open.
+        dtype: one of `DTYPES`; "auto" and None keep the checkpoint's own. Weights that are packed in fp8 or MXFP4
+            become plain ones, in bfloat16 if the config does not say.
+
+    Raises:
+        ValueError: it is no model, its weights are pickled, packed in another way, unreadable or incomplete, or it
+            cannot be reached.
+    """
+    _check_dtype(dtype)
+    source = ModelSource.of(source)
+    if isinstance(source.location, Path):  # finds what is wrong with the files before a minute has passed
+        if source.file is not None or not isinstance(source.weights, Safetensors):
+            return _assembled(source, dtype)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hf = _register()
+    with quiet(), explained(source.location):
+        config = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
+        hf.read_packed(config)
+        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.location, config=config, dtype=dtype or "auto", **options
+        )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{source}: the weights lack {', '.join(missing[:3])}{more}, which {type(model).__name__} needs; "
+            "the checkpoint is incomplete or of another model"
+        )
+    return model
+
+
+def _assembled(source: ModelSource, dtype: str | None) -> PreTrainedModel:
+    """The same model from files that transformers does not read by itself: one parameter at a time."""
+    model: Any = skeleton(source, dtype)
+    assembly, trained = Assembly(model, source.weights), {n for n, p in model.named_parameters() if p.requires_grad}
+    for making in assembly.makings:
+        for name, value in assembly.make(making.targets[0]).items():
+            set_weight(model, name, value.clone())  # what is mapped would change, or be cut off, with its file
+    for name, other in assembly.tied.items():
+        set_weight(model, name, model.get_parameter(other))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    fill_buffers(model)
+    if (source.folder / "generation_config.json").exists():
+        with quiet(), explained(source.location):
+            model.generation_config = type(model.generation_config).from_pretrained(source.folder)
+    return model
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def load_tokenizer(source: ModelSource | str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in the model's folder or repository. Raises ValueError if there is none or it is out of reach."""
+    return ModelSource.of(source).tokenizer()
+
+
+def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreTrainedModel:
+    """The model on the meta device, operators included: all names and shapes, no weights; it reads config.json only.
+
+    Args:
+        dtype: of the parameters; "auto" and None are as in `load_model`.
+
+    Raises ValueError if it is no model or cannot be reached.
+    """
+    _check_dtype(dtype)
+    source = ModelSource.of(source)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hf = _register()
+    with quiet(), explained(source.location):
+        config = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
+        hf.read_packed(config)
+        wanted = _dtype_of(config, source) if dtype in (None, "auto") else getattr(torch, str(dtype))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=wanted)
+        _keep_wide(model, wanted)
+        compressed: Any = getattr(config, "quantization_config", None)
+        if compressed is not None:
+            compressed = compressed if isinstance(compressed, dict) else compressed.to_dict()
+            hf.install_all(model, hf.StructuredConfig(**compressed))
+            hf.attach(model)
+    return model.eval()
+
+
+def _dtype_of(config: Any, source: ModelSource) -> torch.dtype:
+    """The dtype that `from_pretrained` takes by itself: that of the config, else of the first weight."""
+    if config.dtype is not None or isinstance(source.location, str):
+        return config.dtype or torch.float32
+    return main_dtype(source.entries.values()) or torch.float32
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Some architectures keep a few parameters in float32; `from_pretrained` knows, a skeleton has to be told."""
+    patterns = [pattern.replace(".", r"\.").replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    for name, tensor in list(model.state_dict(keep_vars=True).items()) if patterns else []:
+        if tensor.is_floating_point() and re.search("|".join(patterns), name):
+            path, _, leaf = name.rpartition(".")
+            wide = tensor.detach().float()
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            setattr(model.get_submodule(path), leaf, torch.nn.Parameter(wide) if is_parameter else wide)
+
+
+def fill_buffers(model: Any, device: str = "cpu") -> None:
+    """Give a skeleton the buffers that no checkpoint holds (rotary frequencies and the like), as loading does."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = True  # so that what is missing is only the buffers made next
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device=device)
+    with torch.random.fork_rng(devices=[]):
+        model.initialize_weights()
+
+
+def _register() -> Any:
+    # Here and not on top: the plugin imports transformers, which takes seconds.
+    import tensormix.hf
+
+    return tensormix.hf
