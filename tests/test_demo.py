@@ -37,9 +37,12 @@ def test_its_sweep_scans_every_depth():
     sweep = Sweep.load(sweep_file())
     assert sweep.recipe is not None and Path(sweep.recipe.model) == model_folder()
     cells = sweep.cells(12)
-    assert [cell.depth for cell in cells if cell.direction == "last" and cell.method == "mixt"] == list(range(1, 13))
-    assert {cell.method for cell in cells} == {"mixt", "zero", "drop_blocks"}
+    assert [cell.depth for cell in cells if cell.direction == "last" and cell.method.name == "mixt"] == list(
+        range(1, 13)
+    )
+    assert {cell.method.name for cell in cells} == {"mixt", "zero", "drop_blocks"}
     assert any(cell.direction == "first" for cell in cells)
+    assert {"last-04-mixt4", "first-02-mixt4", "last-06-zero", "last-07-drop_blocks"} <= {cell.name for cell in cells}
 
 
 def test_its_sweep_ends_with_a_table_and_a_page_although_depths_are_lost(tmp_path):
