@@ -112,6 +112,7 @@ class HeldOut(Settings):
     """Windows of the text that a recovery never learns from: they judge it, and the best state is kept."""
 
     num_windows: int = Field(default=8, ge=0)  # of all texts together; 0: nothing is judged, the last state is kept
+    text: tuple[Source, ...] = ()  # other texts that the model must not get worse on: as many windows of these, too
     num_times: int = Field(default=5, ge=1)  # how often after the start, evenly spread, the last time at the end
 
 

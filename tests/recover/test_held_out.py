@@ -74,6 +74,15 @@ def mixture(tiny, **changes):
     return Mixture(load_tokenizer(str(tiny)), [Source(exam=True)], **options)
 
 
+def test_a_text_that_is_named_judges_too(recovered, tmp_path):
+    file = tmp_path / "other.txt"
+    file.write_text("What is large? A hill is large, and so is the sea. " * 40)
+    alone = recovered()[1]
+    both = recovered(held_out={"num_windows": 6, "num_times": 5, "text": [{"file": str(file)}]})[1]
+    assert both[0]["tokens"] == alone[0]["tokens"] + 6 * 47
+    assert both[0]["loss"] != alone[0]["loss"]
+
+
 def test_without_windows_nothing_is_judged(recovered):
     assert recovered(held_out={"num_windows": 0})[1:] == ([], [])
 

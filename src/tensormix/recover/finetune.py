@@ -27,7 +27,7 @@ from transformers import PrinterCallback
 from tensormix.data import Mixture
 from tensormix.models import ModelSource
 from tensormix.recover.first_step import NUM_BATCHES, largest_rate, loss_per_rate, warning
-from tensormix.recover.held_out import Judgements, judged_steps, taught
+from tensormix.recover.held_out import Judgements, judged_steps, judged_windows, taught
 from tensormix.recover.local import distill_blocks, learning_blocks
 from tensormix.recover.lora import Patches, Turns, patched
 from tensormix.recover.rates import compressed_parameters, parameter_groups
@@ -199,7 +199,7 @@ class _Recovery:
 
     def _judgements(self, teacher: Any) -> Judgements:
         """By the loss of the last phase; with the state that an earlier, stopped call found best."""
-        settings, windows = self.settings, self.windows.held_out
+        settings, windows = self.settings, judged_windows(self.windows, self.settings)
         return Judgements(
             taught(windows, teacher) if self.task_steps == 0 else windows,
             {name: p for name, p in self.model.named_parameters() if p in self.trained},

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 from transformers import TrainerCallback
 
-from tensormix.data import IGNORED
+from tensormix.data import IGNORED, Mixture
 from tensormix.recover.losses import counted, keep, kept_divergence
 from tensormix.recover.trainer import kept_of
 from tensormix.rows import Row
+from tensormix.settings import Recover
 from tensormix.storage.files import new_file
 
 NUM_KEPT = 256  # logits that are kept, and tokens drawn beside them, of every position that a teacher judges
@@ -118,6 +119,17 @@ class Judgements(TrainerCallback):
             return None
         with safe_open(self.file, "pt") as opened:
             return json.loads(opened.metadata()["best"])
+
+
+def judged_windows(mixture: Mixture, settings: Recover) -> list[dict[str, Tensor]]:
+    """What is held out of the text, and as many windows of the texts that are named beside it."""
+    asked = settings.held_out
+    if not asked.text or not asked.num_windows:
+        return list(mixture.held_out)
+    others = Mixture(
+        mixture.tokenizer, asked.text, window=mixture.window, num_windows=asked.num_windows, seed=mixture.seed
+    )
+    return [*mixture.held_out, *(others[number] for number in range(len(others)))]
 
 
 @torch.no_grad()
