@@ -15,6 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
+from real_runs import real_comparison, real_run, real_sweep, real_unfinished_sweep  # noqa: F401
 from tensormix.exam import documents, facts
 
 if not torch.cuda.is_available():

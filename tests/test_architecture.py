@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "statistics": set(),
     "exam": set(),
     "settings": set(),
+    "rows": set(),
     "report": set(),
     "clock": set(),
     "operators": {"kernels"},

@@ -1,0 +1,219 @@
+"""Rows about how a model is made (allocate, reparameterise, compress, recover), and the cells of many runs."""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+# allocate
+
+
+class BudgetRow(TypedDict):
+    kind: Literal["budget"]
+    of: str  # unit of the costs below
+    over: str
+    by: str
+    keep: float
+    dense: int
+    asked: int
+    achieved: int
+    achieved_keep: float
+    error: float
+
+
+class SizeRow(TypedDict):
+    """One site of a budget."""
+
+    kind: Literal["size"]
+    site: str
+    block: int
+    role: str | None
+    method: str
+    size: Any  # None: the site stays dense
+    setting: str | None  # which setting of the method the size is
+    cost: int
+    dense_cost: int
+    error: float | None
+    importance: float | None
+
+
+class TrialRow(TypedDict):
+    """One evaluation of a search."""
+
+    kind: Literal["trial"]
+    choices: dict[str, float]  # site -> fraction of the rank
+    accuracy: float
+    log_loss: float  # nats
+    chosen: bool
+
+
+# reparameterise and compress
+
+
+class BasesRow(TypedDict):
+    kind: Literal["bases"]
+    sites: list[str]
+    error_before: float
+    error_after: float
+    error_calls: int
+    logits_moved: float  # largest change of a logit, in units of their standard deviation
+
+
+class SiteRow(TypedDict):
+    """One site of compress, the only row without `kind`."""
+
+    site: str
+    block: int | None  # None: outside the blocks
+    role: str | None  # None: a whole block
+    method: str
+    operator: str
+    dense_parameters: int
+    parameters: int
+    dense_bits: int
+    bits: int
+    dense_macs_per_token: int
+    macs_per_token: int
+    relative_error: float | None  # of the weight; None where it has none
+    seconds: float
+    tokens_per_expert: NotRequired[list[int]]
+    # facts of methods that fit by the inputs
+    fit_steps: NotRequired[Any]  # of a stack a list, as the three below
+    fit_residual: NotRequired[Any]
+    fit_precision: NotRequired[Any]
+    output_error: NotRequired[Any]
+    matched_output_error: NotRequired[Any]
+    # facts of methods that choose blocks
+    chosen_by: NotRequired[str]
+    window: NotRequired[list[int]]
+    angle: NotRequired[float]
+    influence: NotRequired[float]
+    candidates: NotRequired[dict[str, float]]
+    mse: NotRequired[float]  # of a trained layer in the place of blocks, and of nothing in their place
+    mse_dropped: NotRequired[float]
+
+
+# recover
+
+
+class LossRow(TypedDict):
+    kind: Literal["loss"]
+    step: int
+    phase: str
+    loss: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+
+
+class LocalLossRow(TypedDict):
+    kind: Literal["local_loss"]
+    block: int
+    before: float
+    after: float
+    steps: int
+    tokens: int
+    seconds: float
+
+
+class EarlyStopRow(TypedDict):
+    kind: Literal["early_stop"]
+    step: int
+    accuracy: float
+    outcome: str
+
+
+# sweeps and comparisons
+
+
+class CellRow(TypedDict):
+    """One cell of a sweep."""
+
+    cell: str
+    folder: str
+    depth: int  # number of compressed blocks; 0: the dense model
+    direction: str  # or how the blocks follow each other
+    method: str
+    num_branches: int | None
+
+
+class BoundaryRow(TypedDict):
+    """Where accuracy leaves its plateau; `Boundary` says what its keys mean."""
+
+    kind: Literal["boundary"]
+    method: str
+    direction: str
+    num_branches: int | None
+    value: int | None
+    last_good: int
+    low: int | None
+    high: int | None
+    confidence: float
+    plateau: float
+    plateau_spread: float
+    level: float | None
+    share_without: float
+    sentence: str
+
+
+class DriftCrossingRow(TypedDict):
+    """Where the growth of the drift changes, by depth."""
+
+    kind: Literal["drift_crossing"]
+    method: str
+    direction: str
+    num_branches: int | None
+    value: float
+    height: float
+    slope_before: float
+    slope_after: float
+
+
+class ScalingTrendRow(TypedDict):
+    kind: Literal["scaling_trend"]
+    floor: float
+    scale: float
+    exponent: float
+    value: float
+    num_models: int
+
+
+class ScalingRow(TypedDict):
+    kind: Literal["scaling"]
+    family: str
+    model: str
+    parameters: int
+    loss: float
+    expected: float
+    residual: float
+
+
+class ComparedRow(TypedDict):
+    """One cell of a comparison; numbers are None where it has not come so far."""
+
+    cell: str
+    folder: str
+    label: str
+    method: str
+    null: bool
+    by: str
+    keep: float
+    seed: int
+    bits: int | None
+    achieved_keep: float | None
+    missed_by: float | None
+    impossible: str | None
+
+
+# predict
+
+
+class SignalRow(TypedDict):
+    kind: Literal["signal"]
+    signal: str
+    depth: int
+    value: float
+
+
+class PredictionRow(TypedDict):
+    kind: Literal["prediction"]
+    signal: str
+    depth: int | None
+    low: NotRequired[int | None]  # of "all"
+    high: NotRequired[int | None]
