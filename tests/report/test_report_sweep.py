@@ -51,8 +51,9 @@ def test_headline_answers_in_one_sentence(sweep: Path, page: Element) -> None:
     assert "the boundary is at NB = 3 (95 % interval 3 to 4)" in lead
     costs = {row["model"]: row for row in rows_of(sweep / "last-02-mixt2", "profile", "resources")}
     for key, name in (("parameters", "parameters"), ("macs_per_token", "MACs per token")):
-        saved = 100 * (1 - costs["compressed"][key] / costs["dense"][key])
-        assert f"{'+' if saved < 0 else '−'}{abs(saved):.1f} % {name}" in lead
+        shift = 100 * (costs["compressed"][key] / costs["dense"][key] - 1)
+        words = "±0" if abs(shift) < 0.05 else f"{shift:+.1f}".replace("-", "−")
+        assert f"{words} % {name}" in lead.replace("\u00a0", " ")
     for row in rows_of(sweep / "last-02-mixt2", "profile", "latency"):
         assert row["model"] == "dense" or f"{row['speedup']:.2f}×" in lead or "equally fast" in lead
 
