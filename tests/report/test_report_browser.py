@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contest_folder import write_contest
-from measured import measure_everything
-from report_folders import fall, write_run, write_sweep
+from real_pages import copied, set_boundary
 
 from tensormix.report import build_report
 
@@ -31,17 +29,18 @@ PROBES = Path(__file__).with_name("probes.js").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(
+    real_sweep: Path, real_run: Path, real_comparison: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    depths = (1, 4, 8)
-    sweep = write_sweep(folder / "sweep", depths=depths)
-    measure_everything(sweep, {f"mixt-last-{d}": (fall("mixt", "last", d), d) for d in depths})
-    runs = [sweep / "mixt-last-4", sweep / "mixt-last-8", write_run(folder / "alone")]
+    sweep = copied(real_sweep, folder)
+    set_boundary(sweep, value=3, last_good=2, low=3, high=4)  # a model of noise has none
+    runs = [copied(real_run, folder), sweep / "last-01-mixt2", sweep / "last-03-mixt2"]
     return {
         "sweep": build_report([sweep]),
         "run": build_report(runs[:1], folder / "run.html"),
         "runs": build_report(runs, folder / "runs.html"),
-        "comparison": build_report([write_contest(folder / "comparison")]),
+        "comparison": build_report([copied(real_comparison, folder, at="comparison")]),
     }
 
 
@@ -87,7 +86,7 @@ def open_details(page: Any) -> None:
 def test_every_figure_has_data(opened: Open, name: str) -> None:
     with opened(name) as page:
         assert page.evaluate("probe.empty()") == []
-        assert page.locator("figure").count() >= {"sweep": 16, "run": 5, "runs": 5, "comparison": 2}[name]
+        assert page.locator("figure").count() >= {"sweep": 12, "run": 8, "runs": 4, "comparison": 2}[name]
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.evaluate("probe.covered()") == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from faults.fault import Fault
 
 SEARCH = "allocation/test_search.py"
-PAPERS = "report/test_report_papers.py"
 BROWSER = "report/test_report_browser.py"
 
 FAULTS = (
@@ -45,7 +44,10 @@ FAULTS = (
     Fault("allocation/survey.py", "setattr(holder, child, old)", "pass", "allocation/test_budget.py"),
     Fault("recipe/reading.py", "(folder / model).exists()", "False", "recipe/test_recipe.py"),
     Fault("recipe/recipe.py", "placed[key] = placed_path(placed[key], folder)", "pass", "recipe/test_recipe.py"),
-    Fault("report/accounts.py", "dense / own if own", "own / dense if own", "report/test_report_papers.py"),
+    Fault("report/boundary.py", "item.depth == min(past)", "item.depth == max(past)", "report/test_report_sweep.py"),
+    Fault("report/chart.py", 'tabindex="0",', "", BROWSER),
+    Fault("report/chart.py", "sorted(reversed(parts)", "sorted(list(parts)", "report/test_chart.py"),
+    Fault("report/figure.py", "found.setdefault(entry.name, entry)", "pass", "report/test_report_papers.py"),
     Fault("report/measures.py", "(own - embedding)", "own", "report/test_report_papers.py"),
     Fault("report/page.css", "font-size: 14.8px", "font-size: 12.5px", BROWSER),
     Fault("report/page.css", "max-width: 100%; width: fit-content", "width: fit-content", BROWSER),
@@ -53,11 +55,9 @@ FAULTS = (
     Fault("report/page.js", "at + step + order.length", "at + order.length", BROWSER),
     Fault("report/pareto.py", "if value < lowest:", "if value <= lowest:", "report/test_report_pareto.py"),
     Fault("report/pareto.py", "min(known), max(known)", "max(known), max(known)", "report/test_report_pareto.py"),
-    Fault("report/svg.py", 'role="img" tabindex="0"', 'role="img"', BROWSER),
-    Fault("report/svg.py", "at(gap + HEAD, HEAD / 2)}L{at(gap)}", "at(gap + HEAD)}L{at(0)}", PAPERS),
-    Fault(
-        "report/tradeoffs.py", "panel.arrow(begin, (item.bits_saved", "panel.arrow((0.0, end), (item.bits_saved", PAPERS
-    ),
+    Fault("report/parts.py", "at(self.gap + HEAD, HEAD / 2)}L", "at(self.gap + HEAD)}L", "report/test_chart.py"),
+    Fault("report/rendering.py", "autoescape=True", "autoescape=False", "report/test_report_sweep.py"),
+    Fault("report/sites.py", "dense / own if own", "own / dense if own", "report/test_report_papers.py"),
     Fault("report/tradeoffs.py", "-0.90 + 4.87", "-0.90 + 4.78", "report/test_report_papers.py"),
     Fault("report/tradeoffs.py", "1.20 - 1.30", "1.30 - 1.20", "report/test_report_papers.py"),
     Fault("report/weights.py", "max(gaps, key=len", "min(gaps, key=len", "report/test_report_papers.py"),

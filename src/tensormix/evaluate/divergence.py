@@ -68,16 +68,8 @@ def kl_divergence(
             done += len(some)
             if progress is not None:
                 progress(done, len(spans))
-    return {
-        "kind": "kl",
-        "text": text,
-        "value": total / num_tokens,
-        "num_tokens": num_tokens,
-        "window": window,
-        "stride": stride,
-        "bos": bos_id is not None,
-        "dtype": dtype_of(model),
-    }
+    found = {"kind": "kl", "text": text, "value": total / num_tokens, "num_tokens": num_tokens}
+    return {**found, "window": window, "stride": stride, "bos": bos_id is not None, "dtype": dtype_of(model)}
 
 
 def _divergence(

@@ -1,117 +1,160 @@
-"""A figure of the page: drawings, legend, explanation, and the rows behind it as CSV and as a table."""
+"""What a section of the page holds: figures and tables, with their rows as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import quote
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from .measures import Record
-from .numbers import MISSING, short, text
-from .svg import Style, swatch
+from markupsafe import Markup
 
-Key = tuple[str, str, int | None]
-MIXT_LOOKS = (("c-blue", "circle"), ("c-green", "diamond"), ("c-sky", "down"), ("c-yellow", "plus"))
-OTHER_LOOKS = {
-    "zero": ("c-orange", "square"),
-    "drop_blocks": ("c-purple", "triangle"),
-    "mean_output": ("c-ink", "cross"),
-    "svd": ("c-green", "star"),
-}
-DENSE = Style("c-ink", "star")
-ROLE_LOOKS = (
-    Style("c-blue", "circle"),
-    Style("c-sky", "down"),
-    Style("c-green", "diamond"),
-    Style("c-purple", "triangle"),
-    Style("c-orange", "square"),
-    Style("c-red", "star"),
-    Style("c-ink", "plus"),
-    Style("c-yellow", "cross"),
-)
+from .chart import Chart, Entry
+from .numbers import MISSING, short
+from .rendering import render, say
+
+Columns = Mapping[
+    str, str | Callable[[Any], Any]
+]  # name -> attribute of the item (key of a row), or what gives the value
+
+
+@dataclass(frozen=True)
+class Data:
+    """The values behind a figure or table."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    @property
+    def csv(self) -> str:
+        """Comma-separated values; a missing value is an empty field."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(["" if value is None else value for value in row] for row in self.rows)
+        return out.getvalue()
+
+    @property
+    def shown(self) -> list[list[Any]]:
+        return [[MISSING if v is None else short(v) if isinstance(v, float) else v for v in row] for row in self.rows]
+
+
+def data(items: Iterable[Any], columns: Columns | Sequence[str]) -> Data:
+    """One row per item; columns without a function are read by their own name."""
+    columns = columns if isinstance(columns, Mapping) else {name: name for name in columns}
+
+    def value(item: Any, take: str | Callable[[Any], Any]) -> Any:
+        if callable(take):
+            return take(item)
+        return item[take] if isinstance(item, dict) else getattr(item, take)
+
+    return Data(list(columns), [[value(item, take) for take in columns.values()] for item in items])
+
+
+class ColourScale(NamedTuple):
+    """What the colours of a figure mean: from `low` to `high`."""
+
+    low: str
+    colours: Sequence[str]
+    high: str
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure; `rows` has one row per drawn value, in the words of `columns`."""
+    """One figure; `data` has one row per drawn value."""
 
     key: str
     title: str
-    panels: list[str]
-    explanation: str  # HTML
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    legend: list[tuple[Style, str]] = field(default_factory=list)
-    extra: str = ""  # HTML after the legend, for example a colour scale
+    charts: Sequence[Chart]
+    caption: Markup
+    data: Data
+    scale: ColourScale | None = None
+
+    @property
+    def legend(self) -> list[Entry]:
+        """Each name once, in the order of the charts."""
+        found: dict[str, Entry] = {}
+        for entry in (entry for chart in self.charts for entry in chart.legend):
+            found.setdefault(entry.name, entry)
+        return list(found.values())
+
+    def html(self, number: int, published: str = "") -> Markup:
+        """`published` names the figures of the papers that show the same."""
+        shape = "single" if len(self.charts) == 1 else "odd" if len(self.charts) % 2 else "even"
+        return render("figure", figure=self, number=number, shape=shape, published=published)
 
 
-def looks(records: Iterable[Record]) -> dict[Key, Style]:
-    """Colour by method and branches, shape likewise, hollow and dashed for front to back."""
-    keys = list(dict.fromkeys(item.series for item in records))
-    mixts = sorted({key[2] or 0 for key in keys if key[0] == "mixt"}, key=lambda n: (n != 4, n))
-    styles = {}
-    for key in keys:
-        if key[0] == "mixt":
-            colour, shape = MIXT_LOOKS[mixts.index(key[2] or 0) % len(MIXT_LOOKS)]
-        else:
-            colour, shape = OTHER_LOOKS.get(key[0], ("c-red", "cross"))
-        styles[key] = Style(colour, shape, hollow=key[1] != "last")
-    return styles
+def figure(
+    key: str,
+    title: str,
+    charts: Sequence[Chart],
+    data: Data,
+    scale: ColourScale | None = None,
+    caption: str = "",
+    **facts: Any,
+) -> Figure | None:
+    """A figure with the macro `caption` of captions.html, or that of its key; None without a drawing."""
+    if not charts:
+        return None
+    return Figure(key, title, charts, say("captions", caption or key.replace("-", "_"), **facts), data, scale)
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Comma-separated values; a missing value is an empty field."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(["" if value is None else value for value in row] for row in rows)
-    return out.getvalue()
+class Shown(NamedTuple):
+    """A cell of a table with a second line below its value."""
+
+    value: str
+    below: str
+    bad: bool = False
 
 
-def download(name: str, content: str, label: str, kind: str = "text/csv") -> str:
-    """A link that holds its file itself."""
-    uri = f"data:{kind};charset=utf-8,{quote(content)}"
-    return f'<a class="download" download="{text(name)}" href="{text(uri)}">{label}</a>'
+class Column(NamedTuple):
+    """One column of a table: its head with a small second line, and what stands in it."""
+
+    head: str
+    cell: Callable[[Any], Any]
+    small: str = ""
+    numeric: bool = True
 
 
-def shown(value: Any) -> str:
-    if value is None:
-        return MISSING
-    return text(short(value)) if isinstance(value, float) else text(value)
+class Line(NamedTuple):
+    cells: list[Any]
+    marked: bool = False
+    group: str = ""  # a line with this name comes before
 
 
-def plain_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> str:
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{shown(value)}</td>" for value in row) + "</tr>" for row in rows)
-    return scroll(
-        f'<table class="data"><caption class="hidden">{text(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-        caption,
-    )
+@dataclass(frozen=True)
+class Table:
+    """A table for the eye, and the same as a file."""
+
+    name: str
+    columns: Sequence[Column]
+    lines: Sequence[Line]
+    caption: str = ""
+    key: str = ""  # id on the page
+    file: str = ""
+    data: Data | None = None
+
+    def __html__(self) -> str:
+        return render("table", table=self)
 
 
-def scroll(table: str, name: str) -> str:
-    """A table that scrolls sideways by itself on a narrow page, also from the keyboard."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text(name)}">{table}</div>'
+def table(
+    name: str,
+    columns: Sequence[Column],
+    items: Iterable[Any],
+    marked: Callable[[Any], bool] = lambda item: False,
+    group: Callable[[Any], str] = lambda item: "",
+    first: Sequence[Any] = (),
+    **more: Any,
+) -> Table:
+    """One line per item, of which the first cell is the heading; where `group` changes, its name stands above.
 
-
-def render(figure: Figure, index: int, published: str = "") -> str:
-    """HTML of one figure; `published` names the figures of the papers that show the same."""
-    legend = "".join(f"<li>{swatch(style)}<span>{text(name)}</span></li>" for style, name in figure.legend)
-    legend = f'<ul class="legend">{legend}</ul>' if legend else ""
-    shape = "single" if len(figure.panels) == 1 else "odd" if len(figure.panels) % 2 else "even"
-    name = f"Figure {index}. {figure.title}"
-    data = plain_table(figure.columns, figure.rows, f"Data behind figure {index}")
-    beside = f'<p class="small">As {text(published)}, measured on these runs.</p>' if published else ""
-    link = download(f"{figure.key}.csv", csv_text(figure.columns, figure.rows), "CSV")
-    return (
-        f'<figure id="{text(figure.key)}" class="{shape}">'
-        f"<h3>{text(name)}</h3>{legend}{figure.extra}"
-        f'<div class="panels">{"".join(figure.panels)}</div>'
-        f"<figcaption>{figure.explanation}{beside}</figcaption>"
-        f"<details><summary>Data behind this figure ({len(figure.rows)} rows)</summary>"
-        f'<p class="small">Download as {link}</p>{data}</details></figure>'
-    )
+    `first` are the cells of a line before all others.
+    """
+    lines, before = [Line(list(first))] if first else [], ""
+    for item in items:
+        own = group(item)
+        lines.append(Line([column.cell(item) for column in columns], marked(item), own if own != before else ""))
+        before = own
+    return Table(name, columns, lines, **more)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .numbers import NARROW, number, series_name, short
-from .read import Cell, Row, Run, Sweep
+from .numbers import number, series_name
+from .read import Row, Run, Sweep
 
 CHANCE = 0.25  # four answers
+
+
+Key = tuple[str, str, int | None]  # of a series: method, direction, branches
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,84 +35,86 @@ class Record:
     perplexity: dict[str, float] = field(default_factory=dict)
     drift: dict[str, float] = field(default_factory=dict)  # region -> mean
     drift_profile: dict[int, float] = field(default_factory=dict)  # start layer -> mean
-    resources: Row = field(default_factory=dict)
+    resources: Row = field(default_factory=Row)
     latency: dict[int, Row] = field(default_factory=dict)  # tokens -> row
-    dense_resources: Row = field(default_factory=dict)
+    dense_resources: Row = field(default_factory=Row)
     dense_latency: dict[int, Row] = field(default_factory=dict)
     losses: list[Row] = field(default_factory=list)
     benchmarks: dict[str, float] = field(default_factory=dict)  # benchmark -> accuracy
     macro_drop: float | None = None  # percentage points
-    residual: Row = field(default_factory=dict)  # after the last compressed block
+    residual: Row = field(default_factory=Row)  # after the last compressed block
     direct: Record | None = None  # the same model before its recovery
 
     @property
-    def series(self) -> tuple[str, str, int | None]:
+    def series(self) -> Key:
         return (self.method, self.direction, self.num_branches)
 
     @property
     def label(self) -> str:
-        return series_name(self.method, self.direction, self.num_branches)
+        return series_name(*self.series)
+
+    def is_of(self, row: Row) -> bool:
+        """Is the row about this record's series?"""
+        return (row["method"], row["direction"], row["num_branches"]) == self.series
 
     def resource(self, key: str) -> float | None:
         return number(self.resources.get(key))
 
     @property
+    def spread(self) -> float | None:
+        """-log10(1 - PE); None at PE = 1, where it is infinite."""
+        pe = self.prediction_entropy
+        return None if pe is None or pe >= 1 else -math.log10(1 - pe)
+
+    @property
     def bits_saved(self) -> float | None:
         """Percent of the stored bits of the dense model without its input embeddings, in the dtype that was run."""
-        dtype = self.resources.get("dtype") or "float32"
-        sizes = [number((row.get("bytes") or {}).get(dtype)) for row in (self.resources, self.dense_resources)]
-        embedding = number(self.dense_resources.get("embedding_bytes")) or 0.0
-        own, dense = sizes
+        if not self.resources or not self.dense_resources:
+            return None
+        dtype, embedding = self.resources["dtype"], self.dense_resources["embedding_bytes"]
+        own, dense = (row["bytes"].get(dtype) for row in (self.resources, self.dense_resources))
         return None if own is None or dense is None else 100 * (1 - (own - embedding) / (dense - embedding))
 
     def speedup(self, tokens: int) -> float | None:
-        """Dense time / compressed time; above 1 is faster. Both sides from the same cell where it has them."""
-        row = self.latency.get(tokens, {})
-        given = number(row.get("speedup"))
-        if given is not None:
-            return given
-        dense, own = number(self.dense_latency.get(tokens, {}).get("median_ms")), number(row.get("median_ms"))
-        return dense / own if dense and own else None
+        """Dense time / compressed time, measured in turn in one process; above 1 is faster."""
+        return number(self.latency[tokens]["speedup"]) if tokens in self.latency else None
 
 
-def _first(rows: Iterable[Row], key: str = "value") -> float | None:
-    return next((number(row.get(key)) for row in rows), None)
+def _value(rows: Iterable[Row]) -> float | None:
+    return next((number(row["value"]) for row in rows), None)
 
 
-def _pick(rows: list[Row], model: str) -> Row:
-    return next((row for row in rows if row.get("model") == model), {})
+def values(rows: Iterable[Row], key: str) -> dict[Any, float]:
+    return {row[key]: value for row in rows if (value := number(row["value"])) is not None}
 
 
-def _exam(run: Run) -> Row:
+def _exam(run: Run) -> dict[str, Any]:
     rows = run.rows("evaluate", "accuracy")
-    overall = next((row for row in rows if row.get("subject", "all") == "all"), {})
-    questions = number(overall.get("num_questions"))
+    overall = next((row for row in rows if row["subject"] == "all"), None)
+    if overall is None:
+        return {}
+    found = {key: number(overall[key]) for key in ("low", "high")}
+    subjects = {row["subject"]: row for row in rows if row["subject"] != "all" and row["task"] == overall["task"]}
     return {
-        "accuracy": number(overall.get("value")),
-        "low": number(overall.get("low")),
-        "high": number(overall.get("high")),
-        "num_questions": None if questions is None else int(questions),
-        "subjects": {
-            str(row["subject"]): row
-            for row in rows
-            if row.get("subject", "all") != "all" and row.get("task") == overall.get("task")
-        },
+        "accuracy": number(overall["value"]),
+        **found,
+        "num_questions": overall["num_questions"],
+        "subjects": subjects,
     }
 
 
-def _profile(run: Run, dense: bool) -> Row:
+def _profile(run: Run, dense: bool) -> dict[str, Any]:
     """Rows about the compressed model; a dense reference run has only, or equal, dense rows."""
-    own, other = ("dense", "compressed") if dense else ("compressed", "dense")
-    resources, latency = run.rows("profile", "resources"), run.rows("profile", "latency")
-
-    def times(model: str) -> dict[int, Row]:
-        return {int(row["tokens"]): row for row in latency if row.get("model") == model and "tokens" in row}
-
+    resources = {row["model"]: row for row in run.rows("profile", "resources")}
+    latency: dict[str, dict[int, Row]] = {}
+    for row in run.rows("profile", "latency"):
+        latency.setdefault(row["model"], {})[row["tokens"]] = row
+    order = ("dense", "compressed") if dense else ("compressed",)
     return {
-        "resources": _pick(resources, own) or (_pick(resources, other) if dense else {}),
-        "latency": times(own) or (times(other) if dense else {}),
-        "dense_resources": _pick(resources, "dense"),
-        "dense_latency": times("dense"),
+        "resources": next((resources[name] for name in order if name in resources), Row()),
+        "latency": next((latency[name] for name in order if name in latency), {}),
+        "dense_resources": resources.get("dense", Row()),
+        "dense_latency": latency.get("dense", {}),
     }
 
 
@@ -116,32 +122,24 @@ def record(run: Run | None, name: str, dense: bool = False, **place: Any) -> Rec
     """The record of one run (an empty one where there is no run)."""
     if run is None:
         return Record(name, **place)
-    drift = {str(row.get("region")): number(row.get("value")) for row in run.rows("diagnose", "drift_mean")}
-    profile = {int(row["layer"]): number(row.get("value")) for row in run.rows("diagnose", "drift_profile")}
+    whole = [row for row in run.rows("evaluate", "accuracy") if row["subject"] == "all" and row["task"] != "exam"]
+    profile = _profile(run, dense)
     return Record(
         name=name,
-        output_entropy=_first(run.rows("diagnose", "output_entropy")),
-        prediction_entropy=_first(run.rows("diagnose", "prediction_entropy")),
-        perplexity=_perplexity(run.rows("evaluate", "perplexity")),
-        drift={key: value for key, value in drift.items() if value is not None},
-        drift_profile={key: value for key, value in profile.items() if value is not None},
+        output_entropy=_value(run.rows("diagnose", "output_entropy")),
+        prediction_entropy=_value(run.rows("diagnose", "prediction_entropy")),
+        perplexity=values(run.rows("evaluate", "perplexity"), "text"),
+        drift=values(run.rows("diagnose", "drift_mean"), "region"),
+        drift_profile=values(run.rows("diagnose", "drift_profile"), "layer"),
         losses=run.rows("recover", "loss"),
-        benchmarks={
-            str(row["task"]): row["value"]
-            for row in run.rows("evaluate", "accuracy")
-            if row.get("subject", "all") == "all" and row.get("task", "exam") != "exam"
-        },
-        macro_drop=_first(run.rows("diagnose", "macro_drop")),
-        residual=next(iter(run.rows("diagnose", "residual_last")), {}),
-        direct=_direct(run, name, _pick(run.rows("profile", "resources"), "dense")),
+        benchmarks=values(whole, "task"),
+        macro_drop=_value(run.rows("diagnose", "macro_drop")),
+        residual=next(iter(run.rows("diagnose", "residual_last")), Row()),
+        direct=_direct(run, name, profile["dense_resources"]),
         **_exam(run),
-        **_profile(run, dense),
+        **profile,
         **place,
     )
-
-
-def _perplexity(rows: Iterable[Row]) -> dict[str, float]:
-    return {str(row.get("text", "text")): y for row in rows if (y := number(row.get("value"))) is not None}
 
 
 def _direct(run: Run, name: str, dense: Row) -> Record | None:
@@ -150,20 +148,19 @@ def _direct(run: Run, name: str, dense: Row) -> Record | None:
         return None
     return Record(
         name=name,
-        perplexity=_perplexity(run.rows("direct", "perplexity")),
-        macro_drop=_first(run.rows("direct", "macro_drop")),
-        resources=next(iter(run.rows("direct", "size")), {}),
+        perplexity=values(run.rows("direct", "perplexity"), "text"),
+        macro_drop=_value(run.rows("direct", "macro_drop")),
+        resources=next(iter(run.rows("direct", "size")), Row()),
         dense_resources=dense,
     )
 
 
-def _place(cell: Cell) -> Row:
-    return {
-        "depth": cell.depth,
-        "direction": cell.direction,
-        "method": cell.method,
-        "num_branches": cell.num_branches,
-    }
+def with_costs_of(dense: Record, items: Iterable[Record]) -> Record:
+    """The dense record; where it was not profiled by itself, with what was measured of it beside another model."""
+    beside = next((item for item in items if item.dense_resources), None)
+    if dense.resources or beside is None:
+        return dense
+    return replace(dense, resources=beside.dense_resources, latency=beside.dense_latency)
 
 
 def _order(item: Record) -> tuple[Any, ...]:
@@ -172,127 +169,19 @@ def _order(item: Record) -> tuple[Any, ...]:
 
 def sweep_records(sweep: Sweep) -> tuple[Record, list[Record]]:
     """The dense record and one record per cell that has been evaluated, MixT back to front first."""
-    dense = record(sweep.dense, "dense", dense=True, depth=0, method="dense")
+    places = ("depth", "direction", "method", "num_branches")
     cells = [
-        record(cell.run, cell.name, **_place(cell))
+        record(cell.run, cell.name, **{name: getattr(cell, name) for name in places})
         for cell in sweep.cells
         if cell.run is not None and "evaluate" in cell.run.stages and cell.depth > 0
     ]
-    if not dense.resources:
-        rows = next((item for item in cells if item.dense_resources), None)
-        if rows is not None:
-            changed = {"resources": rows.dense_resources, "latency": rows.dense_latency}
-            dense = Record(**{**dense.__dict__, **changed})
-    return dense, sorted(cells, key=_order)
+    dense = record(sweep.dense, "dense", dense=True, depth=0, method="dense")
+    return with_costs_of(dense, cells), sorted(cells, key=_order)
 
 
-def by_series(records: Iterable[Record]) -> dict[tuple[str, str, int | None], list[Record]]:
+def by_series(records: Iterable[Record]) -> dict[Key, list[Record]]:
     """Records grouped by (method, direction, branches), in order of depth."""
-    groups: dict[tuple[str, str, int | None], list[Record]] = {}
+    groups: dict[Key, list[Record]] = {}
     for item in records:
         groups.setdefault(item.series, []).append(item)
     return {key: sorted(group, key=lambda item: item.depth or 0) for key, group in groups.items()}
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """First N_B at which accuracy has left its plateau, with its interval; `value` None: it never left.
-
-    `high` None while `value` is known: the interval is open, the boundary may lie beyond the scanned depths.
-    """
-
-    method: str
-    direction: str
-    num_branches: int | None
-    value: float | None
-    low: float | None
-    high: float | None
-    last_good: float | None
-    row: Row
-
-    @property
-    def label(self) -> str:
-        return series_name(self.method, self.direction, self.num_branches)
-
-    @property
-    def series(self) -> tuple[str, str, int | None]:
-        return (self.method, self.direction, self.num_branches)
-
-    @property
-    def interval(self) -> str:
-        """ "12 to 15", "12 or later", or nothing."""
-        if self.value is None or self.low is None:
-            return ""
-        if self.high is None:
-            return f"{short(self.low)} or later"
-        return short(self.low) if self.low == self.high else f"{short(self.low)} to {short(self.high)}"
-
-    @property
-    def confidence(self) -> str:
-        return f"{100 * (number(self.row.get('confidence')) or 0.95):.4g}{NARROW}%"
-
-
-def boundaries(sweep: Sweep) -> list[Boundary]:
-    """The boundaries of accuracy that the sweep has written, the main one (MixT, back to front) first."""
-    found = [
-        Boundary(
-            method=str(row.get("variant") or row.get("method", "mixt")),
-            direction=str(row.get("direction", "last")),
-            num_branches=row.get("num_branches"),
-            value=number(row.get("value")),
-            low=number(row.get("low")),
-            high=number(row.get("high")),
-            last_good=number(row.get("last_good")),
-            row=row,
-        )
-        for row in sweep.boundary
-        if row.get("kind") == "boundary"
-    ]
-    return sorted(found, key=lambda b: (b.method != "mixt", b.direction != "last"))
-
-
-def num_blocks(sweep: Sweep) -> int | None:
-    """Number of blocks of the model: as written, else from the sites (the last block is always replaced first)."""
-    for source in (sweep.raw, sweep.settings, *sweep.boundary):
-        given = number(source.get("num_blocks"))
-        if given is not None:
-            return int(given)
-    blocks = [
-        row["block"]
-        for cell in sweep.cells
-        if cell.run is not None and cell.direction == "last"
-        for row in cell.run.rows("compress")
-        if isinstance(row.get("block"), int)
-    ]
-    layers = [
-        row["layer"]
-        for cell in sweep.cells
-        if cell.run is not None
-        for row in cell.run.rows("diagnose", "drift_profile")
-        if isinstance(row.get("layer"), int)
-    ]
-    known = layers or blocks  # layer 0 is what enters the first block, and the last layer has none after it
-    return max(known) + 1 if known else None
-
-
-def model_name(recipe: Any) -> str | None:
-    """The value of the first key `model` that holds text, outermost first."""
-    if not isinstance(recipe, dict):
-        return None
-    if isinstance(recipe.get("model"), str):
-        return recipe["model"]
-    return next((name for name in map(model_name, recipe.values()) if name), None)
-
-
-def sweep_model(sweep: Sweep) -> str:
-    recipes = [cell.run.recipe for cell in sweep.cells if cell.run is not None]
-    return next((name for name in map(model_name, [sweep.settings, *recipes]) if name), sweep.name)
-
-
-def last_on_plateau(records: list[Record], boundary: Boundary) -> Record | None:
-    """The deepest measured checkpoint of the boundary's series that is still before the boundary."""
-    group = [item for item in records if item.series == boundary.series and item.depth is not None]
-    if boundary.last_good is not None:
-        return next((item for item in group if item.depth == boundary.last_good), None)
-    inside = [item for item in group if boundary.value is None or (item.depth or 0) < boundary.value]
-    return max(inside, key=lambda item: item.depth or 0, default=None)

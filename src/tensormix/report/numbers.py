@@ -1,11 +1,12 @@
-"""Numbers and text for people: units, signs, escaping."""
+"""Numbers and names for people: units, signs, symbols."""
 
 from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
-from html import escape
 from typing import Any
+
+from markupsafe import Markup, escape
 
 from tensormix.rows.labels import DIRECTIONS, METHODS
 
@@ -37,6 +38,15 @@ def short(value: float | None) -> str:
 
 def percent(value: float | None, digits: int = 1) -> str:
     return MISSING if value is None else f"{100 * value:.{digits}f}{NARROW}%".replace("-", MINUS)
+
+
+def whole_percent(value: float) -> str:
+    return percent(value, 0)
+
+
+def whole(value: float) -> str:
+    """Nothing for what is no whole number: a tick without a name."""
+    return f"{value:.0f}" if abs(value - round(value)) < 1e-6 else ""
 
 
 def change(value: float | None, reference: float | None) -> str:
@@ -117,14 +127,9 @@ def series_name(method: str, direction: str, num_branches: Any) -> str:
     return ", ".join(parts)
 
 
-def text(value: Any) -> str:
-    """Escaped for HTML and SVG; the symbol N_B is set with its subscript in HTML by `nb`."""
-    return escape(str(value), quote=True)
-
-
-def nb(value: str) -> str:
-    """HTML (already escaped) with N_B set as a symbol."""
-    return value.replace("N_B", '<span class="sym">N<sub>B</sub></span>')
+def nb(value: str) -> Markup:
+    """HTML with N_B set as a symbol."""
+    return escape(value).replace("N_B", Markup('<span class="sym">N<sub>B</sub></span>'))
 
 
 def short_name(model: str) -> str:

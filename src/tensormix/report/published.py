@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .accounts import details_table, storage_table
 from .costs import size_figure
+from .depths import accuracy_figure, perplexity_figure
 from .drift import drift_map, drift_means
-from .figures import accuracy_figure, perplexity_figure
 from .scaling import operator_figure, trend_figure
-from .tables import resources_table
+from .sites import storage_table
+from .tables import details_table, resources_table
 from .tradeoffs import entropy_trends, residual_figure, tradeoff_figure
 from .weights import gap_figure, restoration_figure, sensitivity_figure, spectra_figure
 

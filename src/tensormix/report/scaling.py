@@ -6,10 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .figure import DENSE, ROLE_LOOKS, Figure
-from .numbers import METHODS, count, fixed, number, short, text
+from .chart import chart
+from .figure import Data, Figure, data, figure
+from .numbers import METHODS, count, fixed
+from .parts import Line, Point, Series
 from .read import Row, Run
-from .svg import Panel, Point, Style, padded
+from .scales import Axis, padded
+from .series import DENSE, styles_in_order
+from .svg import Style
 
 
 def operator_figure(runs: Sequence[Run]) -> Figure | None:
@@ -17,51 +21,29 @@ def operator_figure(runs: Sequence[Run]) -> Figure | None:
     groups: dict[str, dict[tuple[float, float], Row]] = {}
     for run in runs:
         for row in run.rows("compress"):
-            dense, own = number(row.get("dense_parameters")), number(row.get("parameters"))
-            if dense and own and row.get("role"):
-                name = str(row["method"])
-                branches = _branches(run) if name == "mixt" else None
-                label = METHODS.get(name, name) + (f", {branches} branches" if branches else "")
-                groups.setdefault(label, {})[math.sqrt(dense), own] = row
-    places = [place for group in groups.values() for place in group]
-    if not places:
+            if row["dense_parameters"] and row["parameters"] and row["role"]:
+                branches = _branches(run) if row["method"] == "mixt" else None
+                label = str(METHODS.get(row["method"], row["method"])) + (f", {branches} branches" if branches else "")
+                groups.setdefault(label, {})[math.sqrt(row["dense_parameters"]), row["parameters"]] = row
+    if not groups:
         return None
-    widths = [width for width, _ in places]
-    panel = Panel(
-        padded(widths, log=True),
-        padded([own for _, own in places] + [width**2 for width in widths], log=True),
-        title="Parameters of one layer",
-        x_label="width of a square layer of that size",
-        log_x=True,
-        log_y=True,
-        x_format=count,
-        y_format=count,
-        description="Parameters of each kind of layer against width; values are in the table below",
-    )
-    low, high = min(widths), max(widths)
-    if low < high:
-        panel.line([(low, low**2), (high, high**2)], Style("c-ink", hollow=True))
-    panel.points([Point(w, w**2, f"dense: {count(w**2)}") for w in sorted(set(widths))], DENSE)
-    legend, data = [(DENSE, "dense")], []
-    for index, (label, group) in enumerate(groups.items()):
-        style = ROLE_LOOKS[index % len(ROLE_LOOKS)]
-        points = [
-            Point(w, own, f"{label}, {row.get('role')}: {count(own)} of {count(w**2)}")
-            for (w, own), row in sorted(group.items(), key=lambda item: item[0])
-        ]
-        panel.points(points, style)
-        legend.append((style, label))
-        data += [
-            [label, row.get("role"), w, w**2, own, own / w**2]
-            for (w, own), row in sorted(group.items(), key=lambda i: i[0])
-        ]
-    explanation = (
-        "<p>What one layer keeps, as it was made in these runs; the dashed line is the dense layer. For MixT the "
-        "distance "
-        "between the two is the same at every width (4 branches: 6.25 % of the parameters).</p>"
-    )
+    places = [
+        (label, row["role"], *place) for label, group in groups.items()
+        for place, row in sorted(group.items(), key=lambda item: item[0])
+    ]  # fmt: skip
+    widths = sorted({width for *_, width, _ in places})
+    parts = [
+        Series([Point(w, own, f"{name}, {role}: {count(own)} of {count(w**2)}")
+                for name, role, w, own in places if name == label], style, label)
+        for label, style in styles_in_order(groups).items()
+    ]  # fmt: skip
+    dense = Series([Point(w, w**2, f"dense: {count(w**2)}") for w in widths], DENSE, "dense")
+    line = Line([(w, w**2) for w in (widths[0], widths[-1])], Style("c-ink", hollow=True))
+    axis = Axis("width of a square layer of that size", count, log=True)
+    drawn = chart("Parameters of one layer", axis, Axis(format=count, log=True), [dense, *parts, line])
     columns = ["method", "role", "width", "dense_parameters", "parameters", "kept"]
-    return Figure("operators", "Parameters of a layer", [panel.svg()], explanation, columns, data, legend)
+    rows = [[label, role, w, w**2, own, own / w**2] for label, role, w, own in places]
+    return figure("operators", "Parameters of a layer", [drawn], Data(columns, rows))
 
 
 def _branches(run: Run) -> Any:
@@ -72,40 +54,23 @@ def _branches(run: Run) -> Any:
 
 def trend_figure(rows: Sequence[Row]) -> Figure | None:
     """Loss against parameters: the dense family with its trend, and the compressed descendants."""
-    trend = next((row for row in rows if row.get("kind") == "scaling_trend"), None)
-    points = [row for row in rows if row.get("kind") == "scaling"]
-    if trend is None or not points:
+    trend = next((row for row in rows if row["kind"] == "scaling_trend"), None)
+    found = [row for row in rows if row["kind"] == "scaling"]
+    if trend is None or not found:
         return None
-    sizes = [row["parameters"] for row in points]
-    low, high = padded(sizes, log=True)
+    low, high = padded([row["parameters"] for row in found], log=True)
     curve = [
         (n, trend["floor"] + trend["scale"] * n ** -trend["exponent"])
         for n in (low * (high / low) ** (step / 40) for step in range(41))
     ]
-    panel = Panel(
-        (low, high),
-        padded([row["loss"] for row in points] + [loss for _, loss in curve]),
-        title="Loss, nats per token",
-        x_label="parameters",
-        log_x=True,
-        x_format=count,
-        description="Loss against parameters; values are in the table below",
-    )
-    panel.line(curve, Style("c-ink", hollow=True))
-    styles = {"dense": DENSE, "compressed": Style("c-red", "circle")}
-    for row in points:
-        tip = f"{row['model']}: {count(row['parameters'])}, loss {fixed(row['loss'])}, trend {fixed(row['expected'])}"
-        panel.points([Point(row["parameters"], row["loss"], tip)], styles[row["family"]])
-    legend = [(styles["dense"], "dense family"), (styles["compressed"], "compressed descendants")]
-    explanation = (
-        f"<p>The dashed line is {text(fixed(trend['floor']))} + {text(short(trend['scale']))} \u00b7 N to the power of "
-        f"\u2212{text(fixed(trend['exponent']))}, fitted to {trend['num_models']} dense models (their root mean square "
-        f"distance "
-        f"from it is {text(short(trend['value']))}). A descendant below it loses less than a dense model of its size "
-        f"would. The "
-        "trend is of this text and this family alone.</p>"
-    )
+    looks = {"dense": (DENSE, "dense family"), "compressed": (Style("c-red"), "compressed descendants")}
+    parts = [
+        Series([Point(row["parameters"], row["loss"], f"{row['model']}: {count(row['parameters'])}, "
+                      f"loss {fixed(row['loss'])}, trend {fixed(row['expected'])}")
+                for row in found if row["family"] == family], style, name)
+        for family, (style, name) in looks.items()
+    ]  # fmt: skip
+    line = Line(curve, Style("c-ink", hollow=True), counts=True)
+    drawn = chart("Loss, nats per token", Axis("parameters", count, log=True, span=(low, high)), Axis(), [*parts, line])
     columns = ["model", "family", "parameters", "loss", "expected", "residual"]
-    data = [[row.get(name) for name in columns] for row in points]
-    title = "Loss against parameters"
-    return Figure("scaling", title, [panel.svg()], explanation, columns, data, legend)
+    return figure("scaling", "Loss against parameters", [drawn], data(found, columns), trend=trend)
