@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from tensormix import models
+import tensormix
 from tensormix.models import skeleton
 
 
@@ -142,7 +142,7 @@ def as_stored(name: str, tensor: Tensor) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def peak(folders, tmp_path_factory) -> Peak:
     """Anonymous memory of one compression beyond what the process had before, in bytes."""
-    source = str(Path(models.__file__).parents[1])  # the package that is tested, not the one that is installed
+    source = str(Path(tensormix.__file__).parents[1])  # the package that is tested, not the one that is installed
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", CODE],
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "PYTHONPATH": source},
