@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +18,10 @@ from tensormix.methods.base import BlockMethod
 from tensormix.methods.streamline import Streamline
 from tensormix.plan import Plan, Rule
 from tensormix.sites import Site, blocks, find_sites, locate_blocks, returns_tuple
-from tensormix.sites.calls import Call, record_calls
+from tensormix.sites.calls import Call
+from tensormix.sites.through import Blocks, Keep, through
 
 Notes = dict[str, dict[str, Any]]  # name of a block -> what its row says about how it was chosen
-Keep = Callable[[Tensor], Tensor]  # puts hidden states where they shall stay
-
-
-class Source(Protocol):
-    """Where the blocks of a model come from; a home of the walk is one."""
-
-    def rest(self) -> AbstractContextManager[None]: ...
-    def enter(self, index: int) -> None: ...
-    def release(self, index: int) -> None: ...
 
 
 class Kind(NamedTuple):
@@ -50,7 +41,7 @@ def chooses(plan: Plan) -> bool:
 
 @torch.no_grad()
 def settle(
-    model: nn.Module, plan: Plan, source: Source, batches: Iterable[Tensor] | None, keep: Keep
+    model: nn.Module, plan: Plan, source: Blocks, batches: Iterable[Tensor] | None, keep: Keep
 ) -> tuple[Plan, Notes]:
     """The same plan with its blocks named, and what the measuring found.
 
@@ -131,26 +122,17 @@ def _narrowed(
     return Plan(tuple(rules))
 
 
-def measure(model: nn.Module, source: Source, batches: Iterable[Tensor], kinds: set[Kind], keep: Keep) -> Measured:
+def measure(model: nn.Module, source: Blocks, batches: Iterable[Tensor], kinds: set[Kind], keep: Keep) -> Measured:
     """One pass of the dense model over `batches`; of the hidden states between blocks, the last few are kept.
 
     Raises ValueError if there are no batches, or, naming the blocks, if a hidden state has no direction.
     """
-    root, layers = locate_blocks(model)
-    with source.rest():
-        calls = record_calls(model, batches, keep)
-    if not (calls and calls[0]):
-        raise ValueError("there are no calibration batches: the iterable is empty")
-    hidden = [call.hidden for call in calls[0]]
-    for call in (call for of_block in calls for call in of_block):
-        call.hidden = hidden[0]  # lets go of the others
+    root = locate_blocks(model)[0]
     found: Measured = {kind: [] for kind in sorted(kinds)}
     entered: deque[list[Tensor]] = deque(maxlen=max(kind.size for kind in kinds))  # what entered the last blocks
-    for index, block in enumerate(layers):
-        entered.append(hidden)
-        source.enter(index)
-        hidden = [keep(call.run(block, state)) for call, state in zip(calls[index], hidden, strict=True)]
-        source.release(index)
+    for part in through(model, source, batches, keep):
+        entered.append(list(part.hidden["dense"]))
+        hidden, index = part.pass_on("dense"), part.span[0]
         for kind in (kind for kind in found if kind.size <= len(entered)):
             distances = BlockDistances(kind.tokens)
             start = index + 1 - kind.size
@@ -164,30 +146,28 @@ def measure(model: nn.Module, source: Source, batches: Iterable[Tensor], kinds: 
 
 
 def fit(
-    model: nn.Module, source: Source, batches: Iterable[Tensor], method: Streamline, start: int, keep: Keep
+    model: nn.Module, source: Blocks, batches: Iterable[Tensor], method: Streamline, start: int, keep: Keep
 ) -> dict[str, float]:
     """Fit `method` to what the blocks from `start` on do to the hidden states of the dense model; facts for its row.
 
     Raises ValueError, naming the blocks, if something is not finite.
     """
     root, layers = locate_blocks(model)
-    with source.rest():
-        calls = record_calls(model, batches, keep)
-    hidden = entering = [call.hidden for call in calls[0]]
-    for index in range(start + method.count):
-        entering = hidden if index <= start else entering
-        source.enter(index)
-        hidden = [keep(call.run(layers[index], state)) for call, state in zip(calls[index], hidden, strict=True)]
-        source.release(index)
-    source.enter(start)
-    try:
-        runs = [partial(_run, call) for call in calls[start]]
-        returns = "tuple" if returns_tuple(layers[start]) else "tensor"
-        return method.fit(layers[start], runs, entering, hidden, returns=returns)
-    except ValueError as error:
-        raise ValueError(f"{root}.{start} to {root}.{start + method.count - 1}: {error}") from None
-    finally:
-        source.release(start)
+    window, spans = range(start, start + method.count), [*(range(i, i + 1) for i in range(start))]
+    for part in through(model, source, batches, keep, spans=[*spans, window]):
+        if part.is_last:
+            entering = list(part.hidden["dense"])
+            leaving = part.pass_on("dense")
+            runs = [partial(_run, call) for call in part.calls[start]]
+            returns = "tuple" if returns_tuple(layers[start]) else "tensor"
+            try:
+                return method.fit(layers[start], runs, entering, leaving, returns=returns)
+            except ValueError as error:
+                raise ValueError(f"{root}.{start} to {root}.{window[-1]}: {error}") from None
+            finally:
+                for index in window:
+                    source.release(index)
+    raise AssertionError
 
 
 def _run(call: Call, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +20,9 @@ from tensormix.operators import SlicedBlock
 from tensormix.operators.base import computing_dtype
 from tensormix.reparameterise.residual import read, write
 from tensormix.sites import locate_blocks, macs_per_token
-from tensormix.sites.calls import Call, record_calls
+from tensormix.sites.calls import Call
 from tensormix.sites.sliced import block_layers, check_sliceable, ends, final_norm, shrink
+from tensormix.sites.through import Blocks, through
 from tensormix.statistics import Gram
 
 
@@ -71,20 +73,18 @@ def _bases(
 ) -> list[Tensor]:  # (D, S) each
     """Of the stream before each attention and each MLP, in the order of the model, and before the final norm."""
     root, layers = locate_blocks(model)
-    calls = record_calls(model, batches)
-    if not (calls and calls[0]):
-        raise ValueError("there are no calibration batches: the iterable is empty")
-    hidden = [call.hidden for call in calls[0]]
-    bases = []
-    for index, block in enumerate(layers):
-        name = f"{root}.{index}"
+    bases, hidden = [], []
+    for part in through(model, Blocks(), batches):
+        index, hidden = part.span[0], part.hidden["dense"]
         for half, place in ((_attention, "attention"), (_mlp, "MLP")):
-            bases.append(_basis(hidden, width, precision, f"{name}, before its {place}"))
-            for number, call in enumerate(calls[index]):
-                entering = _projected(hidden[number], bases[-1]) if propagated else hidden[number]
-                hidden[number] = half(block, call, entering)
-        progress(index + 1, len(layers), name)
+            bases.append(_basis(hidden, width, precision, f"{root}.{index}, before its {place}"))
+            part.pass_on("dense", partial(_half, half, layers[index], bases[-1] if propagated else None))
+        progress(index + 1, len(layers), f"{root}.{index}")
     return [*bases, _basis(hidden, width, precision, "the final norm")]
+
+
+def _half(run: Callable[..., Tensor], block: Any, basis: Tensor | None, call: Call, hidden: Tensor) -> Tensor:
+    return run(block, call, hidden if basis is None else _projected(hidden, basis))
 
 
 def _attention(block: Any, call: Call, hidden: Tensor) -> Tensor:  # (B, T, D)

@@ -17,12 +17,13 @@ from tensormix.compression.choosing import Notes, chooses, settle
 from tensormix.compression.fitting import Row, Statistics, check_finite, replace, replace_together
 from tensormix.compression.home import Home
 from tensormix.compression.slicing import slice_model
-from tensormix.compression.streams import Calibration, Stream, Streams
+from tensormix.compression.streams import Calibration, Stream, observe_part, streams_of
 from tensormix.compression.units import groups_of
 from tensormix.methods.base import JointMethod, LinearMethod, Method
 from tensormix.methods.slice_gpt import SliceGpt
 from tensormix.plan import Plan
 from tensormix.sites import Site, blocks, find_sites
+from tensormix.sites.through import through
 
 Progress = Callable[[int, int, str], None]  # sites done, sites planned, the name of the last one
 
@@ -110,8 +111,11 @@ class Walk:
     @property
     def last_observed(self) -> int:
         """The last block whose inputs some method needs; -1 if none does."""
-        needy = [i for i, here in enumerate(self.chosen) if any(method.needs for method in here.values())]
-        return max(needy, default=-1)
+        return max(self._needy, default=-1)
+
+    @property
+    def _needy(self) -> list[int]:
+        return [i for i, here in enumerate(self.chosen) if any(method.needs for method in here.values())]
 
     def check_inputs(self, batches: object) -> None:
         """Raise ValueError if a method needs calibration batches and `batches` is None."""
@@ -150,29 +154,24 @@ class Walk:
         return rows
 
     def _run_in_order(self, calibration: Calibration) -> list[Row]:
-        with self.home.rest():
-            streams = Streams(self.model, self.chosen, calibration, self.home.tidy)
-        rows: list[Row] = []
-        for index, block in enumerate(self.layers):
-            finished = self.home.finished(index)
-            if index > self.last_observed or (finished is not None and index == self.last_observed):
-                rows += self._run_alone(index)
-            elif finished is None:
-                self.home.enter(index)
-                new = self._fit(index, streams.observe(index, block, self.sites, self.chosen[index]))
-                if index < self.last_observed:
-                    streams.advance(index, self.layers[index])
+        streams, rows = streams_of(self.chosen, calibration.inputs), []
+        needy = [i for i in self._needy if self.home.finished(i) is None]
+        spans = [range(index, index + 1) for index in range(max(needy, default=-1) + 1)]
+        keep = calibration.activations.keep
+        for part in through(self.model, self.home, calibration.batches or (), keep, streams=streams, spans=spans):
+            index, finished = part.span[0], self.home.finished(part.span[0])
+            if finished is None:
+                new = self._fit(index, observe_part(self.model, part, self.sites, self.chosen[index], calibration))
+                part.advance()
                 self.home.leave(index, new)
                 rows += new
             else:
-                if streams.separate:
-                    self.home.enter(index)
-                    streams.observe(index, block, self.sites, self.chosen[index])  # with the experts open, as before
+                if "dense" in streams:  # with the experts open, as before
+                    observe_part(self.model, part, self.sites, self.chosen[index], calibration)
                 self.home.restore(index)
-                streams.advance(index, self.layers[index])
-                self.home.release(index)
+                part.is_entered = True
                 rows += self._count(finished)
-        return rows
+        return rows + [row for index in range(len(spans), len(self.layers)) for row in self._run_alone(index)]
 
     def _fit(self, index: int, stats: Statistics) -> list[Row]:
         here, rows = self.chosen[index], []
