@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profile": FACTS | {"clock"},
     "diagnose": FACTS | {"evaluate"},
     # what is asked for, and carried out
-    "recipe": {"diagnose", "methods", "plan", "reparameterise", "settings"},
+    "recipe": {"diagnose", "methods", "plan", "settings"},
     "examine": {"compression", "data", "diagnose", "evaluate", "exam", "plan", "recipe", "settings"},
 }  # fmt: skip
 MAY_IMPORT["allocation"] = set(MAY_IMPORT) - {"inference", "recover", "report"}

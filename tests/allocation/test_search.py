@@ -174,7 +174,7 @@ def test_every_trial_scores_the_model_that_compress_would_make(family):
     for row in got.rows:
         made = copy.deepcopy(model)
         if row["choices"]:
-            compress(made, plan_of(model, row["choices"]))
+            compress(made, plan_of(model, plan, row["choices"]))
         assert score(made)[1] == pytest.approx(row["log_loss"], rel=1e-5)
 
 

@@ -115,7 +115,7 @@ FAULTS = (
     ),
     Fault(
         "compression/checkpoint.py",
-        "return len(streams_of(walk.chosen, inputs)) *",
+        "return len(streams_of(walk.units, inputs)) *",
         "return",
         "compression/test_stream_outputs.py",
     ),
@@ -124,22 +124,22 @@ FAULTS = (
     ),
     Fault(
         "compression/fitting.py",
-        "install(model, site.name, operator, move_bias=False)",
-        "install(model, site.name, operator)",
+        "install(unit.model, name, operator, move_bias=unit.moves_bias)",
+        "install(unit.model, name, operator)",
         "compression/test_joint.py",
     ),
     Fault(
-        "compression/fitting.py",
+        "compression/layers.py",
         "if not all(is_finite(tensor) for",
         "if False and all(is_finite(tensor) for",
         "compression/test_joint_errors.py",
     ),
     Fault("compression/fitting.py", "args[1] if len(args) > 1 else 0", "0", "compression/test_walk_experts.py"),
-    Fault("compression/fitting.py", "of_expert[kind] = together", "pass", "compression/test_walk_experts.py"),
+    Fault("compression/kinds.py", "of_expert[kind] = together", "pass", "compression/test_walk_experts.py"),
     Fault(
         "compression/fitting.py",
-        "cost_of(operator, site.experts_per_token)",
-        "cost_of(operator)",
+        "1 if site is None else site.experts_per_token",
+        "1",
         "compression/test_walk_experts.py",
     ),
     Fault(
@@ -148,9 +148,9 @@ FAULTS = (
         "    needed.clear()\n",
         "compression/test_joint.py",
     ),
-    Fault("compression/fitting.py", "out_features).to(site.weight.dtype)", "out_features)", "storage/test_bits.py"),
-    Fault("compression/units.py", "if turns else 1", "if False else 1", "compression/test_joint.py"),
-    Fault("compression/units.py", "joined.bias = nn", "joined.left_out = nn", "compression/test_joint.py"),
+    Fault("compression/kinds.py", "return operator.to(self.site.weight.dtype)", "return operator", "storage/test_bits.py"),
+    Fault("compression/layers.py", "if turns else 1", "if False else 1", "compression/test_joint.py"),
+    Fault("compression/layers.py", "joined.bias = nn", "joined.left_out = nn", "compression/test_joint.py"),
     Fault(
         "compression/choosing.py",
         "before, after in zip(entered[-kind.size], hidden",
@@ -174,7 +174,7 @@ FAULTS = (
         "list(self.hidden):",
         "compression/test_walk.py compression/test_stream.py",
     ),
-    Fault("compression/streams.py", 'if stream == "dense" or not here:', "if True:", "compression/test_walk.py"),
+    Fault("compression/streams.py", 'if stream == "dense" or not units:', "if True:", "compression/test_walk.py"),
     Fault(
         "sites/through.py",
         "hidden[number] = self._keep(states)",
@@ -203,7 +203,7 @@ FAULTS = (
     ),
     Fault(
         "compression/walk.py",
-        "        _check_sizes(model, self.sites, chosen)\n",
+        "        self.check_sizes()\n",
         "",
         "compression/test_walk_errors.py",
     ),

@@ -13,7 +13,7 @@ from torch import nn
 
 from tensormix.allocation.survey import Found
 from tensormix.fitting.divide import Option
-from tensormix.methods.base import LinearMethod, Method
+from tensormix.methods.base import Method
 from tensormix.models import local_folder
 from tensormix.plan import Plan, Rule
 from tensormix.profile import num_parameters
@@ -70,7 +70,7 @@ def site_row(item: Found, option: Option) -> Row:
 
 
 def _setting(method: Method | None, size: Any) -> str | None:
-    if not isinstance(method, LinearMethod) or method.size is None:
+    if method is None or method.size is None:
         return None
     inner = getattr(method, "of", None)
     return method.setting_of(size) if inner is None else f"of.{inner.setting_of(size)}"

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tensormix.fitting.block_distances import BlockDistances
-from tensormix.methods.base import BlockMethod
-from tensormix.methods.streamline import Streamline
 from tensormix.plan import Plan, Rule
-from tensormix.sites import Site, blocks, find_sites, locate_blocks, returns_tuple
-from tensormix.sites.calls import Call
+from tensormix.sites import Site, blocks, find_sites, locate_blocks
 from tensormix.sites.through import Blocks, Keep, through
 
 Notes = dict[str, dict[str, Any]]  # name of a block -> what its row says about how it was chosen
@@ -36,7 +32,7 @@ Measured = dict[Kind, list[BlockDistances]]  # of the window that begins at bloc
 
 def chooses(plan: Plan) -> bool:
     """Whether some rule leaves its blocks to measuring."""
-    return any(_chooses(rule.method) for rule in plan.root)
+    return any(rule.method.num_chosen is not None for rule in plan.root)
 
 
 @torch.no_grad()
@@ -54,7 +50,7 @@ def settle(
         ValueError: there are no batches, a rule asks for more blocks than are left to it, or a hidden state has no
             direction (NaN, infinite, zero).
     """
-    choosing: list[Any] = [rule.method for rule in plan.root if _chooses(rule.method)]
+    choosing: list[Any] = [rule.method for rule in plan.root if rule.method.num_chosen is not None]
     if batches is None:
         names = ", ".join(kind.__name__ for kind in choosing[0].needs)
         raise ValueError(f"{choosing[0].name} needs calibration batches ({names}), but none were given")
@@ -75,11 +71,7 @@ def settle(
         notes[f"{names}.{best[0]}"]["candidates"] = {str(start): number for start, number in value.items()}
         return best
 
-    named = _narrowed(plan, find_sites(model), len(blocks(model)), pick)
-    for rule in named.root:
-        if isinstance(rule.method, Streamline):
-            notes[f"{names}.{rule.blocks}"] |= fit(model, source, batches, rule.method, int(rule.blocks), keep)
-    return named, notes
+    return _narrowed(plan, find_sites(model), len(blocks(model)), pick), notes
 
 
 def assume(plan: Plan, sites: Sequence[Site], num_blocks: int) -> Plan:
@@ -100,7 +92,7 @@ def _narrowed(
     """Every choosing rule with the blocks that `pick` takes of its candidates: windows, or single blocks."""
     rules: list[Rule] = []
     for number, rule in enumerate(plan.root):
-        if not _chooses(rule.method):
+        if rule.method.num_chosen is None:
             rules.append(rule)
             continue
         claimed = Plan(tuple(rules)).resolve(sites, num_blocks)
@@ -143,50 +135,6 @@ def measure(model: nn.Module, source: Blocks, batches: Iterable[Tensor], kinds: 
                 raise ValueError(f"{root}.{start} to {root}.{index}: {error}") from None
             found[kind].append(distances)
     return found
-
-
-def fit(
-    model: nn.Module, source: Blocks, batches: Iterable[Tensor], method: Streamline, start: int, keep: Keep
-) -> dict[str, float]:
-    """Fit `method` to what the blocks from `start` on do to the hidden states of the dense model; facts for its row.
-
-    Raises ValueError, naming the blocks, if something is not finite.
-    """
-    root, layers = locate_blocks(model)
-    window, spans = range(start, start + method.count), [*(range(i, i + 1) for i in range(start))]
-    for part in through(model, source, batches, keep, spans=[*spans, window]):
-        if part.is_last:
-            entering = list(part.hidden["dense"])
-            leaving = part.pass_on("dense")
-            runs = [partial(_run, call) for call in part.calls[start]]
-            returns = "tuple" if returns_tuple(layers[start]) else "tensor"
-            try:
-                return method.fit(layers[start], runs, entering, leaving, returns=returns)
-            except ValueError as error:
-                raise ValueError(f"{root}.{start} to {root}.{window[-1]}: {error}") from None
-            finally:
-                for index in window:
-                    source.release(index)
-    raise AssertionError
-
-
-def _run(call: Call, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-    """The block as the model calls it, all that is passed along in the dtype of `hidden`."""
-    if hidden.dtype == call.hidden.dtype:
-        return call.run(block, hidden)
-    return Call(hidden, _cast(call.args, hidden.dtype), _cast(call.kwargs, hidden.dtype)).run(block, hidden)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return type(value)(_cast(item, dtype) for item in value) if type(value) in (list, tuple) else value
-
-
-def _chooses(method: object) -> bool:
-    return isinstance(method, BlockMethod) and method.num_chosen is not None
 
 
 def _kind(method: Any) -> Kind:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tensormix.compression.fitting import Row
+from tensormix.compression.units import Row
 from tensormix.sites import Site
 from tensormix.sites.through import Blocks
 

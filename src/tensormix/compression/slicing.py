@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensormix.compression.fitting import Row
-from tensormix.methods.slice_gpt import SliceGpt, principal_basis
+from tensormix.compression.units import Row
+from tensormix.methods.base import ModelMethod
 from tensormix.operators import SlicedBlock
 from tensormix.operators.base import computing_dtype
 from tensormix.reparameterise.residual import read, write
@@ -23,13 +23,12 @@ from tensormix.sites import locate_blocks, macs_per_token
 from tensormix.sites.calls import Call
 from tensormix.sites.sliced import block_layers, check_sliceable, ends, final_norm, shrink
 from tensormix.sites.through import Blocks, through
-from tensormix.statistics import Gram
 
 
 @torch.no_grad()
 def slice_model(
     model: nn.Module,
-    method: SliceGpt,
+    method: ModelMethod,
     batches: Iterable[Tensor] | None,  # (B, T) each
     progress: Callable[[int, int, str], None],
     *,
@@ -45,10 +44,11 @@ def slice_model(
     """
     width = method.width(check_sliceable(model))
     if batches is None:
-        raise ValueError("slice_gpt needs calibration batches (Gram), but none were given")
+        needs = ", ".join(kind.__name__ for kind in method.needs)
+        raise ValueError(f"{method.name} needs calibration batches ({needs}), but none were given")
     start = time.perf_counter()
     before = list(_costs(model))
-    bases = _bases(model, batches, width, propagated, precision, progress)
+    bases = _bases(model, method, batches, propagated, precision, progress)
     weights = _turned(model, bases)
     shrink(model, width)
     for name, weight in weights.items():
@@ -56,7 +56,7 @@ def slice_model(
     return _rows(method, before, model, time.perf_counter() - start)
 
 
-def slice_empty(model: nn.Module, method: SliceGpt) -> list[Row]:
+def slice_empty(model: nn.Module, method: ModelMethod) -> list[Row]:
     """The same for a skeleton on meta, without any numbers: for sizes and costs."""
     before = list(_costs(model))
     shrink(model, method.width(check_sliceable(model)))
@@ -65,8 +65,8 @@ def slice_empty(model: nn.Module, method: SliceGpt) -> list[Row]:
 
 def _bases(
     model: nn.Module,
+    method: ModelMethod,
     batches: Iterable[Tensor],
-    width: int,
     propagated: bool,
     precision: torch.dtype,
     progress: Callable[[int, int, str], None],
@@ -77,10 +77,10 @@ def _bases(
     for part in through(model, Blocks(), batches):
         index, hidden = part.span[0], part.hidden["dense"]
         for half, place in ((_attention, "attention"), (_mlp, "MLP")):
-            bases.append(_basis(hidden, width, precision, f"{root}.{index}, before its {place}"))
+            bases.append(_basis(hidden, method, precision, f"{root}.{index}, before its {place}"))
             part.pass_on("dense", partial(_half, half, layers[index], bases[-1] if propagated else None))
         progress(index + 1, len(layers), f"{root}.{index}")
-    return [*bases, _basis(hidden, width, precision, "the final norm")]
+    return [*bases, _basis(hidden, method, precision, "the final norm")]
 
 
 def _half(run: Callable[..., Tensor], block: Any, basis: Tensor | None, call: Call, hidden: Tensor) -> Tensor:
@@ -95,12 +95,13 @@ def _mlp(block: Any, _: Call, hidden: Tensor) -> Tensor:  # (B, T, D)
     return hidden + block.mlp(block.post_attention_layernorm(hidden))
 
 
-def _basis(hidden: list[Tensor], width: int, precision: torch.dtype, place: str) -> Tensor:  # (B, T, D) -> (D, S)
-    gram = Gram(hidden[0].shape[-1], hidden[0].device, precision)
-    for states in hidden:
-        gram.update(states)
+def _basis(hidden: list[Tensor], method: ModelMethod, precision: torch.dtype, place: str) -> Tensor:  # -> (D, S)
+    stats = {kind: kind(hidden[0].shape[-1], hidden[0].device, precision) for kind in method.needs}
+    for statistic in stats.values():
+        for states in hidden:  # (B, T, D)
+            statistic.update(states)
     try:
-        return principal_basis(gram.mean, width).to(computing_dtype(hidden[0]))
+        return method.basis(stats, method.width(hidden[0].shape[-1])).to(computing_dtype(hidden[0]))
     except ValueError as reason:
         raise ValueError(f"{place}: {reason}; nothing was changed") from None
 
@@ -158,7 +159,7 @@ def _costs(model: nn.Module) -> Iterator[dict[str, Any]]:
         }
 
 
-def _rows(method: SliceGpt, before: list[dict[str, Any]], model: nn.Module, seconds: float) -> list[Row]:
+def _rows(method: ModelMethod, before: list[dict[str, Any]], model: nn.Module, seconds: float) -> list[Row]:
     rows = []
     for old, new in zip(before, _costs(model), strict=True):
         dense = {f"dense_{key}": old[key] for key in ("parameters", "bits", "macs_per_token")}

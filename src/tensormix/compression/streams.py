@@ -5,16 +5,16 @@ Shape letters: B sequences, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tensormix.compression.fitting import Statistics, new_statistics, observe
-from tensormix.compression.units import groups_of
-from tensormix.methods.base import Method
+from tensormix.compression.fitting import observe
+from tensormix.compression.units import Statistics, Unit
+from tensormix.methods.base import HiddenStates
 from tensormix.sites import Site
 from tensormix.sites.calls import Activations
 from tensormix.sites.through import Part
@@ -37,14 +37,16 @@ class Calibration:
 
 
 def observe_part(
-    model: nn.Module, part: Part, sites: Mapping[str, Site], here: Mapping[str, Method], calibration: Calibration
+    model: nn.Module, part: Part, sites: Mapping[str, Site], units: Sequence[Unit], calibration: Calibration
 ) -> Statistics:
     """Run the dense blocks on every stream; returns what the statistics of their sites saw.
 
     The dense stream is behind the blocks afterwards; the others are not, unless nothing in the blocks will change.
     """
     part.enter()
-    stats = new_statistics(sites, here, calibration.precision, groups_of(model, sites, here).values())
+    stats = {name: seen for unit in units for name, seen in unit.new_statistics(calibration.precision).items()}
+    ends = [unit for unit in units if HiddenStates in unit.kinds]
+    entering = list(part.hidden["dense"]) if ends else []
     for stream in part.hidden:
         watched = {
             name: [
@@ -55,11 +57,14 @@ def observe_part(
         }
         watched = {name: experts for name, experts in watched.items() if experts[0]}
         with observe(model, sites, watched):
-            if stream == "dense" or not here:
+            if stream == "dense" or not units:
                 part.pass_on(stream)
             elif watched:
                 for _ in part.run(stream):
                     pass
+    for unit in ends:
+        runs = [call.run_in_its_dtype for call in part.calls[part.span[0]]]
+        stats[unit.name] = [{HiddenStates: HiddenStates(runs, entering, list(part.hidden["dense"]))}]
     return stats
 
 
@@ -67,6 +72,6 @@ def _stream_of(kind: Any, inputs: Stream) -> str:
     return inputs if kind.stream == "walk" else kind.stream
 
 
-def streams_of(chosen: list[dict[str, Method]], inputs: Stream) -> set[str]:
-    """Which streams of hidden states the statistics of these methods see."""
-    return {_stream_of(kind, inputs) for here in chosen for method in here.values() for kind in method.needs}
+def streams_of(units: Iterable[Unit], inputs: Stream) -> set[str]:
+    """Which streams of hidden states the statistics of these units see."""
+    return {_stream_of(kind, inputs) for unit in units for kinds in unit.needs().values() for kind in kinds}
