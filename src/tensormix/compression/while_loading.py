@@ -86,9 +86,11 @@ class CompressingQuantizer(HfQuantizer):
             if any(tensor.is_meta for tensor in site.module.parameters()):
                 return
         try:
+            self._held.pop(name)  # with the dense weight, when it is fitted
             for unit in self._planned.pop(name):
                 self._missing[unit].discard(name)
                 if not self._missing[unit]:
+                    del self._missing[unit]
                     unit.check({})
                     replace(unit, {}, Home().dense_bits)
         except ValueError as error:

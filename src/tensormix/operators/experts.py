@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any, cast
 
 import torch
@@ -113,45 +114,44 @@ class DenseStack(StackedLinear):
 
 
 class ExpertStack(StackedLinear):
-    """One structured operator for each expert, all of one kind and of one size: `expert_0`, `expert_1`, ...
+    """One structured operator for each expert, of the same shape: `expert_0`, `expert_1`, ...
 
     Args:
-        each: the operator of the first expert; the others start as copies of it.
+        each: the operator of the first expert, of which the others start as copies; or those of all experts, which may
+            differ in rank, or in kind.
 
     Raises:
-        ValueError: `each` is not an operator that replaces a matrix.
+        ValueError: an operator replaces no matrix, or another one than the first, or there are not `num_experts`.
     """
 
-    def __init__(self, *, each: StructuredLinear, num_experts: int) -> None:
-        if not isinstance(each, StructuredLinear):
-            raise ValueError(
-                f"ExpertStack: each must be the operator of one expert, such as LowRank, not a {type(each).__name__}"
-            )
-        super().__init__(num_experts, each.in_features, each.out_features)
+    def __init__(self, *, each: StructuredLinear | Sequence[StructuredLinear], num_experts: int) -> None:
+        experts = list(each) if isinstance(each, Sequence) else [each]
+        for number, expert in enumerate(experts):
+            if not isinstance(expert, StructuredLinear):
+                wanted = "each must be the operator of one expert, such as LowRank"
+                raise ValueError(f"ExpertStack: {wanted}, not a {type(expert).__name__}")
+            if (expert.in_features, expert.out_features) != (experts[0].in_features, experts[0].out_features):
+                raise ValueError(f"ExpertStack: expert {number} is {expert.spec}, but expert 0 is {experts[0].spec}")
+        if isinstance(each, Sequence) and len(experts) != max(num_experts, 1):
+            raise ValueError(f"ExpertStack: needs the operator of each of {num_experts} experts, got {len(experts)}")
+        super().__init__(num_experts, experts[0].in_features, experts[0].out_features)
         for expert in range(num_experts):
-            self.add_module(f"expert_{expert}", copy.deepcopy(each) if expert else each)
+            self.add_module(f"expert_{expert}", experts[expert] if expert < len(experts) else copy.deepcopy(each))
 
     @classmethod
     def from_experts(cls, experts: Sequence[StructuredLinear]) -> ExpertStack:
         """The stack of these very operators. Their biases become the rows of its bias, zero where one has none.
 
         Raises:
-            ValueError: there are none, or they differ in kind or size.
+            ValueError: there are none, or they differ in shape.
         """
         if not experts:
             raise ValueError("ExpertStack: needs the operator of one or more experts, got none")
-        first = experts[0].spec
-        for number, expert in enumerate(experts):
-            if expert.spec != first:
-                raise ValueError(f"ExpertStack: expert {number} is {expert.spec}, but expert 0 is {first}")
         fitted = [expert.bias for expert in experts]
         like = next((bias for bias in fitted if bias is not None), None)
         for expert in experts:
             expert.bias = None
-        stack = cls(each=experts[0], num_experts=1)
-        stack.num_experts = len(experts)
-        for number, expert in enumerate(experts):
-            stack.add_module(f"expert_{number}", expert)
+        stack = cls(each=list(experts), num_experts=len(experts))
         if like is not None:
             rows = [torch.zeros_like(like) if bias is None else bias for bias in fitted]
             stack.bias = nn.Parameter(torch.stack(rows).detach())
@@ -168,11 +168,14 @@ class ExpertStack(StackedLinear):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return {"each": self.expert(0).spec, "num_experts": self.num_experts}
+        specs = [self.expert(expert).spec for expert in range(self.num_experts)]
+        each = specs[0] if all(spec == specs[0] for spec in specs) else specs
+        return {"each": each, "num_experts": self.num_experts}
 
     @property
     def macs_per_token(self) -> int:
-        return self.expert(0).macs_per_token
+        """Of experts that differ the mean, rounded up: which one a token visits is not known."""
+        return ceil(sum(self.expert(expert).macs_per_token for expert in range(self.num_experts)) / self.num_experts)
 
 
 class Experts(nn.Module):
