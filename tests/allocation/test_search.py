@@ -134,7 +134,7 @@ def test_the_text_that_judges_is_not_the_one_that_chose_and_agrees(found, folder
 
 def test_a_finished_search_is_not_repeated_and_its_plan_can_be_run_by_hand(found, folders, monkeypatch):
     asked = recipe_on(folders)
-    monkeypatch.setattr("tensormix.run.stages.search_sites", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr("tensormix.allocation.resolvers.search_sites", lambda *_: pytest.fail("searched again"))
     run_recipe(asked, found)
     assert Recipe.model_validate(read_json(found / "recipe.json")) == asked
     by_hand = recipe_on(folders, plan=read_json(found / "allocate.json")["plan"], search=None)
