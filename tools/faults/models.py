@@ -148,7 +148,9 @@ FAULTS = (
         "    needed.clear()\n",
         "compression/test_joint.py",
     ),
-    Fault("compression/kinds.py", "return operator.to(self.site.weight.dtype)", "return operator", "storage/test_bits.py"),
+    Fault(
+        "compression/kinds.py", "return operator.to(self.site.weight.dtype)", "return operator", "storage/test_bits.py"
+    ),
     Fault("compression/layers.py", "if turns else 1", "if False else 1", "compression/test_joint.py"),
     Fault("compression/layers.py", "joined.bias = nn", "joined.left_out = nn", "compression/test_joint.py"),
     Fault(
