@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profile": FACTS | {"clock"},
     "diagnose": FACTS | {"evaluate"},
     # what is asked for, and carried out
-    "recipe": {"diagnose", "methods", "plan", "reparameterise", "settings"},
+    "recipe": {"diagnose", "methods", "plan", "settings"},
 }  # fmt: skip
 for part in set(MAY_IMPORT) - {"kernels", "exam", "settings"}:
     MAY_IMPORT[part].add("rows")

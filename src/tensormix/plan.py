@@ -13,17 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, RootModel, W
 from pydantic import ValidatorFunctionWrapHandler as Handler
 
 from tensormix.methods import METHODS
-from tensormix.methods.base import BlockMethod, JointMethod, Method, ModelMethod
+from tensormix.methods.base import Method
 from tensormix.sites import FUSED, ROLES, Site
 
 _COUNTED = re.compile(r"(last|first) +(\d+)")
 _RANGE = re.compile(r"(\d+)(?: *- *(\d+))?")
 _KINDS = {
-    "linear": ("linear", "experts"),
-    "joint": ("linear",),
-    "model": ("block",),
-    "block": ("block",),
-}  # the sites that a method for one of them works on
+    "matrix": ("linear", "experts"), "stack": ("experts",), "layers": ("linear",),
+    "block": ("block",), "span": ("block",), "model": ("block",),
+}  # what a method takes -> the sites that it works on  # fmt: skip
 
 
 def _method(value: Any, validate: Handler) -> Method:
@@ -89,7 +87,7 @@ class Rule(BaseModel):
     @classmethod
     def _no_sites_for_blocks(cls, value: Any, info: Any) -> Any:
         method = info.data.get("method")
-        if value is not None and method is not None and method.site in ("block", "model"):
+        if value is not None and method is not None and "block" in _KINDS[method.takes]:
             raise ValueError(f"{method.name} works on whole blocks: leave out sites, got {value!r}")
         return value
 
@@ -124,9 +122,9 @@ class Rule(BaseModel):
 
         Raises ValueError if it asks for a part of a site that the architecture fuses.
         """
-        if site.kind not in _KINDS[self.method.site]:
+        if site.kind not in _KINDS[self.method.takes]:
             return False
-        if self.sites is None and isinstance(self.method, JointMethod):
+        if self.sites is None and self.method.roles:
             return not {site.role, *FUSED.get(site.role or "", ())}.isdisjoint(self.method.roles)
         if self.sites is None:
             return True
@@ -158,7 +156,7 @@ class Plan(RootModel[tuple[Rule, ...]]):
     @classmethod
     def _alone(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
         for rule in rules:
-            if isinstance(rule.method, ModelMethod) and (len(rules) > 1 or rule.blocks != "all"):
+            if rule.method.takes == "model" and (len(rules) > 1 or rule.blocks != "all"):
                 raise ValueError(
                     f"{rule.method.name} changes the whole model: it must be the only rule of its plan, with blocks "
                     "'all'; compress the result once more for the rest"
@@ -166,9 +164,9 @@ class Plan(RootModel[tuple[Rule, ...]]):
         return rules
 
     @property
-    def whole(self) -> ModelMethod | None:
+    def whole(self) -> Any:
         """The method that changes the whole model, if the plan is such a one."""
-        return next((rule.method for rule in self.root if isinstance(rule.method, ModelMethod)), None)
+        return next((rule.method for rule in self.root if rule.method.takes == "model"), None)
 
     def resolve(self, sites: Sequence[Site], num_blocks: int) -> dict[str, Method]:
         """The method of each site that gets one, in the order of `sites`.
@@ -181,7 +179,7 @@ class Plan(RootModel[tuple[Rule, ...]]):
         dropped: set[int | None] = set()
         touched: set[int | None] = set()
         for number, rule in enumerate(self.root):
-            if isinstance(rule.method, BlockMethod) and rule.method.num_chosen is not None:
+            if rule.method.num_chosen is not None:
                 raise ValueError(f"plan[{number}] ({rule}): its blocks are chosen by measuring, which was not done")
             try:
                 matched = self._matched(rule, sites, num_blocks)
@@ -248,8 +246,8 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _examples(sites: Sequence[Site], rule: Rule) -> str:
-    same_kind = [site for site in sites if site.kind in _KINDS[rule.method.site]]
+    same_kind = [site for site in sites if site.kind in _KINDS[rule.method.takes]]
     if not same_kind:
-        return f"; the model has no {rule.method.site} site left."
+        return f"; the model has no {_KINDS[rule.method.takes][0]} site left."
     shown = [site.name if site.role is None else f"{site.name} (role {site.role})" for site in same_kind[:3]]
     return f"; sites look like {', '.join(shown)}."

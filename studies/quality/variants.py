@@ -11,11 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tensormix.compression.units import groups_of
-from tensormix.methods.base import LinearMethod
-from tensormix.operators import StructuredLinear
+from tensormix.compression.kinds import planned_units
 from tensormix.plan import Plan
-from tensormix.sites import blocks, find_sites
 
 MIXT = {"method": {"name": "mixt"}}
 Variant = dict[str, Any]
@@ -40,15 +37,7 @@ def plan_of(variant: Variant, where: str, branches: int, keep: float | None = No
 
 def stored(model: Any, plan: Plan) -> int:
     """Numbers that the plan's operators would store."""
-    sites = {site.name: site for site in find_sites(model)}
-    chosen = plan.resolve(list(sites.values()), len(blocks(model)))
-    operators: dict[str, StructuredLinear] = {}
-    for group in groups_of(model, sites, chosen).values():
-        operators |= group.empty()
-    for name, method in chosen.items():
-        if isinstance(method, LinearMethod):
-            operators[name] = method.empty(sites[name].in_features, sites[name].out_features)
-    return sum(operator.num_params for operator in operators.values())
+    return sum(cost.parameters for unit in planned_units(model, plan) for cost in unit.costs().values())
 
 
 def has_keep(variant: Variant) -> bool:

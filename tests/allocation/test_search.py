@@ -133,7 +133,7 @@ def test_the_text_that_judges_is_not_the_one_that_chose_and_agrees(found, folder
 
 def test_a_finished_search_is_not_repeated_and_its_plan_can_be_run_by_hand(found, folders, monkeypatch):
     asked = recipe_on(folders)
-    monkeypatch.setattr("tensormix.run.stages.search_sites", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr("tensormix.allocation.resolvers.search_sites", lambda *_: pytest.fail("searched again"))
     run_recipe(asked, found)
     assert Recipe.model_validate(read_json(found / "recipe.json")) == asked
     by_hand = recipe_on(folders, plan=read_json(found / "allocate.json")["plan"], search=None)
@@ -173,7 +173,7 @@ def test_every_trial_scores_the_model_that_compress_would_make(family):
     for row in got.rows:
         made = copy.deepcopy(model)
         if row["choices"]:
-            compress(made, plan_of(model, row["choices"]))
+            compress(made, plan_of(model, plan, row["choices"]))
         assert score(made)[1] == pytest.approx(row["log_loss"], rel=1e-5)
 
 

@@ -13,8 +13,8 @@ from joint_plans import BATCHES, BOTH, Same
 from plans import one_rule
 from tensormix.compression import compress
 from tensormix.compression.checkpoint import compress_checkpoint
-from tensormix.compression.fitting import bytes_after, replace_together
-from tensormix.compression.units import groups_of
+from tensormix.compression.fitting import replace
+from tensormix.compression.kinds import planned_units
 from tensormix.methods import Svd
 from tensormix.models import load_model
 from tensormix.plan import Plan
@@ -125,19 +125,15 @@ def test_generation_with_a_cache_is_the_same_as_without():
 
 def test_the_bytes_of_what_was_removed_are_foreseen():
     model = make("llama")
-    sites = {site.name: site for site in find_sites(model)}
-    chosen = BOTH.resolve(list(sites.values()), 4)
-    empty = {n: op for group in groups_of(model, sites, chosen).values() for n, op in group.empty().items()}
-    foreseen = {name: bytes_after(sites[name], method, empty) for name, method in chosen.items()}
+    foreseen = {name: cost for unit in planned_units(model, BOTH) for name, cost in unit.costs().items()}
     for row in compress(model, BOTH, BATCHES):
-        assert 8 * foreseen[row["site"]] == row["bits"]
+        assert foreseen[row["site"]].bits == row["bits"]
 
 
 def test_statistics_are_gathered_once_where_inputs_are_the_same():
     model = make("llama")
-    sites = {site.name: site for site in find_sites(model)}
     method = BOTH.root[0].method
-    group = groups_of(model, sites, BOTH.resolve(list(sites.values()), 4))["model.layers.1.self_attn.q_proj"]
+    group = next(unit for unit in planned_units(model, BOTH) if unit.first_block == 1)
     short = {name.rpartition(".")[2]: kinds for name, kinds in group.needs().items()}
     assert short == {"q_proj": (Gram,), "o_proj": (Gram,), "down_proj": (Gram,)} and group.method == method
 
@@ -159,9 +155,9 @@ def test_the_statistics_of_a_group_are_given_back_before_the_next_is_fitted(monk
     """In both, that the memory is asked back when they are needed no more."""
     left = []
 
-    def watched(model, group, stats, dense_bits, tidy):
-        return replace_together(model, group, stats, dense_bits, lambda: left.append(set(group.needs()) & set(stats)))
+    def watched(unit, stats, dense_bits, tidy):
+        return replace(unit, stats, dense_bits, lambda: left.append(set(unit.needs()) & set(stats)))
 
-    monkeypatch.setattr("tensormix.compression.walk.replace_together", watched)
+    monkeypatch.setattr("tensormix.compression.walk.replace", watched)
     compress(make("llama"), one_rule({"name": "narrow", "keep": 0.5}), BATCHES)
     assert left == [set()] * 4  # one group in each block

@@ -11,7 +11,7 @@ import tensormix.hf  # noqa: F401
 from joint_plans import BATCHES, BOTH, Same
 from plans import one_rule
 from tensormix.compression import compress
-from tensormix.compression.units import Group
+from tensormix.compression.layers import LayersUnit
 from tensormix.plan import Plan
 from tensormix.run.check import replace_empty
 from tensormix.sites import blocks, find_sites
@@ -63,7 +63,7 @@ def test_what_the_plan_cannot_have(family, rules, sentence):
 
 def group(model, method=None):
     sites = [site for site in find_sites(model) if site.block == 0 and site.kind == "linear"]
-    return Group(model, method or BOTH.root[0].method, sites)
+    return LayersUnit(model, method or BOTH.root[0].method, sites)
 
 
 def test_heads_that_the_config_does_not_tell():

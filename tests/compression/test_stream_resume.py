@@ -43,7 +43,7 @@ def test_interrupted_and_taken_up_again(tmp_path, folder, plan):
 def test_finished_blocks_are_not_fitted_again(tmp_path, folder, monkeypatch):
     fitted = []
     monkeypatch.setattr(
-        "tensormix.compression.walk.replace", lambda m, site, *a: fitted.append(site.name) or replace(m, site, *a)
+        "tensormix.compression.walk.replace", lambda unit, *a: fitted.append(unit.name) or replace(unit, *a)
     )
     plan = PLANS["calibrated"]
     with pytest.raises(KeyboardInterrupt):  # the dropped block is the eighth; its file is not written then

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tensormix.compression import compress
-from tensormix.compression.fitting import new_statistics, observe
+from tensormix.compression.fitting import observe
+from tensormix.compression.kinds import MatrixUnit
 from tensormix.methods import MeanOutput, SvdLlm
 from tensormix.operators import Experts
 from tensormix.plan import Plan
@@ -48,7 +49,7 @@ def test_an_expert_sees_the_tokens_that_are_routed_to_it():
     """The mean input of each expert against the routing of the fused module itself."""
     model, seen = make("qwen3_moe"), []
     sites = {site.name: site for site in find_sites(model)}
-    stats = new_statistics(sites, {UP: MeanOutput()}, torch.float64)
+    stats = MatrixUnit(model, MeanOutput(), [sites[UP]]).new_statistics(torch.float64)
     experts = model.get_submodule(UP.rpartition(".")[0])
     handle = experts.register_forward_pre_hook(lambda _module, args: seen.append(args))
     model(token_ids())
@@ -93,7 +94,7 @@ def test_every_expert_is_fitted_to_its_own_inputs():
     model, method = make("mixtral"), SvdLlm(keep=0.5)
     batches = [token_ids(rows=8, seed=number) for number in range(3)]
     sites = {site.name: site for site in find_sites(model)}
-    stats = new_statistics(sites, {UP: method}, torch.float64)
+    stats = MatrixUnit(model, method, [sites[UP]]).new_statistics(torch.float64)
     with observe(model, sites, stats):
         for batch in batches:
             model(batch)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fitted import problem
 from tensormix.compression.fitting import replace
+from tensormix.compression.kinds import MatrixUnit
 from tensormix.fitting.mixt_normal import MixtNormal
 from tensormix.methods import Mixt
 from tensormix.operators import MixT
@@ -172,7 +173,8 @@ def test_the_row_says_how_the_fit_went():
     layer = torch.nn.Sequential(torch.nn.Linear(32, 48))
     stats = seen(problem(48, 32)[1])
     with torch.no_grad():
-        row = replace(layer, Site("0", "linear", None, 0, layer[0]), Mixt(num_branches=2, init="aware"), [stats], 0)
+        unit = MatrixUnit(layer, Mixt(num_branches=2, init="aware"), [Site("0", "linear", None, 0, layer[0])])
+        (row,) = replace(unit, {"0": [stats]}, lambda site: 0)
     assert row["fit_steps"] > 0 and row["fit_precision"] == "float32"
     assert 0 < row["output_error"] < row["matched_output_error"] < row["relative_error"] + 0.5
 

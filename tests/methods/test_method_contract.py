@@ -33,6 +33,8 @@ from tensormix.methods import (
     Narrow,
     Rtn,
     Sola,
+    SpanMethod,
+    StackMethod,
     Svd,
     SvdLlm,
     ZeroMethod,
@@ -89,7 +91,16 @@ def test_every_linear_method_has_a_case():
 
 
 def test_the_table_holds_every_method_that_is_written():
-    bases = {"Method", "LinearMethod", "JointMethod", "BlockMethod", "ModelMethod", "Hybrid"}
+    bases = {
+        "Method",
+        "LinearMethod",
+        "JointMethod",
+        "BlockMethod",
+        "SpanMethod",
+        "StackMethod",
+        "ModelMethod",
+        "Hybrid",
+    }
     written = set()
     for path in Path(tensormix.methods.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -103,8 +114,11 @@ def test_the_table_key_is_the_name_and_the_words_are_there(name):
     cls = METHODS[name]
     assert cls.model_fields["name"].default == name
     assert cls.source and cls.summary.endswith(".")
-    kinds = {"block": BlockMethod, "joint": JointMethod, "linear": LinearMethod, "model": ModelMethod}
-    assert issubclass(cls, kinds[cls.site])
+    kinds = {
+        "matrix": LinearMethod, "stack": StackMethod, "layers": JointMethod,
+        "block": BlockMethod, "span": SpanMethod, "model": ModelMethod,
+    }  # fmt: skip
+    assert issubclass(cls, kinds[cls.takes])
     assert isinstance(cls.needs, tuple)
 
 

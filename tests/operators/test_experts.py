@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from math import ceil
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tensormix.operators import (
     Zero,
     build,
 )
+from tensormix.sites import macs_per_token
 
 E, I, O = 3, 12, 20
 
@@ -44,6 +46,7 @@ CASES = {
     "dense": lambda: dense(),
     "dense_transposed": lambda: dense(transposed=True),
     "low_rank": lambda: ExpertStack.from_experts(low_ranks()),
+    "own_ranks": lambda: ExpertStack.from_experts([*low_ranks(rank=2)[:1], *low_ranks(rank=3)[1:]]),
     "zero": lambda: ExpertStack.from_experts([Zero(I, O) for _ in range(E)]),
     "sum": lambda: ExpertStack.from_experts([Sum(terms=low_ranks()[:2]) for _ in range(E)]),
 }
@@ -102,8 +105,9 @@ def test_builds_on_meta(stack):
 
 def test_costs_are_those_of_one_call_and_of_all_experts(stack):
     with FlopCounterMode(display=False) as counter:
-        stack(torch.randn(7, I), 1)
-    assert counter.get_total_flops() == 2 * 7 * stack.macs_per_token
+        for expert in range(E):
+            stack(torch.randn(7, I), expert)
+    assert ceil(counter.get_total_flops() / (2 * 7 * E)) == stack.macs_per_token
     count = sum(p.numel() for p in stack.parameters())
     stack.bias = nn.Parameter(torch.zeros(E, O))
     assert stack.num_params == count
@@ -167,6 +171,10 @@ def test_biases_of_the_experts_become_rows():
         (
             lambda: ExpertStack.from_experts([Zero(2, 2), Zero(2, 2), Zero(2, 3)]),
             r"expert 2 is .*'out_features': 3\}, but expert 0 is .*'out_features': 2\}",
+        ),
+        (
+            lambda: ExpertStack(each=[Zero(2, 2)], num_experts=2),
+            r"needs the operator of each of 2 experts, got 1",
         ),
         (lambda: build({"operator": "ExpertStack", "num_experts": 2}), r"ExpertStack: missing size each"),
     ],
@@ -268,8 +276,8 @@ def test_a_mixture_costs_what_its_tokens_visit():
     index = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
     with FlopCounterMode(display=False) as counter:
         experts(torch.randn(9, D), index, torch.rand(9, 2))
-    assert experts.macs_per_token == 2 * (D * 2 * H + H * D)
-    assert counter.get_total_flops() == 2 * 9 * experts.macs_per_token
+    assert macs_per_token(experts) == 2 * (D * 2 * H + H * D)
+    assert counter.get_total_flops() == 2 * 9 * macs_per_token(experts)
 
 
 def test_the_shell_is_no_submodule_and_goes_along_with_a_copy():

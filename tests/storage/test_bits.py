@@ -12,12 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from tensormix.compression import compress
-from tensormix.compression.fitting import bytes_after
+from tensormix.compression.kinds import planned_units
 from tensormix.models import skeleton
 from tensormix.operators import Dense, Quantized, StructuredLinear
 from tensormix.operators.quantized import on_meta
 from tensormix.plan import Plan
-from tensormix.sites import find_sites
 from tensormix.storage.bits import checkpoint_bits, stored_bits
 from zoo import load_saved, logits, make, token_ids
 
@@ -243,6 +242,5 @@ def test_what_a_site_will_take_is_known_before_anything_is_fitted(method):
     """Floats in the dtype of the weight, half the width of what an empty operator is made in; integers in their own."""
     model = make("llama").to(torch.bfloat16)
     plan = Plan.model_validate([{"method": method}])
-    sites = [site for site in find_sites(model) if site.kind == "linear"]
-    foreseen = {site.name: bytes_after(site, plan.root[0].method, {}) for site in sites}
-    assert foreseen == {row["site"]: row["bits"] // 8 for row in compress(model, plan)}
+    foreseen = {name: cost.bits for unit in planned_units(model, plan) for name, cost in unit.costs().items()}
+    assert foreseen == {row["site"]: row["bits"] for row in compress(model, plan)}

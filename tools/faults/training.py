@@ -50,8 +50,8 @@ FAULTS = (
     Fault("recover/finetune.py", "parameter.requires_grad_(parameter in trained)", "pass", "recover/test_recover.py"),
     Fault(
         "recover/local.py",
-        "hidden[inputs], targets, hidden",
-        "hidden[inputs], hidden[inputs], hidden",
+        "entering[inputs], targets",
+        "entering[inputs], entering[inputs]",
         "recover/test_distill.py",
     ),
     Fault("recover/lora.py", "patch.left.zero_()", "patch.left.fill_(1e-3)", "recover/test_lora.py"),

@@ -18,17 +18,17 @@ import torch
 from torch import nn
 
 from tensormix.allocation.survey import in_place
+from tensormix.compression.kinds import planned_units
+from tensormix.compression.units import Unit
 from tensormix.data import describe, packed_source, separator_of
 from tensormix.evaluate import evaluate_choices, exam_prompts, perplexity, read_prompts
 from tensormix.evaluate.batches import Asked
-from tensormix.methods import Laser, laser_search
 from tensormix.models import ModelSource, skeleton
-from tensormix.operators import ExpertStack
 from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
 from tensormix.rows import Row
 from tensormix.settings import Evaluate, Perplexity, Search
-from tensormix.sites import Site, blocks, find_sites
+from tensormix.sites import blocks, find_sites
 from tensormix.storage.memory import available_memory
 
 Score = Callable[[nn.Module], tuple[float, float]]  # accuracy (0 where there is none) and log-loss in nats
@@ -73,13 +73,14 @@ def candidates(model: nn.Module, plan: Plan, search: Search) -> tuple[list[Pair]
     Reads shapes only. Raises ValueError if the plan does not fit the model, or if nothing can be tried at a site.
     """
     sites, pairs, left_out = find_sites(model), [], {}
-    chosen = plan.resolve(sites, len(blocks(model)))
+    chosen: dict[str, Any] = dict(plan.resolve(sites, len(blocks(model))))
     for site in (site for site in sites if site.name in chosen):
-        ranks: dict[int, float] = {}
+        ranks: dict[str, float] = {}
         reason = ""
         for rate in search.keep_rank:
             try:
-                ranks.setdefault(Laser(keep_rank=rate).rank(site.in_features, site.out_features), rate)
+                operator = chosen[site.name].sized(rate).empty(site.in_features, site.out_features)
+                ranks.setdefault(str(operator.spec), rate)
             except ValueError as error:
                 reason = str(error)
         if not ranks:
@@ -95,12 +96,14 @@ def most_evaluations(pairs: Sequence[Pair]) -> int:
     return len(pairs) + len({site for site, _ in pairs})
 
 
-def plan_of(model: nn.Module, chosen: Mapping[str, float]) -> Plan:
-    """One rule for each site with its keep_rank, in the order of the model."""
+def plan_of(model: nn.Module, plan: Plan, chosen: Mapping[str, float]) -> Plan:
+    """One rule for each site with the method that the plan has there at its keep_rank, in the order of the model."""
+    sites = find_sites(model)
+    methods = plan.resolve(sites, len(blocks(model)))
     return Plan(
         tuple(
-            Rule(blocks=str(site.block), sites=re.escape(site.name), method=Laser(keep_rank=chosen[site.name]))
-            for site in find_sites(model)
+            Rule(blocks=str(site.block), sites=re.escape(site.name), method=methods[site.name].sized(chosen[site.name]))
+            for site in sites
             if site.name in chosen
         )
     )
@@ -110,12 +113,12 @@ def plan_of(model: nn.Module, chosen: Mapping[str, float]) -> Plan:
 def search_sites(
     model: nn.Module, plan: Plan, search: Search, score: Score, progress: Callable[[int, int], None]
 ) -> Found:
-    """Try the sites of `plan` by `laser_search`; the model is afterwards as it was.
+    """Try the sites of `plan` by the search of its method; the model is afterwards as it was.
 
-    Raises ValueError as `candidates` and `laser_search` do, and for what a site cannot be fitted with.
+    Raises ValueError as `candidates` and that search do, and for what a site cannot be fitted with.
     """
     pairs, left_out = candidates(model, plan, search)
-    sites = {site.name: site for site in find_sites(model)}
+    sites = {unit.name: unit for unit in planned_units(model, plan)}
     fitted: Fitted = {}
     done = [0]
 
@@ -127,13 +130,15 @@ def search_sites(
                 if pair not in fitted:
                     fitted[pair] = _fit(sites[pair[0]], pair[1])
                 # a copy, because the bias of the site becomes the operator's
-                stack.enter_context(in_place(model, sites[pair[0]], copy.deepcopy(fitted[pair])))
+                stack.enter_context(in_place(model, sites[pair[0]].sites[0], copy.deepcopy(fitted[pair])))
             result = score(model)
         done[0] += 1
         progress(done[0], most_evaluations(pairs))
         return result
 
-    chosen, trials = laser_search(pairs, score_of)
+    search_of = plan.root[0].method.search
+    assert search_of is not None  # the recipe sees to it
+    chosen, trials = search_of(pairs, score_of)
     rows = [
         {
             "kind": "trial",
@@ -144,16 +149,12 @@ def search_sites(
         }
         for trial in trials
     ]
-    return Found(plan_of(model, chosen), {name: chosen[name] for name in sites if name in chosen}, rows, left_out)
+    return Found(plan_of(model, plan, chosen), {name: chosen[name] for name in sites if name in chosen}, rows, left_out)
 
 
-def _fit(site: Site, keep_rank: float) -> nn.Module:
-    method = Laser(keep_rank=keep_rank)
-    try:
-        each = [method.fit(site.expert_weight(expert), {}) for expert in range(site.num_experts)]
-    except ValueError as error:
-        raise ValueError(f"{site.name}: {error}") from error
-    return ExpertStack.from_experts(each) if site.kind == "experts" else each[0]
+def _fit(unit: Unit, keep_rank: float) -> nn.Module:
+    (operator,) = type(unit)(unit.model, unit.method.sized(keep_rank), unit.sites).fit({}).operators.values()
+    return operator
 
 
 def scorer(tokenizer: Any, settings: Evaluate, part: float) -> tuple[Score, Row]:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from tensormix.compression import Home
-from tensormix.compression.fitting import bytes_after
-from tensormix.compression.units import groups_of
-from tensormix.methods.base import JointMethod
-from tensormix.operators import StructuredLinear
+from tensormix.compression.kinds import planned_units
 from tensormix.plan import Plan
-from tensormix.sites import Site, blocks, find_sites
+from tensormix.sites import Site, find_sites
 
 STEPS = 256  # of `keep`
 
 
 def is_joint(plan: Plan) -> bool:
     """Whether the plan has only methods that change layers together. Raises ValueError if it has some of both."""
-    kinds = {isinstance(rule.method, JointMethod) for rule in plan.root}
+    kinds = {rule.method.takes == "layers" for rule in plan.root}
     if len(kinds) > 1:
         names = sorted({rule.method.name for rule in plan.root})
         raise ValueError(
@@ -39,22 +34,9 @@ def costs(model: nn.Module, home: Home, plan: Plan, of: str) -> dict[str, tuple[
     Raises ValueError if the plan's sizes are not allowed somewhere.
     """
     sites = {site.name: site for site in find_sites(model)}
-    chosen = plan.resolve(list(sites.values()), len(blocks(model)))
-    operators: dict[str, StructuredLinear] = {}
-    for group in groups_of(model, sites, chosen).values():
-        operators |= group.empty()
-    found = {}
-    for name, method in chosen.items():
-        site, own = sites[name], sites[name].bias
-        bias = 0 if own is None else own.numel() * site.weight.dtype.itemsize
-        counts: dict[str, Any] = {
-            "bits": lambda s=site, m=method, b=bias: (home.dense_bits(s), 8 * (bytes_after(s, m, operators) - b)),
-            "parameters": lambda s=site, n=name: (s.weight.numel(), operators[n].num_params),
-            "macs": lambda s=site, n=name: (s.macs_per_token, operators[n].macs_per_token),
-        }
-        counts["bytes_per_token"] = lambda c=counts["bits"]: tuple(bits // 8 for bits in c())
-        found[name] = (site, *counts[of]())
-    return found
+    left = {name: cost for unit in planned_units(model, plan) for name, cost in unit.costs().items()}
+    dense = {name: site.cost(home.dense_bits(site)) for name, site in sites.items() if name in left}
+    return {name: (sites[name], getattr(dense[name], of), getattr(left[name], of)) for name in dense}
 
 
 def largest_keep(model: nn.Module, home: Home, plan: Plan, of: str, units: int) -> float | None:

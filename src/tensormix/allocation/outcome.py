@@ -12,7 +12,7 @@ from torch import nn
 
 from tensormix.allocation.survey import Found
 from tensormix.fitting.divide import Option
-from tensormix.methods.base import LinearMethod, Method
+from tensormix.methods.base import Method
 from tensormix.models import ModelSource
 from tensormix.plan import Plan, Rule
 from tensormix.profile import num_parameters
@@ -68,7 +68,7 @@ def site_row(item: Found, option: Option) -> Row:
 
 
 def _setting(method: Method | None, size: Any) -> str | None:
-    if not isinstance(method, LinearMethod) or method.size is None:
+    if method is None or method.size is None:
         return None
     inner = getattr(method, "of", None)
     return method.setting_of(size) if inner is None else f"of.{inner.setting_of(size)}"

@@ -2,7 +2,7 @@
 
 The pass is the walk of `compress` with the fitting left out: it asks a `Home` for one block at a time, so that the
 model may stay in memory or come from the disk.
-Shape letters: I in_features, O out_features, K singular values.
+Shape letters: K singular values.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isfinite
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tensormix.compression import Home, Progress, Walk
-from tensormix.compression.fitting import Row, Statistics, bytes_after, check_finite, pool_idle
+from tensormix.compression.units import Statistics, Unit
 from tensormix.fitting.divide import Option, SiteOptions
-from tensormix.methods.base import BlockMethod, LinearMethod, Method
-from tensormix.operators import ExpertStack, StructuredLinear, Zero
-from tensormix.operators.base import computing_dtype
+from tensormix.methods.base import Method
 from tensormix.plan import Plan
-from tensormix.sites import Site, install, macs_per_token, returns_tuple
+from tensormix.rows import Row
+from tensormix.sites import Site, install
 from tensormix.sites.fused_experts import is_fused
 from tensormix.statistics import Gram
 
@@ -70,160 +68,98 @@ class Survey(Walk):
         keep: float = 1.0,
     ) -> None:
         for rule in plan.root:
-            if not isinstance(rule.method, LinearMethod | BlockMethod):
+            if rule.method.takes not in ("matrix", "stack", "block"):
                 raise ValueError(
                     f"budget: {rule.method.name} changes layers together and divides its own keep among them"
                 )
-        probes = [rule.model_copy(update={"method": Probe.of(rule.method, errors, with_inputs)}) for rule in plan.root]
-        super().__init__(model, Plan(tuple(probes)), home, progress)
+        super().__init__(model, plan, home, progress)
         self.of, self.errors, self.levels, self.weigh, self.keep = of, errors, levels, weigh, keep
         self.found: dict[str, Found] = {}
         self._costs: dict[Any, int] = {}
-        for here in self.chosen:
-            for name, method in here.items():
-                inner = method.method if isinstance(method, Probe) else method
-                if errors == "spectrum" and not _has_spectrum(inner):
-                    raise ValueError(
-                        f"{name}: the error of {inner.name} cannot be told from singular values; "
-                        "divide the budget by greedy, sensitivity or uniform"
-                    )
+        for unit in self.units:
+            if errors == "spectrum" and not unit.has_spectrum:
+                raise ValueError(
+                    f"{unit.name}: the error of {unit.method.name} cannot be told from singular values; "
+                    "divide the budget by greedy, sensitivity or uniform"
+                )
+            if errors == "none":
+                unit.kinds = ()
+            elif errors == "fits" and with_inputs and not unit.has_spectrum and unit.method.takes != "block":
+                unit.kinds = tuple(dict.fromkeys([*unit.kinds, Gram]))
+
+    def check_sizes(self) -> None:
+        pass  # those of the plan stand for "not decided yet"
 
     def look(self) -> None:
         """All sites without weights: costs, and errors of zero."""
-        for here in self.chosen:
-            for name, method in here.items():
-                self._note(name, method, [])
+        for unit in self.units:
+            self._note(unit, {})
 
-    def _fit(self, index: int, stats: Statistics) -> list[Row]:
+    def _fit(self, part: range, stats: Statistics) -> list[Row]:
         self.home.tidy()
-        check_finite(self.sites, self.chosen[index], stats)
-        for name, method in self.chosen[index].items():
+        units = self.units_in(part)
+        for unit in units:
+            unit.check(stats)
+        for unit in units:
             try:
-                self._note(name, method, stats.pop(name, []))
+                self._note(unit, {name: stats.pop(name) for name in unit.needs()})
             except ValueError as reason:
-                raise ValueError(str(reason) if str(reason).startswith(name) else f"{name}: {reason}") from None
-            self._count([{"site": name}])
+                named = str(reason).startswith(unit.name)
+                raise ValueError(str(reason) if named else f"{unit.name}: {reason}") from None
+            self._count([{"site": unit.name}])
         return []
 
-    def _note(self, name: str, probe: Method, stats: list[dict[type, Any]]) -> None:
-        site = self.sites[name]
-        method = probe.method if isinstance(probe, Probe) else probe
+    def _note(self, unit: Unit, stats: Statistics) -> None:
+        (site,) = unit.sites
         dense = self.home.dense_bits(site) if self.of in ("bits", "bytes_per_token") else 0
-        dense_cost = _dense_cost(site, self.of, dense)
-        methods = {size: m for size, m in _at_all_sizes(method, site) if self._cost(site, m) < dense_cost}
-        fitted = _Fits(site, stats)
-        if isinstance(method, LinearMethod) and _has_spectrum(method) and self.errors != "none":
-            errors = fitted.by_spectrum(method, methods)
-        elif isinstance(method, LinearMethod) and self.errors == "fits":
-            methods = _thinned(methods, self.levels)
-            errors = {size: fitted.error(m) for size, m in methods.items() if isinstance(m, LinearMethod)}
+        dense_cost = getattr(site.cost(dense), self.of)
+        units = {size: sized for size, sized in unit.alternatives() if self._cost(sized, site) < dense_cost}
+        if unit.has_spectrum and self.errors != "none":
+            errors = _by_spectrum(unit, units, stats)
+        elif self.errors == "fits":
+            units = _thinned(units, self.levels)
+            errors = {size: sized.squared_error(stats) for size, sized in units.items()}
         else:
-            errors = dict.fromkeys(methods, 1.0 if isinstance(method, BlockMethod) else 0.0)
-        points = sorted((self._cost(site, m), size) for size, m in methods.items())
+            errors = {size: sized.error_left_out for size, sized in units.items()}
+        points = sorted((self._cost(sized, site), size) for size, sized in units.items())
         options = [Option(size, cost, errors[size]) for cost, size in points]
         kept = _falling([*options, Option(None, dense_cost, 0.0)])
-        importance = self._importance(site, methods, kept, fitted) if self.weigh is not None else None
-        self.found[name] = Found(site, methods, SiteOptions(name, dense_cost, tuple(kept)), importance)
+        importance = self._importance(site, units, kept, stats) if self.weigh is not None else None
+        methods = {size: sized.method for size, sized in units.items()}
+        self.found[unit.name] = Found(site, methods, SiteOptions(unit.name, dense_cost, tuple(kept)), importance)
 
-    def _importance(self, site: Site, methods: dict[Any, Method], options: list[Option], fitted: _Fits) -> float:
+    def _importance(self, site: Site, units: dict[Any, Unit], options: list[Option], stats: Statistics) -> float:
         dense = options[-1].cost
         smaller = [option for option in options if option.cost < dense and option.error > 0]
         if not smaller:
             return LEAST
         probed = min(smaller, key=lambda option: abs(option.cost - self.keep * dense))
         assert self.weigh is not None
-        return max(self.weigh(site, fitted.operator(methods[probed.size])) / probed.error, LEAST)
+        operator = units[probed.size].fit(stats).operators[site.name]
+        return max(self.weigh(site, operator) / probed.error, LEAST)
 
-    def _cost(self, site: Site, method: Method) -> int:
-        """Whole units of what `method` leaves at the site; the same for sites of one shape, and so remembered."""
-        if isinstance(method, BlockMethod):
-            return 0
-        assert isinstance(method, LinearMethod)
+    def _cost(self, unit: Unit, site: Site) -> int:
+        """Whole units of what is left at the site; the same for sites of one shape, and so remembered."""
+        if site.kind == "block":
+            return getattr(unit.costs()[site.name], self.of)
         own = 0 if site.bias is None else site.bias.numel()
-        key = (method, site.in_features, site.out_features, site.num_experts, site.experts_per_token, own)
+        key = (unit.method, site.in_features, site.out_features, site.num_experts, site.experts_per_token, own)
         if key not in self._costs:
-            bits = 8 * (bytes_after(site, method, {}) - site.weight.dtype.itemsize * own)
-            empty = method.empty(site.in_features, site.out_features)
-            self._costs[key] = {
-                "bits": lambda: bits,
-                "bytes_per_token": lambda: bits // 8 * site.experts_per_token // site.num_experts,
-                "parameters": lambda: site.num_experts * empty.num_params,
-                "macs": lambda: site.experts_per_token * empty.macs_per_token,
-            }[self.of]()
+            self._costs[key] = getattr(unit.costs()[site.name], self.of)
         return self._costs[key]
 
 
-class Probe(LinearMethod):
-    """Stands for a method in a survey: it needs what the survey looks at, and fits nothing."""
-
-    source = "ours"
-    summary = "Looks at a site for another method."
-    needs: ClassVar[Any] = property(lambda self: self.statistics)
-
-    name: str
-    method: Any
-    statistics: tuple[Any, ...] = ()
-
-    @classmethod
-    def of(cls, method: Method, errors: str, with_inputs: bool) -> Method:
-        if not isinstance(method, LinearMethod):
-            return method
-        wanted = method.needs if errors != "none" else ()
-        if errors == "fits" and with_inputs and not _has_spectrum(method):
-            wanted = tuple(dict.fromkeys([*wanted, Gram]))
-        return cls(name=method.name, method=method, statistics=wanted)
-
-    def empty(self, in_features: int, out_features: int) -> StructuredLinear:
-        with torch.device("meta"):
-            return Zero(in_features, out_features)
-
-    def fit(self, weight: Tensor, stats: Any) -> StructuredLinear:  # (O, I)
-        raise TypeError("a probe is looked at, not fitted")
-
-
-class _Fits:
-    """Fits and errors at one site, of all its experts together."""
-
-    def __init__(self, site: Site, stats: list[dict[type, Any]]) -> None:
-        self.site, self.stats = site, stats or [{} for _ in range(site.num_experts)]
-        pool_idle(self.stats)
-
-    def by_spectrum(self, method: LinearMethod, methods: dict[Any, Method]) -> dict[Any, float]:
-        """For each size the relative squared error of the fit of its rank."""
-        tails, total = {size: 0.0 for size in methods}, 0.0
-        ranks = {size: _rank(m, self.site) for size, m in methods.items()}
-        for expert, stats in enumerate(self.stats):
-            values = method.spectrum(self.site.expert_weight(expert), stats)
-            assert values is not None
-            squares = values.double().square()
-            rest = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])  # (K + 1,)
-            total += float(rest[0])
-            for size, rank in ranks.items():
-                tails[size] += float(rest[min(rank, len(squares))])
-        return {size: tail / total if total > 0 else 0.0 for size, tail in tails.items()}
-
-    def error(self, method: LinearMethod) -> float:
-        """The relative squared error of a fit, on the inputs where a Gram matrix was gathered."""
-        error = total = 0.0
-        for expert, stats in enumerate(self.stats):
-            weight = self.site.expert_weight(expert)
-            wide = weight.to(torch.promote_types(computing_dtype(weight), torch.float64))
-            missed = wide - method.fit(weight, stats).to_dense().to(wide)
-            gram = stats[Gram].mean.to(wide) if Gram in stats else None
-            error, total = error + _squares(missed, gram), total + _squares(wide, gram)
-        if not isfinite(error):
-            raise ValueError(f"what {method.name} fits holds NaN or infinite values")
-        if Gram in self.stats[0] and total == 0 and bool(self.site.weight.any()):
-            raise ValueError("its calibration inputs are all zero, so no size can be told from another; leave it dense")
-        return error / total if total > 0 else 0.0
-
-    def operator(self, method: Method) -> nn.Module:
-        """What would be installed."""
-        if isinstance(method, BlockMethod):
-            return method.replace(self.site.module, returns="tuple" if returns_tuple(self.site.module) else "tensor")
-        assert isinstance(method, LinearMethod)
-        each = [method.fit(self.site.expert_weight(i), stats) for i, stats in enumerate(self.stats)]
-        return ExpertStack.from_experts(each) if self.site.kind == "experts" else each[0]
+def _by_spectrum(unit: Any, units: dict[Any, Any], stats: Statistics) -> dict[Any, float]:
+    """For each size the relative squared error of the fit of its rank, of all experts together."""
+    tails, total = {size: 0.0 for size in units}, 0.0
+    ranks = {size: sized.of_one().sizes["rank"] for size, sized in units.items()}
+    for values in unit.spectra(stats):
+        squares = values.double().square()
+        rest = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])  # (K + 1,)
+        total += float(rest[0])
+        for size, rank in ranks.items():
+            tails[size] += float(rest[min(rank, len(squares))])
+    return {size: tail / total if total > 0 else 0.0 for size, tail in tails.items()}
 
 
 @contextmanager
@@ -242,25 +178,7 @@ def in_place(model: nn.Module, site: Site, operator: nn.Module) -> Iterator[None
             setattr(holder, child, old)
 
 
-def _has_spectrum(method: Any) -> bool:
-    return isinstance(method, LinearMethod) and type(method).spectrum is not LinearMethod.spectrum
-
-
-def _rank(method: Method, site: Site) -> int:
-    assert isinstance(method, LinearMethod)
-    return method.empty(site.in_features, site.out_features).sizes["rank"]
-
-
-def _at_all_sizes(method: Method, site: Site) -> list[tuple[Any, Method]]:
-    """(size, method) for every size; a method without sizes is there once, as "whole"."""
-    if isinstance(method, LinearMethod):
-        sizes = method.allowed_sizes(site.in_features, site.out_features)
-        if sizes or method.size is not None:
-            return [(size, method.sized(size)) for size in sizes]
-    return [("whole", method)]
-
-
-def _thinned(methods: dict[Any, Method], levels: int) -> dict[Any, Method]:
+def _thinned(methods: dict[Any, Unit], levels: int) -> dict[Any, Unit]:
     """At most `levels` of them, evenly spread, the first and the last among them."""
     sizes = list(methods)
     if len(sizes) <= levels:
@@ -280,17 +198,3 @@ def _falling(options: Sequence[Option]) -> list[Option]:
         elif not kept or option.error < kept[-1].error or flat or option is options[-1]:
             kept.append(option)
     return kept
-
-
-def _dense_cost(site: Site, of: str, dense_bits: int) -> int:
-    whole = site.kind == "block"
-    return {
-        "bits": lambda: dense_bits,
-        "bytes_per_token": lambda: dense_bits // 8 * site.experts_per_token // (1 if whole else site.num_experts),
-        "parameters": lambda: sum(p.numel() for p in site.module.parameters()) if whole else site.weight.numel(),
-        "macs": lambda: macs_per_token(site.module) if whole else site.macs_per_token,
-    }[of]()
-
-
-def _squares(matrix: Tensor, gram: Tensor | None) -> float:  # (O, I), (I, I)
-    return float((matrix * (matrix if gram is None else matrix @ gram)).sum())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tensormix.allocation.learned import Training, learned
 from tensormix.allocation.survey import Found
 from tensormix.fitting.divide import Option, by_sensitivity, by_spectrum, uniform
-from tensormix.methods import DobiSvd
+from tensormix.methods import METHODS
 from tensormix.settings import Budget
 
 Chosen = dict[str, Option]
@@ -57,10 +57,11 @@ def train_ranks(
 ) -> Chosen:
     """The ranks that training finds. Ranks whose scales go beyond the budget are taken back, from the dearest site."""
     methods = [next(iter(item.methods.values())) for item in found]
-    odd = next((method for method in methods if not isinstance(method, DobiSvd)), None)
+    odd = next((method for method in methods if method.learned_storage is None), None)
     if odd is not None:
-        raise ValueError(f"budget.by 'learned' divides the ranks of dobi_svd, and the plan has {odd.name}")
-    storages = {method.storage for method in methods if isinstance(method, DobiSvd)}
+        known = ", ".join(name for name, cls in METHODS.items() if "learned_storage" in vars(cls))
+        raise ValueError(f"budget.by 'learned' divides the ranks of {known}, and the plan has {odd.name}")
+    storages = {method.learned_storage for method in methods}
     if len(storages) > 1 or (storages == {"remapped"} and budget.of != "bits"):
         raise ValueError("budget.by 'learned' takes one storage for all sites, and with 'remapped' only of 'bits'")
     storage, names = "remapped" if storages == {"remapped"} else "plain", [item.site.name for item in found]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tensormix.compression import Calibration, Progress, Stream, Walk, compress, named, streams_of
 from tensormix.compression.choosing import Notes, chooses
-from tensormix.compression.fitting import Row
 from tensormix.compression.to_files import Disk
 from tensormix.models import ModelSource, fill_buffers, load_model, quiet, skeleton
 from tensormix.plan import Plan
+from tensormix.rows import Row
 from tensormix.sites.calls import Activations
 from tensormix.storage.assembly import Assembly
 from tensormix.storage.files import whole_folder
@@ -159,7 +159,7 @@ def _bytes_of_activations(walk: Walk, batches: list[Tensor], inputs: Stream) -> 
     """What is on the disk at once: one list of hidden states for each stream."""
     model: Any = walk.model
     num_numbers = sum(batch.numel() for batch in batches) * model.config.get_text_config().hidden_size
-    return len(streams_of(walk.chosen, inputs)) * num_numbers * model.dtype.itemsize
+    return len(streams_of(walk.units, inputs)) * num_numbers * model.dtype.itemsize
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -7,30 +7,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tensormix.fitting.block_distances import BlockDistances
-from tensormix.methods.base import BlockMethod
-from tensormix.methods.streamline import Streamline
 from tensormix.plan import Plan, Rule
-from tensormix.sites import Site, blocks, find_sites, locate_blocks, returns_tuple
-from tensormix.sites.calls import Call, record_calls
+from tensormix.sites import Site, blocks, find_sites, locate_blocks
+from tensormix.sites.through import Blocks, Keep, through
 
 Notes = dict[str, dict[str, Any]]  # name of a block -> what its row says about how it was chosen
-Keep = Callable[[Tensor], Tensor]  # puts hidden states where they shall stay
-
-
-class Source(Protocol):
-    """Where the blocks of a model come from; a home of the walk is one."""
-
-    def rest(self) -> AbstractContextManager[None]: ...
-    def enter(self, index: int) -> None: ...
-    def release(self, index: int) -> None: ...
 
 
 class Kind(NamedTuple):
@@ -45,12 +32,12 @@ Measured = dict[Kind, list[BlockDistances]]  # of the window that begins at bloc
 
 def chooses(plan: Plan) -> bool:
     """Whether some rule leaves its blocks to measuring."""
-    return any(_chooses(rule.method) for rule in plan.root)
+    return any(rule.method.num_chosen is not None for rule in plan.root)
 
 
 @torch.no_grad()
 def settle(
-    model: nn.Module, plan: Plan, source: Source, batches: Iterable[Tensor] | None, keep: Keep
+    model: nn.Module, plan: Plan, source: Blocks, batches: Iterable[Tensor] | None, keep: Keep
 ) -> tuple[Plan, Notes]:
     """The same plan with its blocks named, and what the measuring found.
 
@@ -63,7 +50,7 @@ def settle(
         ValueError: there are no batches, a rule asks for more blocks than are left to it, or a hidden state has no
             direction (NaN, infinite, zero).
     """
-    choosing: list[Any] = [rule.method for rule in plan.root if _chooses(rule.method)]
+    choosing: list[Any] = [rule.method for rule in plan.root if rule.method.num_chosen is not None]
     if batches is None:
         names = ", ".join(kind.__name__ for kind in choosing[0].needs)
         raise ValueError(f"{choosing[0].name} needs calibration batches ({names}), but none were given")
@@ -84,11 +71,7 @@ def settle(
         notes[f"{names}.{best[0]}"]["candidates"] = {str(start): number for start, number in value.items()}
         return best
 
-    named = _narrowed(plan, find_sites(model), len(blocks(model)), pick)
-    for rule in named.root:
-        if isinstance(rule.method, Streamline):
-            notes[f"{names}.{rule.blocks}"] |= fit(model, source, batches, rule.method, int(rule.blocks), keep)
-    return named, notes
+    return _narrowed(plan, find_sites(model), len(blocks(model)), pick), notes
 
 
 def assume(plan: Plan, sites: Sequence[Site], num_blocks: int) -> Plan:
@@ -109,7 +92,7 @@ def _narrowed(
     """Every choosing rule with the blocks that `pick` takes of its candidates: windows, or single blocks."""
     rules: list[Rule] = []
     for number, rule in enumerate(plan.root):
-        if not _chooses(rule.method):
+        if rule.method.num_chosen is None:
             rules.append(rule)
             continue
         claimed = Plan(tuple(rules)).resolve(sites, num_blocks)
@@ -131,26 +114,17 @@ def _narrowed(
     return Plan(tuple(rules))
 
 
-def measure(model: nn.Module, source: Source, batches: Iterable[Tensor], kinds: set[Kind], keep: Keep) -> Measured:
+def measure(model: nn.Module, source: Blocks, batches: Iterable[Tensor], kinds: set[Kind], keep: Keep) -> Measured:
     """One pass of the dense model over `batches`; of the hidden states between blocks, the last few are kept.
 
     Raises ValueError if there are no batches, or, naming the blocks, if a hidden state has no direction.
     """
-    root, layers = locate_blocks(model)
-    with source.rest():
-        calls = record_calls(model, batches, keep)
-    if not (calls and calls[0]):
-        raise ValueError("there are no calibration batches: the iterable is empty")
-    hidden = [call.hidden for call in calls[0]]
-    for call in (call for of_block in calls for call in of_block):
-        call.hidden = hidden[0]  # lets go of the others
+    root = locate_blocks(model)[0]
     found: Measured = {kind: [] for kind in sorted(kinds)}
     entered: deque[list[Tensor]] = deque(maxlen=max(kind.size for kind in kinds))  # what entered the last blocks
-    for index, block in enumerate(layers):
-        entered.append(hidden)
-        source.enter(index)
-        hidden = [keep(call.run(block, state)) for call, state in zip(calls[index], hidden, strict=True)]
-        source.release(index)
+    for part in through(model, source, batches, keep):
+        entered.append(list(part.hidden["dense"]))
+        hidden, index = part.pass_on("dense"), part.span[0]
         for kind in (kind for kind in found if kind.size <= len(entered)):
             distances = BlockDistances(kind.tokens)
             start = index + 1 - kind.size
@@ -161,52 +135,6 @@ def measure(model: nn.Module, source: Source, batches: Iterable[Tensor], kinds: 
                 raise ValueError(f"{root}.{start} to {root}.{index}: {error}") from None
             found[kind].append(distances)
     return found
-
-
-def fit(
-    model: nn.Module, source: Source, batches: Iterable[Tensor], method: Streamline, start: int, keep: Keep
-) -> dict[str, float]:
-    """Fit `method` to what the blocks from `start` on do to the hidden states of the dense model; facts for its row.
-
-    Raises ValueError, naming the blocks, if something is not finite.
-    """
-    root, layers = locate_blocks(model)
-    with source.rest():
-        calls = record_calls(model, batches, keep)
-    hidden = entering = [call.hidden for call in calls[0]]
-    for index in range(start + method.count):
-        entering = hidden if index <= start else entering
-        source.enter(index)
-        hidden = [keep(call.run(layers[index], state)) for call, state in zip(calls[index], hidden, strict=True)]
-        source.release(index)
-    source.enter(start)
-    try:
-        runs = [partial(_run, call) for call in calls[start]]
-        returns = "tuple" if returns_tuple(layers[start]) else "tensor"
-        return method.fit(layers[start], runs, entering, hidden, returns=returns)
-    except ValueError as error:
-        raise ValueError(f"{root}.{start} to {root}.{start + method.count - 1}: {error}") from None
-    finally:
-        source.release(start)
-
-
-def _run(call: Call, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-    """The block as the model calls it, all that is passed along in the dtype of `hidden`."""
-    if hidden.dtype == call.hidden.dtype:
-        return call.run(block, hidden)
-    return Call(hidden, _cast(call.args, hidden.dtype), _cast(call.kwargs, hidden.dtype)).run(block, hidden)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return type(value)(_cast(item, dtype) for item in value) if type(value) in (list, tuple) else value
-
-
-def _chooses(method: object) -> bool:
-    return isinstance(method, BlockMethod) and method.num_chosen is not None
 
 
 def _kind(method: Any) -> Kind:

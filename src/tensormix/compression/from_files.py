@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensormix.compression import Home
-from tensormix.compression.fitting import Row
 from tensormix.operators import DenseStack
+from tensormix.rows import Row
 from tensormix.sites import Site, locate_blocks
 from tensormix.sites.families import EXPERT_WEIGHTS
 from tensormix.storage.assembly import Assembly, Making
@@ -20,7 +20,7 @@ from tensormix.storage.safetensors import shard_name
 
 
 @dataclass
-class Unit:
+class Shard:
     """What goes into one file: a block, or everything that is in none."""
 
     file: str
@@ -38,17 +38,17 @@ class Source(Home):
         self.model, self.assembly, self.device = model, assembly, device
         self.entries = assembly.weights.entries
         self.root, self.layers = locate_blocks(model)
-        self.units = self._units(len(self.layers))  # one for each block, and the last one for the rest
+        self.shards = self._shards(len(self.layers))  # one for each block, and the last one for the rest
         self._entered: dict[int, list[nn.Module]] = {}
 
-    def _units(self, num_blocks: int) -> list[Unit]:
+    def _shards(self, num_blocks: int) -> list[Shard]:
         total = num_blocks + 1
-        units = [Unit(shard_name(number, total)) for number in range(total)]
+        shards = [Shard(shard_name(number, total)) for number in range(total)]
         for making in self.assembly.makings:
-            units[self._block_of(making.targets[0], num_blocks)].makings.append(making)
+            shards[self._block_of(making.targets[0], num_blocks)].makings.append(making)
         for name in self.assembly.unknown:
-            units[self._block_of(name, num_blocks)].unknown.append(name)
-        return units
+            shards[self._block_of(name, num_blocks)].unknown.append(name)
+        return shards
 
     def _block_of(self, name: str, num_blocks: int) -> int:
         head, _, tail = name.partition(f"{self.root}.")
@@ -72,7 +72,7 @@ class Source(Home):
     def dense_bits(self, site: Site) -> int:
         index = site.block
         if site.kind == "block" and index is not None:
-            names = [name for making in self.units[index].makings for name in making.sources]
+            names = [name for making in self.shards[index].makings for name in making.sources]
             return sum(self.assembly.weights.bits(self.entries[name]) for name in names)
         if site.kind == "experts":
             path, _, stack = site.name.rpartition(".")
@@ -91,7 +91,7 @@ class Source(Home):
         give_back()
 
     def _fill(self, number: int, operators: Mapping[str, Any]) -> None:
-        """Give the modules of a unit their dense weights, where `operators` have not taken their place."""
+        """Give the modules of a shard their dense weights, where `operators` have not taken their place."""
         for making, kept in self._kept(number, operators):
             if kept:
                 made = self.assembly.make(making.targets[0])
@@ -99,16 +99,16 @@ class Source(Home):
                     set_weight(self.model, target, made[target].to(self.device))
 
     def _state(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a block as it is now; of the unit after the blocks, those of the whole model."""
+        """The tensors of a block as it is now; of the shard after the blocks, those of the whole model."""
         if number == len(self.layers):
             return self.model.state_dict()
         return self.layers[number].state_dict(prefix=f"{self.root}.{number}.")
 
     def _kept(self, number: int, operators: Mapping[str, Any]) -> Iterator[tuple[Making, list[str]]]:
-        """The makings of a unit, each with those of its parameters that the model still has."""
+        """The makings of a shard, each with those of its parameters that the model still has."""
         there = {name: tensor.shape for name, tensor in self._state(number).items()}
         wanted = self.assembly.targets
-        for making in self.units[number].makings:
+        for making in self.shards[number].makings:
             yield making, [t for t in making.targets if there.get(t) == wanted[t].shape and not inside(t, operators)]
 
     def _outside(self) -> list[nn.Module]:

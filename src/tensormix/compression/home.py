@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from tensormix.compression.fitting import Row
+from tensormix.rows import Row
 from tensormix.sites import Site
+from tensormix.sites.through import Blocks
 
 
-class Home:
+class Home(Blocks):
     """Where the blocks are while the model is walked: here in the model itself, all the time."""
 
     def finished(self, index: int) -> list[Row] | None:
         """The rows of a block that an earlier walk finished; None if it is still to be done."""
         return None
-
-    @contextmanager
-    def rest(self) -> Iterator[None]:
-        """While open, everything outside the blocks has its weights."""
-        yield
-
-    def enter(self, index: int) -> None:
-        """Block `index` has its dense weights afterwards."""
 
     def restore(self, index: int) -> None:
         """Block `index` is afterwards as the earlier walk left it, weights included."""
@@ -32,11 +22,5 @@ class Home:
         weights = site.module.state_dict().values() if site.kind == "block" else [site.weight]
         return sum(8 * weight.numel() * weight.element_size() for weight in weights)
 
-    def tidy(self) -> None:
-        """Something large was just let go of: after a batch, the statistics of a block, an expert, a site."""
-
     def leave(self, index: int, rows: list[Row]) -> None:
         """The walk is done with block `index`, which may be put away."""
-
-    def release(self, index: int) -> None:
-        """The weights of block `index`, which was finished before, are no longer needed."""

@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensormix.compression.fitting import Row
-from tensormix.methods.slice_gpt import SliceGpt, principal_basis
+from tensormix.methods.base import ModelMethod
 from tensormix.operators import SlicedBlock
 from tensormix.operators.base import computing_dtype
 from tensormix.reparameterise.residual import read, write
+from tensormix.rows import Row
 from tensormix.sites import locate_blocks, macs_per_token
-from tensormix.sites.calls import record_calls
+from tensormix.sites.calls import Call
 from tensormix.sites.families import family_of
 from tensormix.sites.sliced import block_layers, check_sliceable, ends, final_norm, run_attention, run_mlp, shrink
-from tensormix.statistics import Gram
+from tensormix.sites.through import Blocks, through
 
 
 @torch.no_grad()
 def slice_model(
     model: nn.Module,
-    method: SliceGpt,
+    method: ModelMethod,
     batches: Iterable[Tensor] | None,  # (B, T) each
     progress: Callable[[int, int, str], None],
     *,
@@ -44,10 +45,11 @@ def slice_model(
     """
     width = method.width(check_sliceable(model))
     if batches is None:
-        raise ValueError("slice_gpt needs calibration batches (Gram), but none were given")
+        needs = ", ".join(kind.__name__ for kind in method.needs)
+        raise ValueError(f"{method.name} needs calibration batches ({needs}), but none were given")
     start = time.perf_counter()
     before = list(_costs(model))
-    bases = _bases(model, batches, width, propagated, precision, progress)
+    bases = _bases(model, method, batches, propagated, precision, progress)
     weights = _turned(model, bases)
     shrink(model, width)
     for name, weight in weights.items():
@@ -55,7 +57,7 @@ def slice_model(
     return _rows(method, before, model, time.perf_counter() - start)
 
 
-def slice_empty(model: nn.Module, method: SliceGpt) -> list[Row]:
+def slice_empty(model: nn.Module, method: ModelMethod) -> list[Row]:
     """The same for a skeleton on meta, without any numbers: for sizes and costs."""
     before = list(_costs(model))
     shrink(model, method.width(check_sliceable(model)))
@@ -64,36 +66,35 @@ def slice_empty(model: nn.Module, method: SliceGpt) -> list[Row]:
 
 def _bases(
     model: nn.Module,
+    method: ModelMethod,
     batches: Iterable[Tensor],
-    width: int,
     propagated: bool,
     precision: torch.dtype,
     progress: Callable[[int, int, str], None],
 ) -> list[Tensor]:  # (D, S) each
     """Of the stream before each attention and each MLP, in the order of the model, and before the final norm."""
     root, layers = locate_blocks(model)
-    calls = record_calls(model, batches)
-    if not (calls and calls[0]):
-        raise ValueError("there are no calibration batches: the iterable is empty")
-    hidden = [call.hidden for call in calls[0]]
-    bases = []
-    for index, block in enumerate(layers):
-        name = f"{root}.{index}"
+    bases, hidden = [], []
+    for part in through(model, Blocks(), batches):
+        index, hidden = part.span[0], part.hidden["dense"]
         for half, place in ((run_attention, "attention"), (run_mlp, "MLP")):
-            bases.append(_basis(hidden, width, precision, f"{name}, before its {place}"))
-            for number, call in enumerate(calls[index]):
-                entering = _projected(hidden[number], bases[-1]) if propagated else hidden[number]
-                hidden[number] = half(block, call, entering)
-        progress(index + 1, len(layers), name)
-    return [*bases, _basis(hidden, width, precision, "the final norm")]
+            bases.append(_basis(hidden, method, precision, f"{root}.{index}, before its {place}"))
+            part.pass_on("dense", partial(_half, half, layers[index], bases[-1] if propagated else None))
+        progress(index + 1, len(layers), f"{root}.{index}")
+    return [*bases, _basis(hidden, method, precision, "the final norm")]
 
 
-def _basis(hidden: list[Tensor], width: int, precision: torch.dtype, place: str) -> Tensor:  # (B, T, D) -> (D, S)
-    gram = Gram(hidden[0].shape[-1], hidden[0].device, precision)
-    for states in hidden:
-        gram.update(states)
+def _half(run: Callable[..., Tensor], block: Any, basis: Tensor | None, call: Call, hidden: Tensor) -> Tensor:
+    return run(block, call, hidden if basis is None else _projected(hidden, basis))
+
+
+def _basis(hidden: list[Tensor], method: ModelMethod, precision: torch.dtype, place: str) -> Tensor:  # -> (D, S)
+    stats = {kind: kind(hidden[0].shape[-1], hidden[0].device, precision) for kind in method.needs}
+    for statistic in stats.values():
+        for states in hidden:  # (B, T, D)
+            statistic.update(states)
     try:
-        return principal_basis(gram.mean, width).to(computing_dtype(hidden[0]))
+        return method.basis(stats, method.width(hidden[0].shape[-1])).to(computing_dtype(hidden[0]))
     except ValueError as reason:
         raise ValueError(f"{place}: {reason}; nothing was changed") from None
 
@@ -151,7 +152,7 @@ def _costs(model: nn.Module) -> Iterator[dict[str, Any]]:
         }
 
 
-def _rows(method: SliceGpt, before: list[dict[str, Any]], model: nn.Module, seconds: float) -> list[Row]:
+def _rows(method: ModelMethod, before: list[dict[str, Any]], model: nn.Module, seconds: float) -> list[Row]:
     rows = []
     for old, new in zip(before, _costs(model), strict=True):
         dense = {f"dense_{key}": old[key] for key in ("parameters", "bits", "macs_per_token")}

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tensormix.compression import Walk
-from tensormix.compression.fitting import Row, bytes_after
 from tensormix.compression.from_files import Source, inside
-from tensormix.compression.units import groups_of
 from tensormix.hf import attach, install_empty, operators_of
 from tensormix.operators import StandIn
+from tensormix.rows import Row
+from tensormix.sites import Site
 from tensormix.storage.assembly import Assembly, Making, packed_config
 from tensormix.storage.entries import Entry, Piece
 from tensormix.storage.files import new_file, put_in_place, read_json, write_json
@@ -52,7 +52,7 @@ class Disk(Source):
         """Whether `out` is there already, whole, as it was asked for now."""
         ready = (self.out / "config.json").exists() and not self.part.exists()  # what is in part is newer than out
         self._lines = self._intact(self.out, self.journal.read(request)) if ready else {}
-        return len(self._lines) == len(self.units)
+        return len(self._lines) == len(self.shards)
 
     def begin(self, request: dict[str, Any], walk: Walk, meanwhile: int) -> None:
         """Take up what an earlier walk left, if it was asked for the same, and make sure that the rest fits the disk.
@@ -63,7 +63,7 @@ class Disk(Source):
         Raises ValueError if it does not fit.
         """
         self._lines = self._intact(self.part, self.journal.read(request)) if self.part.exists() else {}
-        missing = [number for number, unit in enumerate(self.units) if unit.file not in self._lines]
+        missing = [number for number, shard in enumerate(self.shards) if shard.file not in self._lines]
         beside = sum(file.stat().st_size for file in self._files_beside())
         check_space(self.out.parent, meanwhile + beside + sum(self._bytes_of(number, walk) for number in missing))
         self.part.mkdir(parents=True, exist_ok=True)
@@ -82,18 +82,20 @@ class Disk(Source):
         return [file for file in files_beside(self.assembly.weights.folder) if file.name != self.journal.path.name]
 
     def _bytes_of(self, number: int, walk: Walk) -> int:
-        """What the file of one unit will hold, without its header: methods are asked for empty operators."""
-        here = walk.chosen[number] if number < len(walk.chosen) else {}
-        opened = {name.rpartition(".")[0] for name in here if walk.sites[name].kind == "experts"}
-        gone = {*here, *opened}
-        joint = {n: op for group in groups_of(self.model, walk.sites, here).values() for n, op in group.empty().items()}
-        total = sum(self._copy(name).num_bytes for name in self.units[number].unknown)
-        for making in self.units[number].makings:
+        """What the file of one shard will hold, without its header: units are asked for empty operators."""
+        costs = {name: c for unit in walk.units if number in unit.blocks for name, c in unit.costs().items()}
+        here = [site for site in walk.sites.values() if site.block == number and site.name in walk.chosen]
+        opened = {site.name.rpartition(".")[0] for site in here if site.kind == "experts"}
+        gone = {*opened, *(site.name for site in here)}
+        total = sum(self._copy(name).num_bytes for name in self.shards[number].unknown)
+        for making in self.shards[number].makings:
             if not any(inside(target, gone) for target in making.targets):
                 total += sum(piece.num_bytes for piece in self._copies(making).values())
         for site in walk.sites.values():
-            if site.name in here or site.name.rpartition(".")[0] in opened:
-                total += bytes_after(site, here.get(site.name), joint)
+            if site.block == number and site.name in walk.chosen:
+                total += costs[site.name].bits // 8 + _bytes_of_bias(site)
+            elif site.name.rpartition(".")[0] in opened:  # a dense stack beside one that is compressed
+                total += site.weight.numel() * site.weight.dtype.itemsize + _bytes_of_bias(site)
         return total
 
     @property
@@ -101,16 +103,16 @@ class Disk(Source):
         return len(self._lines)
 
     def all_rows(self) -> list[Row]:
-        return [row for unit in self.units for row in self._lines[unit.file]["rows"]]
+        return [row for shard in self.shards for row in self._lines[shard.file]["rows"]]
 
     # What the walk asks for
 
     def finished(self, index: int) -> list[Row] | None:
-        line = self._lines.get(self.units[index].file)
+        line = self._lines.get(self.shards[index].file)
         return None if line is None else line["rows"]
 
     def restore(self, index: int) -> None:
-        line = self._lines[self.units[index].file]
+        line = self._lines[self.shards[index].file]
         install_empty(self.model, line["operators"])
         self._fill(index, line["operators"])
         for entry in read_header(self.part / line["file"]):
@@ -130,12 +132,12 @@ class Disk(Source):
     def finish(self) -> None:
         """Write what is outside the blocks, the index, the config and all other files of the source: the end."""
         rest = len(self.layers)
-        if self.units[rest].file not in self._lines:
+        if self.shards[rest].file not in self._lines:
             self._write(rest, {}, [])
         for line in self._lines.values():
             known = operators_of(self.model)
             install_empty(self.model, {k: spec for k, spec in line["operators"].items() if known.get(k) != spec})
-        write_index([self.part / unit.file for unit in self.units], self.part)
+        write_index([self.part / shard.file for shard in self.shards], self.part)
         self._write_config()
         for file in self._files_beside():
             with file.open("rb") as source, new_file(self.part / file.name) as copy:
@@ -147,20 +149,20 @@ class Disk(Source):
     # Writing
 
     def _write(self, number: int, operators: dict[str, Any], rows: list[Row], changed: bool = False) -> None:
-        unit = self.units[number]
+        shard = self.shards[number]
         new = self._state(number) if number < len(self.layers) else {}
-        pieces: dict[str, Piece | Entry] = {name: self._copy(name) for name in unit.unknown}
+        pieces: dict[str, Piece | Entry] = {name: self._copy(name) for name in shard.unknown}
         for making, kept in self._kept(number, operators):
             if kept == making.targets and not changed:
                 pieces |= self._copies(making)
                 for target in kept:
                     new.pop(target, None)
         pieces |= {name: Piece.of(tensor) for name, tensor in new.items()}
-        size, digest = write_shard(self.part / unit.file, pieces)
-        line = {"file": unit.file, "bytes": size, "sha256": digest, "operators": operators, "rows": rows}
+        size, digest = write_shard(self.part / shard.file, pieces)
+        line = {"file": shard.file, "bytes": size, "sha256": digest, "operators": operators, "rows": rows}
         line["changed"] = changed
         self.journal.append(line)
-        self._lines[unit.file] = line
+        self._lines[shard.file] = line
 
     def _copies(self, making: Making) -> dict[str, Piece | Entry]:
         """The tensors on disk of a making as they are, or in the dtype of the model where that was asked for."""
@@ -185,3 +187,7 @@ class Disk(Source):
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.model.dtype).removeprefix("torch.")
         write_json(self.part / "config.json", config)
+
+
+def _bytes_of_bias(site: Site) -> int:
+    return 0 if site.kind == "block" or site.bias is None else site.bias.numel() * site.weight.dtype.itemsize

@@ -1,165 +1,148 @@
-"""The linear layers of one block that one method changes together: by role for the method, by name for the model.
-
-Shape letters: O out_features, I in_features.
-"""
+"""What is fitted together: the sites that one method changes at once, and how it is asked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tensormix.methods.base import Heads, JointMethod, Layer, Method, RoleError
-from tensormix.operators import Concat, StructuredLinear
-from tensormix.sites import FUSED, Site, head_counts, takes_turns
+from tensormix.operators import Cost
+from tensormix.rows import Row
+from tensormix.sites import Site, cost_of
+from tensormix.statistics import is_finite
 
-_SAME_INPUTS = {"k": "q", "v": "q", "up": "gate"}
+Statistics = dict[str, list[dict[type, Any]]]  # site name -> of each expert: statistic class -> what it saw
 
 
-class Group:
-    """The sites of one block that share a joint method.
+class Fitted(NamedTuple):
+    """What a unit came to.
 
-    Raises:
-        ValueError: a site has no role that the method knows, two have the same, or the heads are not known or do not
-            fit the shapes.
+    Attributes:
+        operators: by the name of the module whose place each takes; what several of them share under a name of its own.
+        facts: site name -> what the row about it says beside sizes and costs.
     """
 
-    def __init__(self, model: nn.Module, method: JointMethod, sites: Iterable[Site]) -> None:
-        self.method, self.sites = method, list(sites)
-        counts = head_counts(model)
-        self.heads = None if counts is None else Heads(*counts)
-        self.groups: dict[str, int] = {}  # site name -> of a fused one: in how many pieces its parts take turns
-        self.holder: dict[str, Site] = {}  # role -> the site that holds it
-        for site in self.sites:
-            turns = site.role == "qkv" and takes_turns(model, site)
-            self.groups[site.name] = self._known_heads(site).num_kv_heads if turns else 1
-            for role in _roles(site):
-                if role not in method.roles:
-                    known = ", ".join(method.roles)
-                    raise ValueError(f"{site.name}: {method.name} does not know this layer; it works on {known}")
-                if role in self.holder:
-                    raise ValueError(
-                        f"{site.name}: {method.name} takes one layer of each role in a block, but "
-                        f"{self.holder[role].name} is {role} too; name the sites that you mean"
-                    )
-                self.holder[role] = site
-        self._check_heads()
+    operators: dict[str, Any]
+    facts: dict[str, Row]
+
+
+class Unit(ABC):
+    """The sites that one method changes together, in the order of the model: nothing else calls a method.
+
+    `first_block` and `last_block` say from where to where it reaches; all of that is in memory while it is fitted.
+    """
+
+    moves_bias: ClassVar[bool] = True  # the biases of the sites go to the operators, which have none or add theirs
+    has_spectrum: bool = False  # `spectra` gives singular values
+    error_left_out: ClassVar[float] = 0.0  # relative, where nothing is fitted and measured
+
+    def __init__(self, model: nn.Module, method: Any, sites: Iterable[Site]) -> None:
+        self.model, self.method, self.sites = model, method, tuple(sites)
+        self.kinds: tuple[type, ...] = method.needs  # of statistics; a survey looks at others than the fit
+
+    @property
+    def name(self) -> str:
+        """Of the first site."""
+        return self.sites[0].name
+
+    @property
+    def first_block(self) -> int:
+        return min(site.block or 0 for site in self.sites)
+
+    @property
+    def last_block(self) -> int:
+        return max(site.block or 0 for site in self.sites)
+
+    @property
+    def blocks(self) -> range:
+        return range(self.first_block, self.last_block + 1)
 
     def needs(self) -> dict[str, tuple[type, ...]]:
-        """Site name -> the statistics of its inputs; where several sites have the same inputs, at the first of them."""
-        found: dict[str, dict[type, None]] = {}
-        for role in self.holder:
-            found.setdefault(self._watched(role).name, {}).update(dict.fromkeys(self.method.needs_at(role)))
-        return {name: tuple(kinds) for name, kinds in found.items() if kinds}
+        """Site name -> the statistics of its inputs."""
+        return {self.name: self.kinds} if self.kinds else {}
 
-    def empty(self) -> dict[str, StructuredLinear]:
-        """By site name, on meta. Raises ValueError, naming the site or the block, if the method cannot work here."""
-        shapes = {role: (count, site.in_features) for role, site, count in self._counts()}
-        try:
-            return self._joined(self.method.empty(shapes, self.heads))
-        except ValueError as reason:
-            raise self._named(reason) from None
+    @abstractmethod
+    def empty(self) -> dict[str, Any]:
+        """`Fitted.operators` on meta, in the dtypes of the weights, without a fit.
 
-    def fit(self, stats: Mapping[str, list[dict[type, Any]]]) -> dict[str, StructuredLinear]:
-        """By site name, each with the final bias of its layer. `stats` is by site name, as `needs` is.
-
-        Raises ValueError, naming the site, if a layer cannot be fitted.
+        Raises ValueError, naming the site, if the method cannot work there.
         """
-        layers = {role: Layer(*self._part(role)) for role in self.holder}
-        seen = {role: stats[self._watched(role).name][0] for role in self.holder if self.method.needs_at(role)}
+
+    @abstractmethod
+    def fit(self, stats: Statistics, tidy: Callable[[], None] = lambda: None) -> Fitted:
+        """The operators, in the dtypes and on the devices of the weights; `stats` is by site name, as `needs` is.
+
+        `tidy` is called when something large is no longer needed. Raises ValueError, naming the site, if something
+        cannot be fitted or is not finite.
+        """
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """A ValueError raised inside names the site."""
         try:
-            return self._joined(self.method.fit(layers, seen, self.heads))
+            yield
         except ValueError as reason:
-            raise self._named(reason) from None
+            raise ValueError(f"{self.name}: {reason}") from None
 
-    def _watched(self, role: str) -> Site:
-        inputs = _SAME_INPUTS.get(role, role)
-        return next(self.holder[other] for other in self.holder if _SAME_INPUTS.get(other, other) == inputs)
+    def check_sizes(self) -> None:
+        """Raise ValueError, naming the site, if the method cannot work there, whatever the numbers are."""
+        self.empty()
 
-    def _counts(self) -> list[tuple[str, Site, int]]:
-        """Every role with its site and its number of rows."""
-        found = []
-        for role, site in self.holder.items():
-            parts = FUSED.get(site.role or "", ())
-            if site.role == "qkv":
-                heads = self._known_heads(site)
-                found.append((role, site, heads.head_dim * (heads.num_heads if role == "q" else heads.num_kv_heads)))
-            else:
-                found.append((role, site, site.out_features // max(1, len(parts))))
-        return found
+    def alternatives(self) -> list[tuple[Any, Unit]]:
+        """The same sites at every size that the method has, by size; of a method without sizes as "whole"."""
+        return [("whole", self)]
 
-    def _part(self, role: str) -> tuple[Tensor, Tensor | None]:  # (O, I), (O,)
-        """What belongs to the role: views, unless the parts take turns."""
-        site = self.holder[role]
-        roles, groups = _roles(site), self.groups[site.name]
-        counts = [count // groups for _, holder, count in self._counts() if holder is site]
+    def squared_error(self, stats: Statistics) -> float:
+        """Relative, of a fit that is thrown away; `error_left_out` where that is not measured."""
+        return self.error_left_out
 
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(0, (groups, -1)).split(counts, dim=1)[roles.index(role)].flatten(0, 1)
-
-        return cut(site.weight), None if site.bias is None else cut(site.bias)
-
-    def _joined(self, operators: Mapping[str, StructuredLinear]) -> dict[str, StructuredLinear]:
-        """By role -> by site, the parts of a fused layer put together again."""
-        found = {}
+    def check(self, stats: Statistics) -> None:
+        """Raise ValueError, naming the site, if a weight or an input is not finite or a statistic saw no token."""
         for site in self.sites:
-            parts = [operators[role] for role in _roles(site)]
-            if len(parts) == 1:
-                found[site.name] = parts[0]
-                continue
-            biases = [part.bias for part in parts]
-            for part in parts:
-                part.bias = None
-            joined = Concat(parts=parts, groups=self.groups[site.name])
-            if all(bias is not None for bias in biases):
-                joined.bias = nn.Parameter(self._fused(site, [bias.detach() for bias in biases if bias is not None]))
-            found[site.name] = joined
+            if not is_finite(site.weight):
+                raise ValueError(f"{site.name}: the weight holds NaN or infinite values; nothing was changed there")
+            for kind in stats[site.name][0] if site.name in stats else ():
+                seen = [of_expert[kind] for of_expert in stats[site.name]]
+                if not any(statistic.num_tokens for statistic in seen):
+                    raise ValueError(
+                        f"{site.name}: no calibration token reached this site, so {self.method.name} cannot be fitted"
+                    )
+                if not all(statistic.is_finite for statistic in seen):
+                    raise ValueError(f"{site.name}: its inputs hold NaN or infinite values; nothing was changed there")
+
+    def new_statistics(self, dtype: torch.dtype) -> Statistics:
+        """Empty ones of what is needed: one for a linear layer, one for each expert of a stack."""
+        sites, found = {site.name: site for site in self.sites}, {}
+        for name, kinds in self.needs().items():
+            site = sites[name]
+            found[name] = [
+                {kind: kind(site.in_features, site.weight.device, dtype) for kind in kinds}
+                for _ in range(site.num_experts)
+            ]
         return found
 
-    def _fused(self, site: Site, biases: list[Tensor]) -> Tensor:  # (O,) each -> (O,)
-        groups = self.groups[site.name]
-        return torch.cat([bias.unflatten(0, (groups, -1)) for bias in biases], dim=1).flatten()
-
-    def _known_heads(self, site: Site) -> Heads:
-        if self.heads is None:
-            raise ValueError(
-                f"{site.name}: the config of the model does not say how many heads it has (num_attention_heads, "
-                f"hidden_size), so {self.method.name} cannot work on its attention"
-            )
-        return self.heads
-
-    def _check_heads(self) -> None:
-        """The shapes must be what the config says, or the heads would be cut at the wrong places."""
-        for role, site in self.holder.items():
-            if role not in ("q", "k", "v", "o"):
-                continue
-            heads = self._known_heads(site)
-            width = heads.head_dim * (heads.num_kv_heads if role in ("k", "v") else heads.num_heads)
-            if site.role == "qkv":
-                width = heads.head_dim * (heads.num_heads + 2 * heads.num_kv_heads)
-            size = site.in_features if role == "o" else site.out_features
-            if size != width:
-                raise ValueError(
-                    f"{site.name}: {self.method.name} needs {width} features there, for {heads.num_heads} heads "
-                    f"({heads.num_kv_heads} of keys and values) of {heads.head_dim} channels, but it has {size}"
-                )
-
-    def _named(self, reason: ValueError) -> ValueError:
-        if isinstance(reason, RoleError):
-            return ValueError(f"{self.holder[reason.role].name}: {reason.reason}")
-        return ValueError(f"block {self.sites[0].block}: {reason}")
+    def costs(self) -> dict[str, Cost]:
+        """What each of the operators will cost, foreseen, and beside it what it adds to the bias of its site."""
+        sites, found = {site.name: site for site in self.sites}, {}
+        for name, operator in self.empty().items():
+            site = sites.get(name)
+            cost = cost_of(operator, 1 if site is None else site.experts_per_token)
+            if site is not None and site.kind != "block":
+                fitted = 0 if operator.bias is None else operator.bias.numel()
+                held = 0 if site.bias is None else site.bias.numel()
+                cost = with_more_bits(cost, 8 * site.weight.dtype.itemsize * max(0, fitted - held), site)
+            found[name] = cost
+        return found
 
 
-def groups_of(model: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, Method]) -> dict[str, Group]:
-    """The groups of `chosen` (site name -> method), each by the name of its first site."""
-    together: dict[tuple[int | None, JointMethod], list[Site]] = {}
-    for name, method in chosen.items():
-        if isinstance(method, JointMethod):
-            together.setdefault((sites[name].block, method), []).append(sites[name])
-    return {members[0].name: Group(model, method, members) for (_, method), members in together.items()}
+def with_more_bits(cost: Cost, bits: int, site: Site) -> Cost:
+    total = cost.bits + bits
+    return cost._replace(bits=total, bytes_per_token=total // 8 * site.experts_per_token // site.num_experts)
 
 
-def _roles(site: Site) -> tuple[str, ...]:
-    return FUSED.get(site.role or "", (str(site.role),))
+def not_finite(operator: nn.Module) -> str:
+    return f"the fitted {type(operator).__name__} holds NaN or infinite values; nothing was changed there"

@@ -5,7 +5,7 @@ The walk asks a `Home` for one block at a time: the blocks may stay in the model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Lock
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.compression.choosing import Notes, chooses, settle
-from tensormix.compression.fitting import Row, Statistics, check_finite, replace, replace_together
+from tensormix.compression.fitting import replace
 from tensormix.compression.home import Home
+from tensormix.compression.kinds import parts_of, units_of
 from tensormix.compression.slicing import slice_model
-from tensormix.compression.streams import Calibration, Stream, Streams
-from tensormix.compression.units import groups_of
-from tensormix.methods.base import JointMethod, LinearMethod, Method
-from tensormix.methods.slice_gpt import SliceGpt
+from tensormix.compression.streams import Calibration, Stream, observe_part, streams_of
+from tensormix.compression.units import Statistics, Unit
 from tensormix.plan import Plan
-from tensormix.sites import Site, blocks, find_sites
+from tensormix.rows import Row
+from tensormix.sites import blocks, find_sites
+from tensormix.sites.through import through
 
 Progress = Callable[[int, int, str], None]  # sites done, sites planned, the name of the last one
 
@@ -58,7 +59,7 @@ def compress(
             activation is not finite. The block where that was found is unchanged, those before it are compressed.
     """
     calibration = Calibration(batches, inputs, precision)
-    if isinstance(plan.whole, SliceGpt):
+    if plan.whole is not None:
         with _evaluating(model):
             told = progress or (lambda done, planned, name: None)
             rows = slice_model(model, plan.whole, batches, told, propagated=inputs == "propagated", precision=precision)
@@ -98,24 +99,29 @@ class Walk:
         self.notes = notes or {}
         self.layers = blocks(model)
         self.sites = {site.name: site for site in find_sites(model)}
-        chosen = plan.resolve(list(self.sites.values()), len(self.layers))
-        _check_sizes(model, self.sites, chosen)
-        self.num_planned, self.num_done, self._lock = len(chosen), 0, Lock()
-        self.chosen: list[dict[str, Method]] = [{} for _ in self.layers]
-        for name, method in chosen.items():
-            block = self.sites[name].block
-            assert block is not None
-            self.chosen[block][name] = method
+        self.chosen = plan.resolve(list(self.sites.values()), len(self.layers))
+        self.units = units_of(model, self.sites, self.chosen)
+        self.check_sizes()
+        self.parts = parts_of(self.units, len(self.layers))
+        self.num_planned, self.num_done, self._lock = len(self.chosen), 0, Lock()
+
+    def check_sizes(self) -> None:
+        """Raise ValueError, naming the site, if a method cannot work on it: before anything is computed or changed."""
+        for unit in self.units:
+            unit.check_sizes()
+
+    def units_in(self, part: range) -> list[Unit]:
+        """Those that are fitted while these blocks are in memory."""
+        return [unit for unit in self.units if unit.first_block in part]
 
     @property
     def last_observed(self) -> int:
         """The last block whose inputs some method needs; -1 if none does."""
-        needy = [i for i, here in enumerate(self.chosen) if any(method.needs for method in here.values())]
-        return max(needy, default=-1)
+        return max((unit.last_block for unit in self.units if unit.needs()), default=-1)
 
     def check_inputs(self, batches: object) -> None:
         """Raise ValueError if a method needs calibration batches and `batches` is None."""
-        needy = next((method for here in self.chosen for method in here.values() if method.needs), None)
+        needy = next((unit.method for unit in self.units if unit.needs()), None)
         if needy is not None and batches is None:
             names = ", ".join(kind.__name__ for kind in needy.needs)
             raise ValueError(f"{needy.name} needs calibration batches ({names}), but none were given")
@@ -128,88 +134,76 @@ class Walk:
             if self.last_observed >= 0:
                 return self._run_in_order(calibration)
             if workers == 1:
-                return [row for index in range(len(self.layers)) for row in self._run_alone(index)]
+                return [row for part in self.parts for row in self._run_alone(part)]
             threads = torch.get_num_threads()  # a thread starts with another count, and sums depend on it
             with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-                futures = [pool.submit(self._run_alone, index) for index in range(len(self.layers))]
+                futures = [pool.submit(self._run_alone, part) for part in self.parts]
                 try:
                     return [row for future in futures for row in future.result()]
                 finally:
                     pool.shutdown(cancel_futures=True)
 
     @torch.no_grad()  # of the thread that runs it
-    def _run_alone(self, index: int) -> list[Row]:
-        """One block without any inputs."""
-        rows = self.home.finished(index)
+    def _run_alone(self, part: range) -> list[Row]:
+        """Blocks without any inputs."""
+        rows = self._finished(part)
         if rows is not None:
             return self._count(rows)
-        if self.chosen[index]:
+        for index in part if self.units_in(part) else ():
             self.home.enter(index)
-        rows = self._fit(index, {})
-        self.home.leave(index, rows)
+        rows = self._fit(part, {})
+        self._leave(part, rows)
         return rows
 
     def _run_in_order(self, calibration: Calibration) -> list[Row]:
-        with self.home.rest():
-            streams = Streams(self.model, self.chosen, calibration, self.home.tidy)
-        rows: list[Row] = []
-        for index, block in enumerate(self.layers):
-            finished = self.home.finished(index)
-            if index > self.last_observed or (finished is not None and index == self.last_observed):
-                rows += self._run_alone(index)
-            elif finished is None:
-                self.home.enter(index)
-                new = self._fit(index, streams.observe(index, block, self.sites, self.chosen[index]))
-                if index < self.last_observed:
-                    streams.advance(index, self.layers[index])
-                self.home.leave(index, new)
+        streams, rows = streams_of(self.units, calibration.inputs), []
+        needy = [p for p in self.parts if self._finished(p) is None and any(u.needs() for u in self.units_in(p))]
+        observed = [part for part in self.parts if needy and part.start <= needy[-1].start]
+        keep = calibration.activations.keep
+        for part in through(self.model, self.home, calibration.batches or (), keep, streams=streams, spans=observed):
+            finished, units = self._finished(part.span), self.units_in(part.span)
+            if finished is None:
+                new = self._fit(part.span, observe_part(self.model, part, self.sites, units, calibration))
+                part.advance()
+                self._leave(part.span, new)
                 rows += new
             else:
-                if streams.separate:
-                    self.home.enter(index)
-                    streams.observe(index, block, self.sites, self.chosen[index])  # with the experts open, as before
-                self.home.restore(index)
-                streams.advance(index, self.layers[index])
-                self.home.release(index)
+                if "dense" in streams:  # with the experts open, as before
+                    observe_part(self.model, part, self.sites, units, calibration)
+                for index in part.span:
+                    self.home.restore(index)
+                part.is_entered = True
                 rows += self._count(finished)
-        return rows
+        return rows + [row for part in self.parts[len(observed) :] for row in self._run_alone(part)]
 
-    def _fit(self, index: int, stats: Statistics) -> list[Row]:
-        here, rows = self.chosen[index], []
+    def _finished(self, part: range) -> list[Row] | None:
+        """The rows of blocks that an earlier walk finished, all of them."""
+        found = [self.home.finished(index) for index in part]
+        return [row for rows in found for row in rows or ()] if all(rows is not None for rows in found) else None
+
+    def _leave(self, part: range, rows: list[Row]) -> None:
+        for index in part:
+            self.home.leave(index, [row for row in rows if row["block"] == index])
+
+    def _fit(self, part: range, stats: Statistics) -> list[Row]:
+        rows: list[Row] = []
         self.home.tidy()
-        check_finite(self.sites, here, stats)
-        groups = groups_of(self.model, self.sites, here)
-        for name, method in here.items():
-            site, home = self.sites[name], self.home
-            if name in groups:
-                new = replace_together(self.model, groups[name], stats, home.dense_bits, home.tidy)
-            elif isinstance(method, JointMethod):
-                continue  # done with the first site of its group
-            else:
-                bits = home.dense_bits(site)
-                new = [replace(self.model, site, method, stats.pop(name, []), bits, home.tidy)]
-            home.tidy()
+        units = self.units_in(part)
+        for unit in units:
+            unit.check(stats)
+        for unit in units:
+            new = replace(unit, stats, self.home.dense_bits, self.home.tidy)
+            self.home.tidy()
             rows += self._count([{**row, **self.notes.get(row["site"], {})} for row in new])
-        return sorted(rows, key=lambda row: list(here).index(row["site"]))
+        order = {name: number for number, name in enumerate(self.chosen)}
+        return sorted(rows, key=lambda row: (row["block"], order.get(row["site"], len(order))))
 
     def _count(self, rows: list[Row]) -> list[Row]:
         for row in rows:
             with self._lock:
-                self.num_done += 1
+                self.num_done += row["site"] in self.chosen
                 self.progress(self.num_done, self.num_planned, row["site"])
         return rows
-
-
-def _check_sizes(model: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, Method]) -> None:
-    """Raise ValueError, naming the site, if a method cannot work on it: before anything is computed or changed."""
-    for name, method in chosen.items():
-        if isinstance(method, LinearMethod):
-            try:
-                method.empty(sites[name].in_features, sites[name].out_features)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-    for group in groups_of(model, sites, chosen).values():
-        group.empty()
 
 
 @contextmanager

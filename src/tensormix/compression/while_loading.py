@@ -18,11 +18,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensormix.compression import Home, Walk
-from tensormix.compression.fitting import check_finite, replace
+from tensormix.compression.fitting import replace
+from tensormix.compression.units import Unit
 from tensormix.hf import attach, refuse_tensor_parallelism, unmark
-from tensormix.methods.base import Method
 from tensormix.plan import Plan
-from tensormix.sites import Site
 
 NAME = "tensormix_plan"
 
@@ -56,13 +55,15 @@ class CompressingQuantizer(HfQuantizer):
         refuse_tensor_parallelism(model)
         walk = Walk(model, cast(CompressConfig, self.quantization_config).plan, Home())
         names = {module: name for name, module in model.named_modules()}
-        self._planned: dict[str, list[tuple[Site, Method]]] = {}  # module name -> the sites whose weights it holds
-        for name, method in (item for here in walk.chosen for item in here.items()):
-            self._planned.setdefault(names[walk.sites[name].module], []).append((walk.sites[name], method))
+        self._planned: dict[str, list[Unit]] = {}  # module name -> the units whose weights it holds
+        self._missing: dict[Unit, set[str]] = {}  # modules that are not read yet
+        for unit in walk.units:
+            self._missing[unit] = {names[site.module] for site in unit.sites}
+            for name in self._missing[unit]:
+                self._planned.setdefault(name, []).append(unit)
+        self._held = {names[site.module]: site for unit in walk.units for site in unit.sites}
         self._modules = {
-            f"{name}.{tensor}": name
-            for name, planned in self._planned.items()
-            for tensor in planned[0][0].module.state_dict()
+            f"{name}.{tensor}": name for name, site in self._held.items() for tensor in site.module.state_dict()
         }  # parameter -> module
         self._error: ValueError | None = None
         return model
@@ -79,15 +80,19 @@ class CompressingQuantizer(HfQuantizer):
         name = self._modules[parameter]
         if self._error is not None or name not in self._planned:
             return
-        module = self._planned[name][0][0].module
-        if self._planned[name][0][0].kind != "block":
-            module.register_parameter(parameter.removeprefix(f"{name}."), nn.Parameter(value))
-            if any(tensor.is_meta for tensor in module.parameters()):
+        site = self._held[name]
+        if site.kind != "block":
+            site.module.register_parameter(parameter.removeprefix(f"{name}."), nn.Parameter(value))
+            if any(tensor.is_meta for tensor in site.module.parameters()):
                 return
         try:
-            for site, method in self._planned.pop(name):
-                check_finite({site.name: site}, {site.name: method}, {})
-                replace(model, site, method, [], Home().dense_bits(site))
+            self._held.pop(name)  # with the dense weight, when it is fitted
+            for unit in self._planned.pop(name):
+                self._missing[unit].discard(name)
+                if not self._missing[unit]:
+                    del self._missing[unit]
+                    unit.check({})
+                    replace(unit, {}, Home().dense_bits)
         except ValueError as error:
             self._error = error
             return

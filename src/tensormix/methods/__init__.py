@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tensormix.methods.base import BlockMethod, JointMethod, LinearMethod, Method, ModelMethod
+from tensormix.methods.base import BlockMethod, JointMethod, LinearMethod, Method, ModelMethod, SpanMethod, StackMethod
 from tensormix.methods.coala import Coala
 from tensormix.methods.dobi_svd import DobiSvd
 from tensormix.methods.drop_blocks import DropBlocks
@@ -52,6 +52,8 @@ __all__ = [
     "Rtn",
     "SliceGpt",
     "Sola",
+    "SpanMethod",
+    "StackMethod",
     "Streamline",
     "Svd",
     "SvdLlm",
@@ -93,7 +95,7 @@ def with_sizes(data: Any) -> Any:
     if isinstance(data.get("of"), dict):
         return {**data, "of": with_sizes(data["of"])}
     cls = METHODS.get(str(data.get("name")))
-    if cls is None or not issubclass(cls, LinearMethod | JointMethod) or cls.size is None or data.get("ranks"):
+    if cls is None or cls.size is None or data.get("ranks"):
         return data
     return {cls.size: cls.largest, **data}
 

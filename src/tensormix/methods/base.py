@@ -6,7 +6,7 @@ Shape letters: I in_features, O out_features.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -14,34 +14,63 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from tensormix.operators import StructuredLinear
+from tensormix.operators import StackedLinear, StructuredLinear
+from tensormix.statistics import Gram
 
+# Pairs of a site and a size, and the function that scores some of them -> the chosen ones, and all trials.
+Search = Callable[[Sequence[tuple[str, Any]], Callable[[Mapping[str, Any]], tuple[float, float]]], Any]
 Statistics = Mapping[type, Any]  # statistic class -> what it saw at this site
 
 
 class Method(BaseModel):
-    """The fields are the whole configuration; unknown keys are refused. A method sees tensors, never models."""
+    """The fields are the whole configuration; unknown keys are refused. A method sees tensors, never models.
+
+    `takes` says what is fitted together: one matrix (of a stack of experts each for itself), a stack, layers of one
+    block or of several by their roles, a block, several consecutive blocks, or the whole model. The other class
+    attributes say what a method offers beside its fit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    site: ClassVar[Literal["linear", "joint", "block", "model"]]
+    takes: ClassVar[Literal["matrix", "stack", "layers", "block", "span", "model"]]
     source: ClassVar[str]  # paper, or "ours"
     summary: ClassVar[str]  # one sentence
     needs: ClassVar[tuple[type, ...]] = ()  # statistics classes
+    roles: ClassVar[tuple[str, ...]] = ()  # the layers that it knows; none: it asks for no role
+    size: ClassVar[str | None] = None  # the setting that a budget decides; who writes the recipe leaves it out
+    largest: ClassVar[Any] = None  # the value of that setting that stands for "not decided yet"
+    search: ClassVar[Search | None] = None  # chooses sites and sizes by trying them
 
     name: str  # a Literal in every method: it tells the methods of a plan apart
 
+    @property
+    def num_chosen(self) -> int | None:
+        """How many blocks of its rule it takes, chosen by measuring the dense model; None: every one of them.
 
-class LinearMethod(Method):
-    """Replaces the weight of one linear layer.
+        A method that chooses says how: `choose` "angular" (consecutive blocks, by the angle of the `tokens`, "all" or
+        "last") or "influence" (single blocks).
+        """
+        return None
 
-    A method whose operator can be larger or smaller names the setting that says so; a budget then decides it, site by
-    site, and whoever writes the recipe leaves it out.
-    """
+    def named(self, chosen: list[int]) -> list[tuple[list[int], Method]]:
+        """What becomes of the blocks that were chosen: methods that take every block of theirs."""
+        return [(chosen, self)]
 
-    site = "linear"
-    size: ClassVar[str | None] = None  # the setting that a budget decides
-    largest: ClassVar[Any] = None  # the value of that setting that stands for "not decided yet"
+    @property
+    def num_blocks(self) -> int | None:
+        """How many neighbouring blocks layers are taken of, or a span has; None: every run of blocks of its rule."""
+        return 1
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether it fits operators of floats to linear layers from a Gram matrix at most: then bases can be learned
+        in which it loses least."""
+        return False
+
+    @property
+    def learned_storage(self) -> str | None:
+        """How the factors are stored whose ranks can be learned for a whole model; None if they cannot."""
+        return None
 
     def allowed_sizes(self, in_features: int, out_features: int) -> Sequence[Any]:
         """Every value of `size` that a layer of these sizes allows; none if there is nothing to decide."""
@@ -54,6 +83,20 @@ class LinearMethod(Method):
     def setting_of(self, value: Any) -> str:
         """The name of what `sized` sets to this value."""
         return str(self.size)
+
+
+class LinearMethod(Method):
+    """Replaces the weight of one linear layer, or of every expert of a stack, each for itself."""
+
+    takes = "matrix"
+
+    @property
+    def is_differentiable(self) -> bool:
+        return set(self.needs) <= {Gram}
+
+    @property
+    def has_spectrum(self) -> bool:
+        return type(self).spectrum is not LinearMethod.spectrum
 
     def spectrum(self, weight: Tensor, stats: Statistics) -> Tensor | None:  # (O, I) -> (K,)
         """The singular values, from the largest on, of which the squares beyond rank R sum to the squared error of the
@@ -80,19 +123,28 @@ class LinearMethod(Method):
         return self.fit(weight, stats), {}
 
 
+class StackMethod(Method):
+    """Replaces the weights of all experts of a stack together."""
+
+    takes = "stack"
+
+    @abstractmethod
+    def empty(self, num_experts: int, in_features: int, out_features: int) -> StackedLinear:
+        """The operator that `fit` would give for stacks of these sizes, on meta.
+
+        Raises:
+            ValueError: the stack does not allow the sizes that are asked for.
+        """
+
+    @abstractmethod
+    def fit(self, weight: Tensor, stats: Sequence[Statistics]) -> StackedLinear:  # (E, O, I)
+        """The fitted operator, in the dtype and on the device of `weight`; `stats` has those of each expert."""
+
+
 class BlockMethod(Method):
     """Replaces a whole block."""
 
-    site = "block"
-
-    @property
-    def num_chosen(self) -> int | None:
-        """How many blocks of its rule it takes, chosen by measuring the dense model; None: every one of them."""
-        return None
-
-    def named(self, chosen: list[int]) -> list[tuple[list[int], BlockMethod]]:
-        """What becomes of the blocks that were chosen: methods that take every block of theirs."""
-        return [(chosen, self)]
+    takes = "block"
 
     def empty(self, block: nn.Module, hidden_size: int, *, returns: str = "tensor") -> nn.Module:
         """What `replace` would give, on meta: for checking sizes and costs."""
@@ -101,6 +153,44 @@ class BlockMethod(Method):
     @abstractmethod
     def replace(self, block: nn.Module, *, returns: str = "tensor") -> nn.Module:
         """What stands in for `block`: a StandIn, or a block of the same kind.
+
+        `returns` says whether the model's blocks return a "tensor" or a "tuple".
+        """
+
+
+Run = Callable[[nn.Module, Tensor], Tensor]  # a block on one batch of hidden states (B, T, D), as the model calls it
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """What several blocks did in the dense model, batch by batch: a statistic of a `SpanMethod`."""
+
+    stream: ClassVar[str] = "dense"
+
+    runs: Sequence[Run]  # how the model calls the first of them
+    entering: Sequence[Tensor]  # (B, T, D) each
+    leaving: Sequence[Tensor]  # (B, T, D) each
+
+
+class SpanMethod(Method):
+    """Replaces several consecutive blocks together."""
+
+    takes = "span"
+    needs = (HiddenStates,)
+
+    @property
+    def num_blocks(self) -> int | None:
+        return None
+
+    @abstractmethod
+    def empty(self, blocks: Sequence[nn.Module], hidden_size: int, *, returns: str = "tensor") -> list[nn.Module]:
+        """What `fit` would give, on meta: for checking sizes and costs."""
+
+    @abstractmethod
+    def fit(
+        self, blocks: Sequence[nn.Module], states: HiddenStates, *, returns: str = "tensor"
+    ) -> tuple[list[nn.Module], dict[str, Any]]:
+        """What stands in for each of the dense blocks, and what the row of the first of them says: JSON-able.
 
         `returns` says whether the model's blocks return a "tensor" or a "tuple".
         """
@@ -144,16 +234,18 @@ class JointMethod(Method):
 
     The layers come by role; a fused one (qkv, gate_up) comes as its parts. The block's function must stay what it is:
     neurons may be put in another order or removed, channels of heads turned, as long as the readers are too. Every
-    layer keeps its shape.
+    layer keeps its shape. Of a method of several neighbouring blocks the layers come as "0.q", "1.q" and so on.
+
+    A `size` is one for all layers together: a fraction from 0 to 1.
     """
 
-    site = "joint"
-    roles: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")  # those that it can change
-    size: ClassVar[str | None] = None  # as of a `LinearMethod`, for all layers together: a fraction from 0 to 1
+    takes = "layers"
+    roles = ("q", "k", "v", "o", "gate", "up", "down")
     largest: ClassVar[Any] = 1.0
 
     def needs_at(self, role: str) -> tuple[type, ...]:
-        """The statistics that it needs of the inputs of this role; those of q, k, v are the same, and of gate, up."""
+        """The statistics that it needs of the inputs of this role; those of q, k, v of a block are the same, and of
+        gate, up."""
         return self.needs
 
     @abstractmethod
@@ -175,6 +267,17 @@ class JointMethod(Method):
 
 
 class ModelMethod(Method):
-    """Changes a whole model at once, and so is the only rule of its plan."""
+    """Projects the residual stream of a whole model onto fewer channels, and so is the only rule of its plan."""
 
-    site = "model"
+    takes = "model"
+
+    @abstractmethod
+    def width(self, full: int) -> int:
+        """S for a hidden size D. Raises ValueError if nothing would be left."""
+
+    @abstractmethod
+    def basis(self, stats: Statistics, width: int) -> Tensor:  # (D, S)
+        """The orthonormal channels that stay at one place, from the statistics of the stream there.
+
+        Raises ValueError if there are none to be found.
+        """

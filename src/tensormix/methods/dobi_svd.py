@@ -62,6 +62,14 @@ class DobiSvd(LinearMethod):
             raise ValueError(f"DobiSvd: takes either rank (a learned one) or keep (a fraction), got {got}")
         return self
 
+    @property
+    def is_differentiable(self) -> bool:
+        return super().is_differentiable and self.storage == "plain"
+
+    @property
+    def learned_storage(self) -> str:
+        return self.storage
+
     def allowed_sizes(self, in_features: int, out_features: int) -> range:
         return range(1, self._limits(in_features, out_features)[1] + 1)
 

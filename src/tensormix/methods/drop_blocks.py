@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from tensormix.fitting.block_distances import BlockDistances
-from tensormix.methods.base import BlockMethod
+from tensormix.methods.base import BlockMethod, Method
 from tensormix.operators import Bypass, Experts, StructuredLinear
 
 
@@ -49,7 +49,7 @@ class DropBlocks(BlockMethod):
     def num_chosen(self) -> int | None:
         return self.count
 
-    def named(self, chosen: list[int]) -> list[tuple[list[int], BlockMethod]]:
+    def named(self, chosen: list[int]) -> list[tuple[list[int], Method]]:
         return [(chosen, DropBlocks())]
 
     def replace(self, block: nn.Module, *, returns: str = "tensor") -> Bypass:

@@ -77,6 +77,10 @@ class Laser(LinearMethod):
             )
         return rank
 
+    @staticmethod
+    def search(candidates: Sequence[tuple[str, float]], score: Score) -> tuple[dict[str, float], list[Trial]]:
+        return laser_search(candidates, score)
+
 
 def _fraction(rank: int, full: int) -> float:
     return ceil(rank / full * 1e6) / 1e6

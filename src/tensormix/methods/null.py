@@ -21,6 +21,10 @@ class ZeroMethod(LinearMethod):
 
     name: Literal["zero"] = "zero"
 
+    @property
+    def is_differentiable(self) -> bool:
+        return False
+
     def empty(self, in_features: int, out_features: int) -> Zero:
         with torch.device("meta"):
             return Zero(in_features, out_features)

@@ -55,6 +55,10 @@ class Rtn(LinearMethod):
             )
         return group
 
+    @property
+    def is_differentiable(self) -> bool:
+        return False
+
     def allowed_sizes(self, in_features: int, out_features: int) -> Sequence[Any]:
         """Of `of` the sizes of that method, whose numbers all get these bits; of the weight itself the bits."""
         return (2, 3, 4, 8) if self.of is None else self.of.allowed_sizes(in_features, out_features)

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tensormix.fitting.whitening import check_inputs
-from tensormix.methods.base import ModelMethod
+from tensormix.methods.base import ModelMethod, Statistics
 from tensormix.statistics import Gram
 
 
@@ -53,6 +53,9 @@ class SliceGpt(ModelMethod):
                 f"is {min(1.0, self.multiple / full):.4f} ({min(self.multiple, full)} channels), the largest 1"
             )
         return width
+
+    def basis(self, stats: Statistics, width: int) -> Tensor:  # (D, S)
+        return principal_basis(stats[Gram].mean, width)
 
 
 def principal_basis(gram: Tensor, width: int) -> Tensor:  # (D, D) -> (D, S)

@@ -11,26 +11,24 @@ from math import cos, pi
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tensormix.fitting.block_distances import BlockDistances
 from tensormix.fitting.whitening import gram_root, output_basis
-from tensormix.methods.base import BlockMethod
+from tensormix.methods.base import HiddenStates, Method, Run, SpanMethod
 from tensormix.methods.drop_blocks import DropBlocks
 from tensormix.operators import ResidualMLP
 
-Run = Callable[[nn.Module, Tensor], Tensor]  # a block on one batch of hidden states (B, T, D), as the model calls it
-
 
 class _Needs:
-    """Before the walk hidden states, in it nothing."""
+    """Before the blocks are chosen their distances; then what enters and leaves them."""
 
     def __get__(self, method: Streamline | None, owner: type) -> tuple[type, ...]:
-        return (BlockDistances,) if method is None or method.num_chosen is not None else ()
+        return (BlockDistances,) if method is None or method.count is not None else (HiddenStates,)
 
 
-class Streamline(BlockMethod):
+class Streamline(SpanMethod):
     """The `count` consecutive blocks that turn the hidden states least are left out, and one replacement is put there.
 
     "layer" is a copy of the first of them, trained; it stays a block of the architecture. "mlp" is a ResidualMLP of
@@ -46,15 +44,12 @@ class Streamline(BlockMethod):
     tokens: ClassVar[str] = "all"
 
     name: Literal["streamline"] = "streamline"
-    count: int = Field(ge=1)  # blocks that are replaced, of those that the rule is about
+    count: int | None = Field(ge=1)  # blocks that are replaced, of those that the rule is about; null: all of them
     replacement: Literal["layer", "mlp"] = "layer"
     width: int | None = Field(default=None, ge=2, multiple_of=2)  # hidden units of the mlp
     steps: int = Field(default=200, ge=0)  # of Adam, each on one calibration batch
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)  # falls to 0 with a cosine
     seed: int = Field(default=0, ge=0)  # of the order of the batches
-
-    _fitted: nn.Module | None = PrivateAttr(default=None)
-    _named: bool = PrivateAttr(default=False)
 
     @model_validator(mode="after")
     def _width_of_mlp(self) -> Self:
@@ -64,33 +59,24 @@ class Streamline(BlockMethod):
 
     @property
     def num_chosen(self) -> int | None:
-        return None if self._named else self.count
+        return self.count
 
-    def named(self, chosen: list[int]) -> list[tuple[list[int], BlockMethod]]:
-        first = self.model_copy()
-        first._named = True
-        return [([chosen[0]], first), *([(chosen[1:], DropBlocks())] if chosen[1:] else [])]
+    def named(self, chosen: list[int]) -> list[tuple[list[int], Method]]:
+        return [(chosen, self.model_copy(update={"count": None}))]
 
-    def empty(self, block: nn.Module, hidden_size: int, *, returns: str = "tensor") -> nn.Module:
-        return block if self.replacement == "layer" else self._mlp(block, hidden_size, returns)
-
-    def replace(self, block: nn.Module, *, returns: str = "tensor") -> nn.Module:
-        if self._fitted is None:
-            raise ValueError("Streamline: the replacement is fitted before the walk, which was not done")
-        return self._fitted
+    def empty(self, blocks: Sequence[nn.Module], hidden_size: int, *, returns: str = "tensor") -> list[nn.Module]:
+        first = blocks[0] if self.replacement == "layer" else self._mlp(blocks[0], hidden_size, returns)
+        return [first, *_left_out(blocks[1:], returns)]
 
     def fit(
-        self, block: nn.Module, runs: Sequence[Run], entering: Sequence[Tensor], leaving: Sequence[Tensor], *,
-        returns: str = "tensor",
-    ) -> dict[str, float]:  # (B, T, D) each  # fmt: skip
-        """Fit what `replace` then gives to the hidden states at both ends of the blocks, of which `block` is the first.
-
-        Returns:
-            The mean squared error per number "mse", and that of leaving the blocks out, "mse_dropped".
+        self, blocks: Sequence[nn.Module], states: HiddenStates, *, returns: str = "tensor"
+    ) -> tuple[list[nn.Module], dict[str, Any]]:
+        """Facts are the mean squared error per number "mse", and that of leaving all blocks out, "mse_dropped".
 
         Raises:
             ValueError: a hidden state, or the error, is not finite.
         """
+        block, (runs, entering, leaving) = blocks[0], (states.runs, states.entering, states.leaving)
         if not all(bool(state.isfinite().all()) for state in (*entering, *leaving)):
             raise ValueError("Streamline: hidden states hold NaN or infinite values; nothing was changed")
         if self.replacement == "layer":
@@ -101,18 +87,23 @@ class Streamline(BlockMethod):
         module.eval()
         dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), entering[0].dtype)
         best = _train(module, runs, entering, leaving, self)
-        self._fitted = fitted = module.to(dtype)
+        fitted = module.to(dtype)
         fitted.load_state_dict(best)
         for parameter, like in zip(fitted.parameters(), block.parameters(), strict=False):
             parameter.requires_grad_(like.requires_grad)
         wide = _error(lambda run, state: run(fitted, state), runs, entering, leaving)
-        return {"mse": wide, "mse_dropped": _error(lambda run, state: state, runs, entering, leaving)}
+        facts = {"mse": wide, "mse_dropped": _error(lambda run, state: state, runs, entering, leaving)}
+        return [fitted, *_left_out(blocks[1:], returns)], facts
 
     def _mlp(self, block: nn.Module, hidden_size: int, returns: str, device: Any = "meta") -> ResidualMLP:
         assert self.width is not None
         bypass = DropBlocks().replace(block, returns=returns)
         with torch.device(device):
             return ResidualMLP(hidden_size, self.width, **bypass.sizes)
+
+
+def _left_out(blocks: Sequence[nn.Module], returns: str) -> list[nn.Module]:
+    return [DropBlocks().replace(block, returns=returns) for block in blocks]
 
 
 def _fill_linear(mlp: ResidualMLP, entering: Sequence[Tensor], leaving: Sequence[Tensor]) -> None:  # (B, T, D) each

@@ -137,10 +137,13 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
 
 
 def fill_buffers(model: Any, device: str = "cpu") -> None:
-    """Give a skeleton the buffers that no checkpoint holds (rotary frequencies and the like), as loading does."""
+    """Give a skeleton the buffers that no checkpoint holds (rotary frequencies and the like), as loading does, once."""
+    buffers = [(name, buffer) for name, buffer in model.named_non_persistent_buffers() if buffer.is_meta]
+    if not buffers:  # initialising leaves alone what was filled before, and would not fill new buffers either
+        return
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True  # so that what is missing is only the buffers made next
-    for name, buffer in list(model.named_non_persistent_buffers()):
+    for name, buffer in buffers:
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device=device)
     with torch.random.fork_rng(devices=[]):

@@ -7,22 +7,24 @@ I in_features, O out_features.
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensormix.operators.base import StructuredLinear
+from tensormix.operators.base import Operator, StructuredLinear
+from tensormix.operators.cost import Cost
 
 
-class StackedLinear(nn.Module, ABC):
+class StackedLinear(Operator):
     """y = x @ W_e.T + b_e for the expert e that is asked for; every W_e is (O, I).
 
-    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. As in
-    `StructuredLinear`, the constructor leaves the parameters uninitialised and the bias (E, O) belongs to the site.
+    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. Its MACs and bytes per
+    token are those of a token at ONE expert, and a token costs them times the experts that it visits.
     """
 
     bias: nn.Parameter | None
@@ -54,33 +56,13 @@ class StackedLinear(nn.Module, ABC):
         return torch.stack([self.expert_dense(expert) for expert in range(self.num_experts)])
 
     @property
-    @abstractmethod
-    def sizes(self) -> dict[str, Any]:
-        """JSON-able constructor arguments: enough to rebuild an empty copy."""
+    def cost(self) -> Cost:
+        whole = super().cost
+        return whole._replace(bytes_per_token=whole.bytes_per_token // self.num_experts)
 
     @property
-    @abstractmethod
-    def macs_per_token(self) -> int:
-        """Multiply-accumulates for one token at ONE expert; a token costs this times the experts that it visits."""
-
-    @property
-    @abstractmethod
-    def num_params(self) -> int:
-        """Stored numbers of all experts; the bias, which belongs to the site, is not counted."""
-
-    @property
-    def num_bits(self) -> int:
-        """Bits of everything that `state_dict` holds but the bias, which belongs to the site."""
-        stored = (tensor for name, tensor in self.state_dict().items() if name != "bias")
-        return sum(8 * tensor.numel() * tensor.element_size() for tensor in stored)
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """JSON-able description from which `build` makes an empty copy."""
-        return {"operator": type(self).__name__, **self.sizes}
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+    def bias_shape(self) -> tuple[int, ...]:
+        return (self.num_experts, self.out_features)
 
 
 class DenseStack(StackedLinear):
@@ -88,6 +70,8 @@ class DenseStack(StackedLinear):
 
     Two layouts, so that the parameter of a fused module is kept as it is: contiguous, and not copied.
     """
+
+    is_replacement = False
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, *, transposed: bool = False) -> None:
         super().__init__(num_experts, in_features, out_features)
@@ -128,51 +112,46 @@ class DenseStack(StackedLinear):
     def macs_per_token(self) -> int:
         return self.in_features * self.out_features
 
-    @property
-    def num_params(self) -> int:
-        return self.stack.numel()
-
 
 class ExpertStack(StackedLinear):
-    """One structured operator for each expert, all of one kind and of one size: `expert_0`, `expert_1`, ...
+    """One structured operator for each expert, of the same shape: `expert_0`, `expert_1`, ...
 
     Args:
-        each: the operator of the first expert; the others start as copies of it.
+        each: the operator of the first expert, of which the others start as copies; or those of all experts, which may
+            differ in rank, or in kind.
 
     Raises:
-        ValueError: `each` is not an operator that replaces a matrix.
+        ValueError: an operator replaces no matrix, or another one than the first, or there are not `num_experts`.
     """
 
-    def __init__(self, *, each: StructuredLinear, num_experts: int) -> None:
-        if not isinstance(each, StructuredLinear):
-            raise ValueError(
-                f"ExpertStack: each must be the operator of one expert, such as LowRank, not a {type(each).__name__}"
-            )
-        super().__init__(num_experts, each.in_features, each.out_features)
+    def __init__(self, *, each: StructuredLinear | Sequence[StructuredLinear], num_experts: int) -> None:
+        experts: list[Any] = list(each) if isinstance(each, Sequence) else [each]
+        for number, expert in enumerate(experts):
+            if not isinstance(expert, StructuredLinear):
+                wanted = "each must be the operator of one expert, such as LowRank"
+                raise ValueError(f"ExpertStack: {wanted}, not a {type(expert).__name__}")
+            if (expert.in_features, expert.out_features) != (experts[0].in_features, experts[0].out_features):
+                raise ValueError(f"ExpertStack: expert {number} is {expert.spec}, but expert 0 is {experts[0].spec}")
+        if isinstance(each, Sequence) and len(experts) != max(num_experts, 1):
+            raise ValueError(f"ExpertStack: needs the operator of each of {num_experts} experts, got {len(experts)}")
+        super().__init__(num_experts, experts[0].in_features, experts[0].out_features)
         for expert in range(num_experts):
-            self.add_module(f"expert_{expert}", copy.deepcopy(each) if expert else each)
+            self.add_module(f"expert_{expert}", experts[expert] if expert < len(experts) else copy.deepcopy(experts[0]))
 
     @classmethod
     def from_experts(cls, experts: Sequence[StructuredLinear]) -> ExpertStack:
         """The stack of these very operators. Their biases become the rows of its bias, zero where one has none.
 
         Raises:
-            ValueError: there are none, or they differ in kind or size.
+            ValueError: there are none, or they differ in shape.
         """
         if not experts:
             raise ValueError("ExpertStack: needs the operator of one or more experts, got none")
-        first = experts[0].spec
-        for number, expert in enumerate(experts):
-            if expert.spec != first:
-                raise ValueError(f"ExpertStack: expert {number} is {expert.spec}, but expert 0 is {first}")
         fitted = [expert.bias for expert in experts]
         like = next((bias for bias in fitted if bias is not None), None)
         for expert in experts:
             expert.bias = None
-        stack = cls(each=experts[0], num_experts=1)
-        stack.num_experts = len(experts)
-        for number, expert in enumerate(experts):
-            stack.add_module(f"expert_{number}", expert)
+        stack = cls(each=list(experts), num_experts=len(experts))
         if like is not None:
             rows = [torch.zeros_like(like) if bias is None else bias for bias in fitted]
             stack.bias = nn.Parameter(torch.stack(rows).detach())
@@ -189,15 +168,14 @@ class ExpertStack(StackedLinear):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return {"each": self.expert(0).spec, "num_experts": self.num_experts}
+        specs = [self.expert(expert).spec for expert in range(self.num_experts)]
+        each = specs[0] if all(spec == specs[0] for spec in specs) else specs
+        return {"each": each, "num_experts": self.num_experts}
 
     @property
     def macs_per_token(self) -> int:
-        return self.expert(0).macs_per_token
-
-    @property
-    def num_params(self) -> int:
-        return sum(self.expert(expert).num_params for expert in range(self.num_experts))
+        """Of experts that differ the mean, rounded up: which one a token visits is not known."""
+        return ceil(sum(self.expert(expert).macs_per_token for expert in range(self.num_experts)) / self.num_experts)
 
 
 class Experts(nn.Module):
@@ -247,8 +225,3 @@ class Experts(nn.Module):
                 y = self.get_submodule("post_expert_norm")(y)
             out.index_add_(0, tokens, (y * weights[mine]).to(out.dtype))
         return out  # (N, D)
-
-    @property
-    def macs_per_token(self) -> int:
-        """Multiply-accumulates of both products at all experts that a token visits."""
-        return self.experts_per_token * sum(stack.macs_per_token for stack in self.stacks.values())

@@ -11,7 +11,6 @@ from pydantic import Field, field_validator, model_validator
 from tensormix.methods import with_sizes
 from tensormix.plan import AnyMethod
 from tensormix.recipe.recipe import Recipe, load_with_recipe
-from tensormix.reparameterise import learns_bases
 from tensormix.settings import Budget, Settings
 
 Way = Literal["uniform", "spectrum", "greedy", "sensitivity", "learned"]
@@ -123,6 +122,6 @@ class Comparison(Settings):
         )
         plan = [{"method": contender.method}]
         asked = {**dict(self.recipe), "plan": plan, "budget": budget, "seed": cell.seed}
-        if not learns_bases(contender.method):  # it has no use for other bases, and is compared as it is
+        if not contender.method.is_differentiable:  # it has no use for other bases, and is compared as it is
             asked["reparameterise"] = None
         return Recipe.model_validate(asked)

@@ -10,10 +10,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from tensormix.diagnose.table import Diagnose
-from tensormix.methods import JointMethod, Laser, LinearMethod, with_sizes
+from tensormix.methods import METHODS, with_sizes
 from tensormix.plan import Plan
 from tensormix.recipe.reading import Model, is_path, placed_files, placed_path, read_yaml, validated
-from tensormix.reparameterise import learns_bases
 from tensormix.settings import (
     Budget,
     Calibration,
@@ -66,14 +65,10 @@ class Recipe(Settings):
             raise ValueError("a budget needs a plan: it says how large the methods of its rules are")
         for number, rule in enumerate(self.plan.root):
             method = rule.method
-            if getattr(method, "num_chosen", None) is not None:
+            if method.num_chosen is not None:
                 raise ValueError(f"plan[{number}]: the budget chooses the blocks: leave out choose and count")
             inner = getattr(method, "of", None) or method
-            if (
-                isinstance(inner, LinearMethod | JointMethod)
-                and inner.size
-                and getattr(inner, inner.size) != inner.largest
-            ):
+            if inner.size and getattr(inner, inner.size) != inner.largest:
                 given = f"{inner.size}={getattr(inner, inner.size)}"
                 raise ValueError(f"plan[{number}]: {given} and a budget cannot both hold: leave out one of them")
         if self.budget.by in ("sensitivity", "learned") and self.calibration is None:
@@ -93,13 +88,13 @@ class Recipe(Settings):
         if not self.plan.root:
             raise ValueError("a search needs a plan: its rules say which sites are tried")
         for number, rule in enumerate(self.plan.root):
-            if not isinstance(rule.method, Laser):
-                raise ValueError(f"plan[{number}]: a search tries laser, and the method is {rule.method.name}")
-            if rule.method.keep_rank != Laser.largest:
-                given = f"keep_rank={rule.method.keep_rank}"
-                raise ValueError(
-                    f"plan[{number}]: {given} and a search cannot both hold: search.keep_rank has them all"
-                )
+            method, size = rule.method, str(rule.method.size)
+            if method.search is None:
+                known = ", ".join(name for name, cls in METHODS.items() if cls.search is not None)
+                raise ValueError(f"plan[{number}]: a search tries {known}, and the method is {method.name}")
+            if getattr(method, size) != method.largest:
+                given = f"{size}={getattr(method, size)}"
+                raise ValueError(f"plan[{number}]: {given} and a search cannot both hold: search.{size} has them all")
         texts = self.evaluate.perplexity
         if self.evaluate.exam is None and not texts:
             raise ValueError("a search scores on evaluate.exam or else on a text of evaluate.perplexity; give one")
@@ -118,7 +113,7 @@ class Recipe(Settings):
     @property
     def is_turned(self) -> bool:
         """Whether the dense model is rewritten first: asked for, and there are methods to do it for."""
-        return self.reparameterise is not None and any(learns_bases(rule.method) for rule in self.plan.root)
+        return self.reparameterise is not None and any(rule.method.is_differentiable for rule in self.plan.root)
 
     @model_validator(mode="after")
     def _turnable(self) -> Self:

@@ -97,7 +97,7 @@ class Sweep(Settings):
         return self
 
     def _check_method(self, method: Method) -> None:
-        if method.site == "model":
+        if method.takes == "model":
             raise ValueError(f"{method.name} changes the whole model, so there is nothing to sweep over its blocks")
         if getattr(method, "num_chosen", None) is not None:
             raise ValueError(f"{method.name} chooses its blocks itself, and a sweep names them")

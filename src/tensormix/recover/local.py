@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from tensormix.recover.rates import compressed_parameters, parameter_groups
 from tensormix.rows import Row
 from tensormix.sites import blocks
-from tensormix.sites.calls import Activations, Call, record_calls
+from tensormix.sites.calls import Activations, Call
+from tensormix.sites.through import Blocks, through
 from tensormix.storage.files import new_file, read_json, write_json
 
 
@@ -57,23 +58,22 @@ def distill_blocks(
     Raises ValueError if a loss is not finite.
     """
     learning = learning_blocks(student, trained)
-    calls = {"dense": record_calls(teacher, batches), "propagated": record_calls(student, batches)}
     keep = Activations(folder / "activations").keep
-    hidden = {stream: [keep(call.hidden) for call in of_stream[0]] for stream, of_stream in calls.items()}
+    passes = (through(model, Blocks(), batches, keep) for model in (student, teacher))
     rows: list[Row] = []
-    for index, (ours, theirs) in enumerate(zip(blocks(student), blocks(teacher), strict=True)):
+    for index, (ours, theirs) in enumerate(zip(*passes, strict=True)):
         if index > max(learning, default=-1):
             break
-        targets = _through(theirs, calls["dense"][index], hidden["dense"], keep)
+        entering = {"dense": list(theirs.hidden["dense"]), "propagated": ours.hidden["dense"]}
+        targets = theirs.pass_on("dense")
         if index in learning:
-            data = _Block(calls["propagated"][index], hidden[inputs], targets, hidden["dense"])
-            groups = parameter_groups(ours, trained, learning_rate, core_rate)
-            train = partial(data.train, ours, groups, warmup=warmup, weight_decay=weight_decay, autocast=autocast)
-            found = _once(folder / f"block-{index:04d}.safetensors", ours, train)
+            (block,) = ours.modules
+            data = _Block(ours.calls[index], entering[inputs], targets, entering["dense"])
+            groups = parameter_groups(block, trained, learning_rate, core_rate)
+            train = partial(data.train, block, groups, warmup=warmup, weight_decay=weight_decay, autocast=autocast)
+            found = _once(folder / f"block-{index:04d}.safetensors", block, train)
             rows.append({"kind": "local_loss", "block": index} | found)
             progress(len(rows) * len(batches) // len(learning))
-        passed_on = _through(ours, calls["propagated"][index], hidden["propagated"], keep)
-        hidden = {"dense": targets, "propagated": passed_on}
     return rows
 
 
@@ -88,13 +88,6 @@ def _once(file: Path, block: nn.Module, train: Callable[[], Row]) -> Row:
         handle.write(save({name: t.contiguous() for name, t in block.state_dict().items()}))
     write_json(said, row)
     return row
-
-
-@torch.no_grad()
-def _through(
-    block: nn.Module, calls: Iterable[Call], hidden: Iterable[Tensor], keep: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
-    return [keep(call.run(block, states)) for call, states in zip(calls, hidden, strict=True)]
 
 
 class _Block:

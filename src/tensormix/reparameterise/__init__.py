@@ -2,7 +2,7 @@
 
 from tensormix.reparameterise.equality import TOLERANCE, check_equal
 from tensormix.reparameterise.heads import permute_heads
-from tensormix.reparameterise.learned import learn_bases, learns_bases, reparameterise
+from tensormix.reparameterise.learned import learn_bases, reparameterise
 from tensormix.reparameterise.neurons import sort_neurons
 from tensormix.reparameterise.pairs import rotate_pairs
 from tensormix.reparameterise.residual import residual_basis, rotate_residual
@@ -14,7 +14,6 @@ __all__ = [
     "balance_values",
     "check_equal",
     "learn_bases",
-    "learns_bases",
     "map_values",
     "permute_heads",
     "reparameterise",

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.fitting.whitening import gram_root
-from tensormix.methods import LinearMethod, Rtn, ZeroMethod
-from tensormix.methods.base import Method
+from tensormix.methods import LinearMethod
 from tensormix.operators import StructuredLinear
 from tensormix.plan import Plan
 from tensormix.reparameterise.equality import check_equal
@@ -81,13 +80,6 @@ def learn_bases(
     return facts
 
 
-def learns_bases(method: Method) -> bool:
-    """Whether `learn_bases` takes it: it fits operators of floats to linear layers, from a Gram matrix at most."""
-    if isinstance(method, ZeroMethod | Rtn) or getattr(method, "storage", "plain") == "remapped":
-        return False
-    return isinstance(method, LinearMethod) and set(method.needs) <= {Gram}
-
-
 @torch.no_grad()
 def reparameterise(
     model: Any, plan: Plan, batches: list[Tensor], *, steps: int, progress: Callable[[int, int], None]
@@ -99,7 +91,7 @@ def reparameterise(
     """
     sites = find_sites(model)
     chosen = plan.resolve(sites, len(blocks(model))).items()
-    methods = {name: method for name, method in chosen if isinstance(method, LinearMethod) and learns_bases(method)}
+    methods: Any = {name: method for name, method in chosen if method.is_differentiable}
     device = next(model.parameters()).device
     before = model(batches[0].to(device), use_cache=False).logits
     facts = learn_bases(model, methods, batches, steps=steps, progress=progress)

@@ -6,21 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from tensormix.allocation import WAYS, allocate
-from tensormix.allocation.laser_search import candidates, most_evaluations, plan_of
-from tensormix.compression.choosing import assume, chooses
-from tensormix.compression.fitting import costs_of
+from tensormix.allocation.resolvers import foresee
+from tensormix.compression.choosing import assume
+from tensormix.compression.fitting import row_of
+from tensormix.compression.kinds import units_of
 from tensormix.compression.slicing import slice_empty
-from tensormix.compression.units import groups_of
-from tensormix.methods import METHODS, Method
-from tensormix.methods.base import BlockMethod, LinearMethod
-from tensormix.methods.slice_gpt import SliceGpt
+from tensormix.methods import METHODS
 from tensormix.models import ModelSource, skeleton
-from tensormix.operators import ExpertStack
 from tensormix.plan import Plan
 from tensormix.profile import bytes_by_dtype, num_parameters
 from tensormix.recipe import Recipe
-from tensormix.sites import Site, blocks, find_sites, install, macs_per_token, returns_tuple
+from tensormix.sites import Site, blocks, find_sites, install, macs_per_token
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
@@ -40,20 +36,12 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """
     source = ModelSource(recipe.model)
     model = skeleton(source)
-    dense, plan, found, assumed = counts(model), recipe.plan, {}, chooses(recipe.plan)
-    if recipe.budget is not None:
-        assumed = WAYS[recipe.budget.by].needs_weights
-        uniform = recipe.budget.model_copy(update={"by": "uniform"})
-        decided = allocate(source, plan, uniform, dtype=recipe.dtype)
-        plan, found = decided.plan, {"budget": decided.rows}
-    if recipe.search is not None:
-        pairs, left_out = candidates(model, plan, recipe.search)
-        smallest = {site: min(rate for other, rate in pairs if other == site) for site, _ in pairs}
-        most = most_evaluations(pairs)
-        found = {"search": {"candidates": len(pairs), "evaluations": most, "left_out": left_out}}
-        plan, assumed = plan_of(model, smallest), True
-    sites = replace_empty(model, plan)
-    return {"dense": dense, "sites": sites, "compressed": counts(model), "assumed": assumed, **found}
+    dense, foreseen = counts(model), foresee(recipe, source, model)
+    sites = replace_empty(model, foreseen.plan)
+    compressed = counts(model)
+    return {
+        "dense": dense, "sites": sites, "compressed": compressed, "assumed": foreseen.is_assumed, **foreseen.beside,
+    }  # fmt: skip
 
 
 def counts(model: nn.Module) -> dict[str, Any]:
@@ -66,47 +54,27 @@ def counts(model: nn.Module) -> dict[str, Any]:
 
 def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     """Install empty operators where the plan wants them; one row per site, sizes as in the rows of `compress`."""
-    if isinstance(plan.whole, SliceGpt):
-        unknown = dict.fromkeys(("num_experts", "in_features", "out_features"))
-        return [{**row, **unknown} for row in slice_empty(model, plan.whole)]
+    if plan.whole is not None:
+        return [{**row, **_sizes(None)} for row in slice_empty(model, plan.whole)]
     sites = {site.name: site for site in find_sites(model)}
     num_blocks = len(blocks(model))
-    chosen, rows = assume(plan, list(sites.values()), num_blocks).resolve(list(sites.values()), num_blocks), []
-    joint = {name: op for group in groups_of(model, sites, chosen).values() for name, op in group.empty().items()}
-    for name, method in chosen.items():
-        site = sites[name]
-        operator = joint[name] if name in joint else empty_operator(site, method, model)
-        whole, costs = site.kind == "block", costs_of(operator)
-        rows.append(
-            {
-                "site": name,
-                "block": site.block,
-                "role": site.role,
-                "method": method.name,
-                "operator": type(operator).__name__,
-                "num_experts": site.num_experts if site.kind == "experts" else None,
-                "in_features": None if whole else site.in_features,
-                "out_features": None if whole else site.out_features,
-                "dense_parameters": num_parameters(site.module) if whole else site.weight.numel(),
-                "parameters": costs[0],
-                "dense_macs_per_token": macs_per_token(site.module) if whole else site.macs_per_token,
-                "macs_per_token": costs[2] * site.experts_per_token,
-            }
-        )
-        install(model, name, operator)
-    return rows
+    chosen = assume(plan, list(sites.values()), num_blocks).resolve(list(sites.values()), num_blocks)
+    rows = {}
+    for unit in units_of(model, sites, chosen):
+        for name, operator in unit.empty().items():
+            rows[name] = {**row_of(unit, name, operator, sites[name].cost(0), {}), **_sizes(sites[name])}
+            install(model, name, operator)
+    return [{key: value for key, value in rows[name].items() if "bits" not in key} for name in chosen]
 
 
-def empty_operator(site: Site, method: Method, model: Any) -> Any:
-    if isinstance(method, BlockMethod):
-        returns = "tuple" if returns_tuple(site.module) else "tensor"
-        return method.empty(site.module, model.config.get_text_config().hidden_size, returns=returns)
-    assert isinstance(method, LinearMethod)
-    try:
-        each = [method.empty(site.in_features, site.out_features) for _ in range(site.num_experts)]
-    except ValueError as error:
-        raise ValueError(f"{site.name}: {error}") from error
-    return ExpertStack.from_experts(each) if site.kind == "experts" else each[0]
+def _sizes(site: Site | None) -> dict[str, Any]:
+    if site is None or site.kind == "block":
+        return dict.fromkeys(("num_experts", "in_features", "out_features"))
+    return {
+        "num_experts": site.num_experts if site.kind == "experts" else None,
+        "in_features": site.in_features,
+        "out_features": site.out_features,
+    }
 
 
 def list_methods() -> list[dict[str, Any]]:
@@ -115,7 +83,7 @@ def list_methods() -> list[dict[str, Any]]:
         {
             "name": name,
             "source": method.source,
-            "sites": method.site,
+            "sites": method.takes,
             "needs": [statistic.__name__ for statistic in method.needs],
             "summary": method.summary,
         }

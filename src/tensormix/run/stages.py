@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
-from tensormix.allocation import allocate
-from tensormix.allocation.laser_search import scorer, search_sites
+from tensormix.allocation.resolvers import Data, resolve
 from tensormix.compression.checkpoint import compress_checkpoint
 from tensormix.data import windows_of
 from tensormix.diagnose.verdict import Verdict, exam_accuracy
@@ -132,43 +131,19 @@ class Stages:
         return windows_of(self.tokenizer, settings, self.recipe.seed)
 
     def _allocate(self) -> list[Row]:
-        if self.recipe.search is not None:
-            return self._search()
-        budget, settings = self.recipe.budget, self._calibration
-        assert budget is not None
         spill = self.folder / "activations"
-        found = allocate(
-            self.recipe.start or self.source,
-            self.recipe.plan,
-            budget,
-            self._batches(),
-            lambda done, total, _: self.progress("allocate", done, total),
-            dtype=self.recipe.dtype,
-            precision=getattr(torch, settings.precision),
-            spill=spill if settings.spill else None,
+        data = Data(
+            source=self.source,
+            batches=self._batches,
+            tokenizer=lambda: self.tokenizer,
+            dense=lambda: self.dense,
+            progress=lambda done, total: self.progress("allocate", done, total),
+            spill=spill,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
+        found = resolve(self.recipe, data)
         shutil.rmtree(spill, ignore_errors=True)
-        self._beside = {"plan": found.plan.model_dump(mode="json")}
-        return found.rows
-
-    def _search(self) -> list[Row]:
-        recipe = self.recipe
-        assert recipe.search is not None
-        score, scored_on = scorer(self.tokenizer, recipe.evaluate, recipe.search.part)
-        found = search_sites(
-            self.dense,
-            recipe.plan,
-            recipe.search,
-            score,
-            lambda done, total: self.progress("allocate", done, total),
-        )
-        self._beside = {
-            "plan": found.plan.model_dump(mode="json"),
-            "chosen": found.chosen,
-            "scored_on": scored_on,
-            "left_out": found.left_out,
-        }
+        self._beside = {"plan": found.plan.model_dump(mode="json"), **found.beside}
         return found.rows
 
     def _reparameterise(self) -> list[Row]:

@@ -1,5 +1,6 @@
 """Where a model can be compressed: the only folder that knows how architectures name, fuse and call weights."""
 
+from tensormix.sites.costs import cost_of, macs_per_token, num_parameters
 from tensormix.sites.families import FUSED, ROLES, head_counts, is_conv1d, is_dense, role_of
 from tensormix.sites.installing import check_shape, dense_at, fill_dense, install
 from tensormix.sites.sites import (
@@ -7,7 +8,6 @@ from tensormix.sites.sites import (
     blocks,
     find_sites,
     locate_blocks,
-    macs_per_token,
     opened,
     returns_tuple,
     takes_turns,
@@ -19,6 +19,7 @@ __all__ = [
     "Site",
     "blocks",
     "check_shape",
+    "cost_of",
     "dense_at",
     "fill_dense",
     "find_sites",
@@ -28,6 +29,7 @@ __all__ = [
     "is_dense",
     "locate_blocks",
     "macs_per_token",
+    "num_parameters",
     "opened",
     "returns_tuple",
     "role_of",

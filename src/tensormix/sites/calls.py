@@ -30,6 +30,20 @@ class Call:
         out = block(hidden, *self.args, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
+    def run_in_its_dtype(self, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """With all that is passed beside `hidden` in its dtype."""
+        if hidden.dtype == self.hidden.dtype:
+            return self.run(block, hidden)
+        return Call(hidden, _cast(self.args, hidden.dtype), _cast(self.kwargs, hidden.dtype)).run(block, hidden)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return type(value)(_cast(item, dtype) for item in value) if type(value) in (list, tuple) else value
+
 
 class _Recorder(nn.Module):
     """Stands in for a block: notes how the model calls it, computes nothing."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tensormix.operators import DenseStack, Experts, SlicedBlock, StandIn
-from tensormix.operators.base import StructuredLinear
+from tensormix.operators import Cost, DenseStack, Experts, SlicedBlock, StandIn
+from tensormix.sites.costs import cost_of
 from tensormix.sites.families import family_of, is_conv1d, is_dense, is_router, qkv_takes_turns, role_of
 from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
 
@@ -66,6 +66,17 @@ class Site:
     def macs_per_token(self) -> int:
         """Multiply-accumulates of the dense weight for one token, at the experts that it visits."""
         return self.in_features * self.out_features * self.experts_per_token
+
+    def cost(self, stored_bits: int) -> Cost:
+        """Of what is dense here, without the bias: of the weight, or of all of a block, at the experts that it visits.
+
+        `stored_bits` are those that it takes where it is stored, packed perhaps.
+        """
+        if self.kind == "block":
+            own = cost_of(self.module)
+            return own._replace(bits=stored_bits, bytes_per_token=stored_bits * own.bytes_per_token // max(own.bits, 1))
+        read = stored_bits // 8 * self.experts_per_token // self.num_experts
+        return Cost(self.weight.numel(), stored_bits, self.macs_per_token, read)
 
     @property
     def _stack(self) -> DenseStack:
@@ -159,25 +170,3 @@ def takes_turns(model: nn.Module, site: Site) -> bool:
     Raises ValueError if the layout is not known.
     """
     return qkv_takes_turns(blocks(model)[site.block or 0], site.name)
-
-
-def macs_per_token(model: nn.Module) -> int:
-    """Multiply-accumulates for one token: linear layers, routers, operators, and the experts that a token visits."""
-    total, inside = 0, set()
-    for module in model.modules():
-        if module in inside:
-            continue
-        if isinstance(module, StructuredLinear | Experts | StandIn):
-            total += module.macs_per_token
-            inside.update(module.modules())  # what it holds is in its own count
-        elif is_fused(module):
-            total += sum(site.macs_per_token for site in _stacks("", 0, module))
-        elif isinstance(module, nn.Linear) or is_conv1d(module) or _is_router(module):
-            total += module.get_parameter("weight").numel()
-    return total
-
-
-def _is_router(module: nn.Module) -> bool:
-    """Whether it is the router of transformers' mixtures of experts: a bare matrix with a row for each expert."""
-    weight = module._parameters.get("weight")
-    return weight is not None and hasattr(module, "top_k") and weight.shape[:1] == (getattr(module, "num_experts", 0),)

@@ -45,7 +45,7 @@ SHARES = {
 
 def cell_recipe(recipe: Recipe, cell: Cell) -> Recipe:
     """The sweep's recipe with the plan of one cell; everything else is the same in all cells."""
-    whole = cell.method.site == "block"
+    whole = cell.method.takes in ("block", "span")
     sites = recipe.plan.root[0].sites if recipe.plan.root and not whole else None
     rule = Rule(blocks=cell.where, sites=sites, method=cell.method)
     return recipe.model_copy(update={"plan": Plan((rule,))})
