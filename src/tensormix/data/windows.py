@@ -105,7 +105,7 @@ def _packed(tokenizer: Any, source: Source, answers_only: bool) -> Packed:
 
 
 class Mixture(Dataset):
-    """`num_windows` training windows drawn from weighted sources; window i is a function of the seed and i alone.
+    """`num_windows` training windows of weighted sources, interleaved; window i is a function of the seed and i alone.
 
     A text of finite length is cut into disjoint windows that are all used once, in shuffled order, before any is used
     again; those that are held out are never among them. An endless source makes new documents for every window. Where
@@ -128,9 +128,8 @@ class Mixture(Dataset):
     ) -> None:
         self.tokenizer, self.sources, self.window, self.seed = tokenizer, list(sources), window, seed
         self.answers_only = answers_only
-        random = Random(f"mixture/{seed}")
         weights = [source.weight for source in self.sources]
-        self.chosen = random.choices(range(len(self.sources)), weights, k=num_windows)
+        self.chosen = interleaved(weights, num_windows, seed)
         counts = [0] * len(self.sources)
         self.turn = []  # how often the source of window i was drawn before
         for source in self.chosen:
@@ -210,6 +209,22 @@ class Mixture(Dataset):
             ids += new
             labels += [token if counts else IGNORED for token, counts in zip(new, counted, strict=True)]
         return {"input_ids": torch.tensor(ids[: self.window]), "labels": torch.tensor(labels[: self.window])}
+
+
+def interleaved(weights: Sequence[float], count: int, seed: int) -> list[int]:
+    """A source for each of `count` windows, so that every row of neighbours has its share of each source to within a
+    window. Drawn independently, whole steps would read one kind of text, and a model learns from those first.
+
+    The next window is of the source that is furthest behind its share; which of several is drawn.
+    """
+    random, shares = Random(f"mixture/{seed}"), [weight / sum(weights) for weight in weights]
+    chosen, counts = [], [0] * len(weights)
+    for number in range(1, count + 1):
+        behind = [round(share * number - done, 9) for share, done in zip(shares, counts, strict=True)]
+        source = random.choice([place for place, value in enumerate(behind) if value == max(behind)])
+        counts[source] += 1
+        chosen.append(source)
+    return chosen
 
 
 def _window(windows: Packed, place: Tensor | int) -> dict[str, Tensor]:  # input_ids (T,), labels (T,)
