@@ -21,19 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensormix.clock import seconds_of
 from tensormix.models import quiet
-from tensormix.operators.quantized import Packed
-from tensormix.sites import macs_per_token
+from tensormix.sites import macs_per_token, num_parameters
 from tensormix.storage.bits import stored_bits
 
 Row = dict[str, Any]
 DTYPES = ("float32", "bfloat16")  # that sizes are told in
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Every parameter once, shared ones included once, and the numbers that quantised operators stand for."""
-    packed = sum(part.num_codes for part in model.modules() if isinstance(part, Packed))
-    return packed + sum(parameter.numel() for parameter in model.parameters())
 
 
 def bytes_by_dtype(model: nn.Module) -> dict[str, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from tensormix.compression import Home
@@ -47,13 +45,9 @@ def costs(model: nn.Module, home: Home, plan: Plan, of: str) -> dict[str, tuple[
     for name, method in chosen.items():
         site, own = sites[name], sites[name].bias
         bias = 0 if own is None else own.numel() * site.weight.dtype.itemsize
-        counts: dict[str, Any] = {
-            "bits": lambda s=site, m=method, b=bias: (home.dense_bits(s), 8 * (bytes_after(s, m, operators) - b)),
-            "parameters": lambda s=site, n=name: (s.weight.numel(), operators[n].num_params),
-            "macs": lambda s=site, n=name: (s.macs_per_token, operators[n].macs_per_token),
-        }
-        counts["bytes_per_token"] = lambda c=counts["bits"]: tuple(bits // 8 for bits in c())
-        found[name] = (site, *counts[of]())
+        bits = 8 * (bytes_after(site, method, operators) - bias)
+        left = operators[name].cost._replace(bits=bits, bytes_per_token=bits // 8)
+        found[name] = (site, getattr(site.cost(home.dense_bits(site)), of), getattr(left, of))
     return found
 
 

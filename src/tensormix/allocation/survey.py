@@ -20,10 +20,10 @@ from tensormix.compression import Home, Progress, Walk
 from tensormix.compression.fitting import Row, Statistics, bytes_after, check_finite, pool_idle
 from tensormix.fitting.divide import Option, SiteOptions
 from tensormix.methods.base import BlockMethod, LinearMethod, Method
-from tensormix.operators import ExpertStack, StructuredLinear, Zero
+from tensormix.operators import Cost, ExpertStack, StructuredLinear, Zero
 from tensormix.operators.base import computing_dtype
 from tensormix.plan import Plan
-from tensormix.sites import Site, install, macs_per_token, returns_tuple
+from tensormix.sites import Site, install, returns_tuple
 from tensormix.sites.fused_experts import is_fused
 from tensormix.statistics import Gram
 
@@ -109,7 +109,7 @@ class Survey(Walk):
         site = self.sites[name]
         method = probe.method if isinstance(probe, Probe) else probe
         dense = self.home.dense_bits(site) if self.of in ("bits", "bytes_per_token") else 0
-        dense_cost = _dense_cost(site, self.of, dense)
+        dense_cost = getattr(site.cost(dense), self.of)
         methods = {size: m for size, m in _at_all_sizes(method, site) if self._cost(site, m) < dense_cost}
         fitted = _Fits(site, stats)
         if isinstance(method, LinearMethod) and _has_spectrum(method) and self.errors != "none":
@@ -144,12 +144,10 @@ class Survey(Walk):
         if key not in self._costs:
             bits = 8 * (bytes_after(site, method, {}) - site.weight.dtype.itemsize * own)
             empty = method.empty(site.in_features, site.out_features)
-            self._costs[key] = {
-                "bits": lambda: bits,
-                "bytes_per_token": lambda: bits // 8 * site.experts_per_token // site.num_experts,
-                "parameters": lambda: site.num_experts * empty.num_params,
-                "macs": lambda: site.experts_per_token * empty.macs_per_token,
-            }[self.of]()
+            read = bits // 8 * site.experts_per_token // site.num_experts
+            macs = site.experts_per_token * empty.macs_per_token
+            cost = Cost(site.num_experts * empty.num_params, bits, macs, read)
+            self._costs[key] = getattr(cost, self.of)
         return self._costs[key]
 
 
@@ -280,16 +278,6 @@ def _falling(options: Sequence[Option]) -> list[Option]:
         elif not kept or option.error < kept[-1].error or flat or option is options[-1]:
             kept.append(option)
     return kept
-
-
-def _dense_cost(site: Site, of: str, dense_bits: int) -> int:
-    whole = site.kind == "block"
-    return {
-        "bits": lambda: dense_bits,
-        "bytes_per_token": lambda: dense_bits // 8 * site.experts_per_token // (1 if whole else site.num_experts),
-        "parameters": lambda: sum(p.numel() for p in site.module.parameters()) if whole else site.weight.numel(),
-        "macs": lambda: macs_per_token(site.module) if whole else site.macs_per_token,
-    }[of]()
 
 
 def _squares(matrix: Tensor, gram: Tensor | None) -> float:  # (O, I), (I, I)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tensormix.compression.units import Group
 from tensormix.methods.base import BlockMethod, LinearMethod, Method
-from tensormix.operators import ExpertStack, StructuredLinear
-from tensormix.sites import Site, install, macs_per_token, opened, returns_tuple
+from tensormix.operators import Cost, ExpertStack, StructuredLinear
+from tensormix.sites import Site, cost_of, install, opened, returns_tuple
 from tensormix.statistics import is_finite
 
 Row = dict[str, Any]
@@ -93,12 +93,10 @@ def replace(
     Raises ValueError, naming the site, if the method cannot be fitted there or the fit is not finite.
     """
     start = time.perf_counter()
-    error, facts = None, {}
+    error, facts, dense = None, {}, site.cost(dense_bits)
     if isinstance(method, BlockMethod):
-        dense, macs = sum(p.numel() for p in site.module.parameters()), macs_per_token(site.module)
         operator = method.replace(site.module, returns="tuple" if returns_tuple(site.module) else "tensor")
     elif isinstance(method, LinearMethod):
-        dense, macs = site.weight.numel(), site.macs_per_token
         try:
             operator, error, facts = _fit(site, method, stats, tidy)
         except ValueError as reason:
@@ -107,7 +105,7 @@ def replace(
         raise TypeError(f"{type(method).__name__} is neither a LinearMethod nor a BlockMethod")
     install(model, site.name, operator)
     facts |= {"relative_error": error, "seconds": time.perf_counter() - start}
-    return _row(site, method, operator, (dense, dense_bits, macs), facts)
+    return _row(site, method, operator, dense, facts)
 
 
 def replace_together(
@@ -128,38 +126,30 @@ def replace_together(
             raise ValueError(f"{name}: {_not_finite(operator)}")
     rows = []
     for site in group.sites:
-        operator, costs = operators[site.name], (site.weight.numel(), dense_bits(site), site.macs_per_token)
+        operator, dense = operators[site.name], site.cost(dense_bits(site))
         install(model, site.name, operator, move_bias=False)
         facts = {"relative_error": None, "seconds": 0.0 if rows else time.perf_counter() - start}
-        rows.append(_row(site, group.method, operator, costs, facts))
+        rows.append(_row(site, group.method, operator, dense, facts))
     return rows
 
 
-def _row(site: Site, method: Method, operator: Any, dense: tuple[int, int, int], facts: Row) -> Row:
-    """What there is to say about a site; `dense` are the parameters, bits and MACs that it had."""
-    costs = costs_of(operator)
+def _row(site: Site, method: Method, operator: Any, dense: Cost, facts: Row) -> Row:
+    """What there is to say about a site; `dense` is what it cost before."""
+    cost = cost_of(operator, site.experts_per_token)
     return {
         "site": site.name,
         "block": site.block,
         "role": site.role,
         "method": method.name,
         "operator": type(operator).__name__,
-        "dense_parameters": dense[0],
-        "parameters": costs[0],
-        "dense_bits": dense[1],
-        "bits": costs[1],
-        "dense_macs_per_token": dense[2],
-        "macs_per_token": costs[2] * site.experts_per_token,
+        "dense_parameters": dense.parameters,
+        "parameters": cost.parameters,
+        "dense_bits": dense.bits,
+        "bits": cost.bits,
+        "dense_macs_per_token": dense.macs,
+        "macs_per_token": cost.macs,
         **facts,
     }
-
-
-def costs_of(operator: Any) -> tuple[int, int, int]:
-    """Parameters, stored bits and MACs per token of an operator, or of a block that is still one of the model's."""
-    if hasattr(operator, "num_bits"):
-        return operator.num_params, operator.num_bits, operator.macs_per_token
-    bits = sum(8 * tensor.numel() * tensor.element_size() for tensor in operator.state_dict().values())
-    return sum(p.numel() for p in operator.parameters()), bits, macs_per_token(operator)
 
 
 def _fit(
@@ -224,7 +214,7 @@ def bytes_after(site: Site, method: Method | None, operators: Mapping[str, Struc
     `operators` has the empty ones of the sites that are fitted together.
     """
     if isinstance(method, BlockMethod):
-        return costs_of(method.replace(site.module))[1] // 8
+        return cost_of(method.replace(site.module)).bits // 8
     size, bias = site.weight.dtype.itemsize, 0 if site.bias is None else site.bias.numel()
     if method is None:
         return size * (site.weight.numel() + bias)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from tensormix.operators.base import StructuredLinear, did_you_mean
+from tensormix.operators.base import Operator, StructuredLinear, did_you_mean
 from tensormix.operators.bypass import Bypass, StandIn
 from tensormix.operators.chain import Chain
 from tensormix.operators.concat import Concat
+from tensormix.operators.cost import Cost, bits_of
 from tensormix.operators.dense import Dense
 from tensormix.operators.experts import DenseStack, Experts, ExpertStack, StackedLinear
 from tensormix.operators.kronecker import Kronecker
@@ -32,6 +33,7 @@ __all__ = [
     "Bypass",
     "Chain",
     "Concat",
+    "Cost",
     "Dense",
     "DenseStack",
     "ExpertStack",
@@ -40,6 +42,7 @@ __all__ = [
     "LowRank",
     "MixT",
     "Monarch",
+    "Operator",
     "Padded",
     "PerHead",
     "Placed",
@@ -56,11 +59,12 @@ __all__ = [
     "StructuredLinear",
     "Sum",
     "Zero",
+    "bits_of",
     "build",
     "why_apart",
 ]
 
-OPERATORS: dict[str, type[StructuredLinear] | type[StackedLinear] | type[StandIn]] = {
+OPERATORS: dict[str, type[Operator]] = {
     "MixT": MixT,
     "LowRank": LowRank,
     "Chain": Chain,

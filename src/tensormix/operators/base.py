@@ -10,18 +10,66 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tensormix.operators.cost import Cost, bits_of
 
-class StructuredLinear(nn.Module, ABC):
+
+class Operator(nn.Module, ABC):
+    """What may stand in a model where something dense was: in the place of a matrix, of the matrices of all experts, or
+    of a block; or beside those that use it (`Owner`).
+
+    The constructor takes sizes and nothing else and leaves the parameters uninitialised; a fit or `load_state_dict`
+    fills them. A bias belongs to the site: it is `None` until it is moved over, and neither `spec` nor `cost` mentions
+    it.
+    """
+
+    is_replacement: ClassVar[bool] = True  # False for what only holds the weights that were there before
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, Any]:
+        """JSON-able constructor arguments: enough to rebuild an empty copy."""
+
+    @property
+    @abstractmethod
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates for one token, exactly as a dispatcher-level counter sees them."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """JSON-able description from which `build` makes an empty copy."""
+        return {"operator": type(self).__name__, **self.sizes}
+
+    @property
+    def num_params(self) -> int:
+        """Stored numbers, of those that are stored as integers how many they stand for; without the bias."""
+        packed = sum(getattr(part, "num_codes", 0) for part in self.modules())
+        return packed + sum(p.numel() for name, p in self.named_parameters() if name != "bias")
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of everything that `state_dict` holds but the bias.
+
+        Taken from the tensors themselves, so that no operator can forget a part of what it stores.
+        """
+        return bits_of({name: tensor for name, tensor in self.state_dict().items() if name != "bias"})
+
+    @property
+    def cost(self) -> Cost:
+        """All costs in the dtypes that its tensors have; on meta too. Of a stack, for a token at one expert."""
+        bits = self.num_bits
+        return Cost(self.num_params, bits, self.macs_per_token, bits // 8)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.sizes.items())
+
+
+class StructuredLinear(Operator):
     """y = x @ W.T + b, where W (O, I) is never stored dense.
-
-    The constructor takes sizes and nothing else and leaves the parameters uninitialised; `from_dense` and
-    `load_state_dict` fill them. The bias belongs to the site: it is `None` here until it is moved over, and neither
-    `spec` nor `num_params` mentions it.
 
     The zero-size buffer `weight` is saved with the parameters. A loader that does not know this operator expects a
     dense `weight` under the same name and stops at the mismatch, where it would else draw a random layer.
@@ -59,37 +107,8 @@ class StructuredLinear(nn.Module, ABC):
         """The operator of these sizes nearest to `weight`, on its device, in its dtype; computed in at least fp32."""
 
     @property
-    @abstractmethod
-    def sizes(self) -> dict[str, Any]:
-        """JSON-able constructor arguments: enough to rebuild an empty copy."""
-
-    @property
-    @abstractmethod
-    def macs_per_token(self) -> int:
-        """Multiply-accumulates of `multiply` for one token, exactly as a dispatcher-level counter sees them."""
-
-    @property
-    def num_params(self) -> int:
-        """Stored numbers of the structure; the bias, which belongs to the site, is not counted."""
-        packed = sum(getattr(part, "num_codes", 0) for part in self.modules())  # numbers that are stored as integers
-        return packed + sum(p.numel() for p in self.parameters() if p is not self.bias)
-
-    @property
-    def num_bits(self) -> int:
-        """Bits of everything that `state_dict` holds but the bias, which belongs to the site.
-
-        Taken from the tensors themselves, so that no operator can forget a part of what it stores.
-        """
-        stored = (tensor for name, tensor in self.state_dict().items() if name != "bias")
-        return sum(8 * tensor.numel() * tensor.element_size() for tensor in stored)
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """JSON-able description from which `build` makes an empty copy."""
-        return {"operator": type(self).__name__, **self.sizes}
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in self.sizes.items())
+    def bias_shape(self) -> tuple[int, ...]:
+        return (self.out_features,)
 
 
 def computing_dtype(weight: Tensor) -> torch.dtype:

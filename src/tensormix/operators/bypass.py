@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensormix.operators.base import did_you_mean
+from tensormix.operators.base import Operator, did_you_mean
 
 RETURNS = ("tensor", "tuple")
 
 
-class StandIn(nn.Module, ABC):
+class StandIn(Operator):
     """What a block is replaced with as a whole: hidden states in, hidden states out.
 
     Args:
@@ -52,32 +52,9 @@ class StandIn(nn.Module, ABC):
         """What the block passes on."""
 
     @property
-    @abstractmethod
-    def macs_per_token(self) -> int:
-        """Multiply-accumulates for one token."""
-
-    @property
     def sizes(self) -> dict[str, Any]:
-        """JSON-able constructor arguments."""
         attention_type = getattr(self, "attention_type", None)
         return {"returns": self.returns, "attention_type": attention_type, "sentinel": self.sentinel}
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """JSON-able description from which `build` makes a copy."""
-        return {"operator": type(self).__name__, **self.sizes}
-
-    @property
-    def num_params(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @property
-    def num_bits(self) -> int:
-        """Bits of everything that `state_dict` holds."""
-        return sum(8 * tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in self.sizes.items())
 
 
 class Bypass(StandIn):

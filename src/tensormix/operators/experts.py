@@ -7,7 +7,7 @@ I in_features, O out_features.
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensormix.operators.base import StructuredLinear
+from tensormix.operators.base import Operator, StructuredLinear
+from tensormix.operators.cost import Cost
 
 
-class StackedLinear(nn.Module, ABC):
+class StackedLinear(Operator):
     """y = x @ W_e.T + b_e for the expert e that is asked for; every W_e is (O, I).
 
-    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. As in
-    `StructuredLinear`, the constructor leaves the parameters uninitialised and the bias (E, O) belongs to the site.
+    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. Its MACs and bytes per
+    token are those of a token at ONE expert, and a token costs them times the experts that it visits.
     """
 
     bias: nn.Parameter | None
@@ -54,33 +55,13 @@ class StackedLinear(nn.Module, ABC):
         return torch.stack([self.expert_dense(expert) for expert in range(self.num_experts)])
 
     @property
-    @abstractmethod
-    def sizes(self) -> dict[str, Any]:
-        """JSON-able constructor arguments: enough to rebuild an empty copy."""
+    def cost(self) -> Cost:
+        whole = super().cost
+        return whole._replace(bytes_per_token=whole.bytes_per_token // self.num_experts)
 
     @property
-    @abstractmethod
-    def macs_per_token(self) -> int:
-        """Multiply-accumulates for one token at ONE expert; a token costs this times the experts that it visits."""
-
-    @property
-    @abstractmethod
-    def num_params(self) -> int:
-        """Stored numbers of all experts; the bias, which belongs to the site, is not counted."""
-
-    @property
-    def num_bits(self) -> int:
-        """Bits of everything that `state_dict` holds but the bias, which belongs to the site."""
-        stored = (tensor for name, tensor in self.state_dict().items() if name != "bias")
-        return sum(8 * tensor.numel() * tensor.element_size() for tensor in stored)
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """JSON-able description from which `build` makes an empty copy."""
-        return {"operator": type(self).__name__, **self.sizes}
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+    def bias_shape(self) -> tuple[int, ...]:
+        return (self.num_experts, self.out_features)
 
 
 class DenseStack(StackedLinear):
@@ -88,6 +69,8 @@ class DenseStack(StackedLinear):
 
     Two layouts, so that the parameter of a fused module is kept as it is: contiguous, and not copied.
     """
+
+    is_replacement = False
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, *, transposed: bool = False) -> None:
         super().__init__(num_experts, in_features, out_features)
@@ -127,10 +110,6 @@ class DenseStack(StackedLinear):
     @property
     def macs_per_token(self) -> int:
         return self.in_features * self.out_features
-
-    @property
-    def num_params(self) -> int:
-        return self.stack.numel()
 
 
 class ExpertStack(StackedLinear):
@@ -195,10 +174,6 @@ class ExpertStack(StackedLinear):
     def macs_per_token(self) -> int:
         return self.expert(0).macs_per_token
 
-    @property
-    def num_params(self) -> int:
-        return sum(self.expert(expert).num_params for expert in range(self.num_experts))
-
 
 class Experts(nn.Module):
     """Each token's sum over its experts of weight * down_e(gate(up_e(x))), with a `StackedLinear` for both products.
@@ -247,8 +222,3 @@ class Experts(nn.Module):
                 y = self.get_submodule("post_expert_norm")(y)
             out.index_add_(0, tokens, (y * weights[mine]).to(out.dtype))
         return out  # (N, D)
-
-    @property
-    def macs_per_token(self) -> int:
-        """Multiply-accumulates of both products at all experts that a token visits."""
-        return self.experts_per_token * sum(stack.macs_per_token for stack in self.stacks.values())

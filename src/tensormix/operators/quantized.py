@@ -228,11 +228,6 @@ class Quantized(StructuredLinear):
         return numbers
 
     @property
-    def num_params(self) -> int:
-        """How many numbers the integers stand for: those of the inner operator. What they cost is `num_bits`."""
-        return self.inner.num_params
-
-    @property
     def sizes(self) -> dict[str, Any]:
         return {"inner": self.inner.spec, "bits": self.bits, "group": self.group, "symmetric": self.symmetric}
 

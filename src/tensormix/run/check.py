@@ -9,7 +9,6 @@ from torch import nn
 from tensormix.allocation import WAYS, allocate
 from tensormix.allocation.laser_search import candidates, most_evaluations, plan_of
 from tensormix.compression.choosing import assume, chooses
-from tensormix.compression.fitting import costs_of
 from tensormix.compression.slicing import slice_empty
 from tensormix.compression.units import groups_of
 from tensormix.methods import METHODS, Method
@@ -20,7 +19,7 @@ from tensormix.operators import ExpertStack
 from tensormix.plan import Plan
 from tensormix.profile import bytes_by_dtype, num_parameters
 from tensormix.recipe import Recipe
-from tensormix.sites import Site, blocks, find_sites, install, macs_per_token, returns_tuple
+from tensormix.sites import Site, blocks, cost_of, find_sites, install, macs_per_token, returns_tuple
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     for name, method in chosen.items():
         site = sites[name]
         operator = joint[name] if name in joint else empty_operator(site, method, model)
-        whole, costs = site.kind == "block", costs_of(operator)
+        whole, cost, dense = site.kind == "block", cost_of(operator, site.experts_per_token), site.cost(0)
         rows.append(
             {
                 "site": name,
@@ -86,10 +85,10 @@ def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
                 "num_experts": site.num_experts if site.kind == "experts" else None,
                 "in_features": None if whole else site.in_features,
                 "out_features": None if whole else site.out_features,
-                "dense_parameters": num_parameters(site.module) if whole else site.weight.numel(),
-                "parameters": costs[0],
-                "dense_macs_per_token": macs_per_token(site.module) if whole else site.macs_per_token,
-                "macs_per_token": costs[2] * site.experts_per_token,
+                "dense_parameters": dense.parameters,
+                "parameters": cost.parameters,
+                "dense_macs_per_token": dense.macs,
+                "macs_per_token": cost.macs,
             }
         )
         install(model, name, operator)

@@ -1,5 +1,6 @@
 """Where a model can be compressed: the only folder that knows how architectures name, fuse and call weights."""
 
+from tensormix.sites.costs import cost_of, is_conv1d, macs_per_token, num_parameters
 from tensormix.sites.installing import check_shape, dense_at, fill_dense, install
 from tensormix.sites.sites import (
     FUSED,
@@ -8,10 +9,8 @@ from tensormix.sites.sites import (
     blocks,
     find_sites,
     head_counts,
-    is_conv1d,
     is_dense,
     locate_blocks,
-    macs_per_token,
     opened,
     returns_tuple,
     role_of,
@@ -24,6 +23,7 @@ __all__ = [
     "Site",
     "blocks",
     "check_shape",
+    "cost_of",
     "dense_at",
     "fill_dense",
     "find_sites",
@@ -33,6 +33,7 @@ __all__ = [
     "is_dense",
     "locate_blocks",
     "macs_per_token",
+    "num_parameters",
     "opened",
     "returns_tuple",
     "role_of",

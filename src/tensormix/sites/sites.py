@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensormix.operators import DenseStack, Experts, SlicedBlock, StandIn
-from tensormix.operators.base import StructuredLinear
+from tensormix.operators import Cost, DenseStack, Experts, SlicedBlock, StandIn
+from tensormix.sites.costs import cost_of, is_conv1d
 from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
 
 # What a role is made of, for the architectures that multiply several projections at once.
@@ -91,16 +91,22 @@ class Site:
         """Multiply-accumulates of the dense weight for one token, at the experts that it visits."""
         return self.in_features * self.out_features * self.experts_per_token
 
+    def cost(self, stored_bits: int) -> Cost:
+        """Of what is dense here, without the bias: of the weight, or of all of a block, at the experts that it visits.
+
+        `stored_bits` are those that it takes where it is stored, packed perhaps.
+        """
+        if self.kind == "block":
+            own = cost_of(self.module)
+            return own._replace(bits=stored_bits, bytes_per_token=stored_bits * own.bytes_per_token // max(own.bits, 1))
+        read = stored_bits // 8 * self.experts_per_token // self.num_experts
+        return Cost(self.weight.numel(), stored_bits, self.macs_per_token, read)
+
     @property
     def _stack(self) -> DenseStack:
         if isinstance(self.module, DenseStack):
             return self.module
         return dense_stack(self.module, self.name.rpartition(".")[2])
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the transposed linear layer of GPT-2, recognised by name so that transformers is not imported."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 
 def is_dense(module: nn.Module) -> bool:
@@ -215,25 +221,3 @@ def takes_turns(model: nn.Module, site: Site) -> bool:
     if leaf not in ("qkv_proj", "c_attn", "Wqkv") or block == "CodeGenBlock":
         raise ValueError(f"{site.name}: how q, k and v lie in it is not known; leave it out")
     return False
-
-
-def macs_per_token(model: nn.Module) -> int:
-    """Multiply-accumulates for one token: linear layers, routers, operators, and the experts that a token visits."""
-    total, inside = 0, set()
-    for module in model.modules():
-        if module in inside:
-            continue
-        if isinstance(module, StructuredLinear | Experts | StandIn):
-            total += module.macs_per_token
-            inside.update(module.modules())  # what it holds is in its own count
-        elif is_fused(module):
-            total += sum(site.macs_per_token for site in _stacks("", 0, module))
-        elif isinstance(module, nn.Linear) or is_conv1d(module) or _is_router(module):
-            total += module.get_parameter("weight").numel()
-    return total
-
-
-def _is_router(module: nn.Module) -> bool:
-    """Whether it is the router of transformers' mixtures of experts: a bare matrix with a row for each expert."""
-    weight = module._parameters.get("weight")
-    return weight is not None and hasattr(module, "top_k") and weight.shape[:1] == (getattr(module, "num_experts", 0),)

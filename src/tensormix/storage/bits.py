@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tensormix.operators import bits_of
 from tensormix.operators.quantized import on_meta
 from tensormix.storage.checkpoint import Checkpoint
 
@@ -30,8 +31,7 @@ def stored_bits(stored: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | N
         stored = model.state_dict()
     elif dtype is not None:
         raise ValueError("stored_bits: a dtype needs the model; its state does not say which tensors may be cast")
-    distinct = {_memory(tensor): 8 * tensor.numel() * tensor.element_size() for tensor in stored.values()}
-    return sum(distinct.values())
+    return bits_of(stored)
 
 
 def checkpoint_bits(folder: Path) -> int:
@@ -43,7 +43,3 @@ def checkpoint_bits(folder: Path) -> int:
         ValueError: the folder has no safetensors, or one is damaged or cut off.
     """
     return 8 * Checkpoint(folder).num_bytes
-
-
-def _memory(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
