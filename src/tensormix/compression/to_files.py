@@ -20,8 +20,9 @@ from tensormix.compression import Walk
 from tensormix.compression.fitting import Row, bytes_after
 from tensormix.compression.from_files import Source, inside
 from tensormix.compression.units import groups_of
-from tensormix.hf import attach, install_empty, operators_of
+from tensormix.hf import attach, fitted_blocks, install_empty, operators_of
 from tensormix.operators import StandIn
+from tensormix.sites.installing import mark_replacement
 from tensormix.storage.assembly import Assembly, Making, packed_config
 from tensormix.storage.checkpoint import INDEX, PICKLED, Entry, Piece, check_space, file_hash, read_header, write_shard
 from tensormix.storage.files import new_file, read_json, write_json
@@ -130,6 +131,7 @@ class Disk(Source):
     def restore(self, index: int) -> None:
         line = self._lines[self.units[index].file]
         install_empty(self.model, line["operators"])
+        self._mark(index, line)
         self._fill(index, line["operators"])
         for entry in read_header(self.part / line["file"]):
             if inside(entry.name, line["operators"]) or line["changed"]:
@@ -150,9 +152,10 @@ class Disk(Source):
         rest = len(self.layers)
         if self.units[rest].file not in self._lines:
             self._write(rest, {}, [])
-        for line in self._lines.values():
-            known = operators_of(self.model)
+        for index, unit in enumerate(self.units[:rest]):
+            line, known = self._lines[unit.file], operators_of(self.model)
             install_empty(self.model, {k: spec for k, spec in line["operators"].items() if known.get(k) != spec})
+            self._mark(index, line)
         self._write_index()
         self._write_config()
         for file in self._files_beside():
@@ -161,6 +164,10 @@ class Disk(Source):
         shutil.rmtree(self.part / "activations", ignore_errors=True)
         shutil.rmtree(self.out, ignore_errors=True)
         self.part.replace(self.out)
+
+    def _mark(self, index: int, line: Line) -> None:
+        if line["changed"]:
+            mark_replacement(self.layers[index])
 
     # Writing
 
@@ -198,7 +205,7 @@ class Disk(Source):
         packed = packed_config(self.assembly.config)
         if packed is not None and self.convert:
             config.pop("quantization_config")  # nothing is packed any more
-        if operators_of(self.model):
+        if operators_of(self.model) or fitted_blocks(self.model):
             attach(self.model)
             made = {**self.model.config.quantization_config.to_dict(), "packed": None if self.convert else packed}
             config["quantization_config"] = {key: value for key, value in made.items() if value is not None}

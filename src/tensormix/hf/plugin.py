@@ -15,9 +15,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensormix.hf.packed import PackedQuantizer
-from tensormix.operators import Experts, SlicedBlock, StackedLinear, StandIn, StructuredLinear, build
-from tensormix.sites import dense_at, fill_dense, install
+from tensormix.operators import Experts, SlicedBlock, StandIn, StructuredLinear, build, outermost
+from tensormix.sites import dense_at, fill_dense, install, locate_blocks
 from tensormix.sites.fused_experts import close_experts
+from tensormix.sites.installing import mark_replacement
 from tensormix.sites.sliced import shrink, width_of
 from tensormix.storage.packed import pack_of
 
@@ -34,6 +35,7 @@ class StructuredConfig(QuantizationConfigMixin):
         packed: the source's own quantization_config, if tensors beside the operators are stored packed as they were
             there. They become plain weights when they are loaded, and this key is gone.
         sliced: the number of channels of the residual stream, if it is narrower than the config's.
+        fitted: the blocks of the architecture that were fitted to take the place of others.
 
     Raises:
         ValueError: a key is unknown, the format is newer than this tensormix, or the pack is none that can be read.
@@ -46,6 +48,7 @@ class StructuredConfig(QuantizationConfigMixin):
         quant_method: str = NAME,
         packed: dict[str, Any] | None = None,
         sliced: int | None = None,
+        fitted: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         if quant_method != NAME:
@@ -58,13 +61,18 @@ class StructuredConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(
                 f"quantization_config: unknown key {', '.join(map(repr, sorted(unknown)))}. "
-                "Known: quant_method, format_version, operators, packed, sliced."
+                "Known: quant_method, format_version, operators, packed, sliced, fitted."
             )
         self.quant_method = NAME  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.operators = operators or {}
-        self.packed, self.sliced = packed, sliced
+        self.packed, self.sliced, self.fitted = packed, sliced, fitted
         pack_of(packed)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it says nothing of the loaded model."""
+        return not (self.operators or self.fitted) and self.sliced is None
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_dict().items() if value is not None}
@@ -94,7 +102,7 @@ class StructuredQuantizer(PackedQuantizer):
         unmark(model)
         self.forget_pack(model)
         cast(StructuredConfig, self.quantization_config).packed = None
-        if not self._operators and cast(StructuredConfig, self.quantization_config).sliced is None:
+        if cast(StructuredConfig, self.quantization_config).is_plain:
             self.remove_quantization_config(model)
         return model
 
@@ -191,12 +199,15 @@ def _as_dict(quantization_config: Any) -> dict[str, Any]:
 
 def install_all(model: nn.Module, config: StructuredConfig) -> None:
     """Make a dense skeleton what `config` says: its residual stream sliced, and empty operators where they belong.
+    A block that was fitted is one of the skeleton's already.
 
     Raises ValueError as `shrink` and `install_empty` do.
     """
     if config.sliced is not None:
         shrink(model, config.sliced)
     install_empty(model, config.operators)
+    for name in config.fitted or ():
+        mark_replacement(model.get_submodule(name))
 
 
 def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
@@ -216,8 +227,7 @@ def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> Non
             dtype = next(old.parameters()).dtype
             operator = build(spec).to(dtype)
             if entry.get("bias") and getattr(old, "bias", None) is None:
-                rows = (operator.num_experts,) if isinstance(operator, StackedLinear) else ()
-                operator.bias = nn.Parameter(torch.empty(*rows, operator.out_features, dtype=dtype))
+                operator.bias = nn.Parameter(torch.empty(operator.bias_shape, dtype=dtype))
         install(model, name, operator)
     _record_bypassed(model)
 
@@ -247,11 +257,16 @@ def attach(model: nn.Module) -> None:
             f"the model is quantized by {method!r} already, and a checkpoint has one quantization_config: "
             "load it without quantization to compress it"
         )
-    operators, sliced = operators_of(model), width_of(model)
-    if not operators and sliced is None:
+    found = StructuredConfig(
+        operators=operators_of(model),
+        packed=existing.get("packed"),
+        sliced=width_of(model),
+        fitted=fitted_blocks(model) or None,
+    )
+    if found.is_plain:
         return
     _record_bypassed(model)
-    config.quantization_config = StructuredConfig(operators=operators, packed=existing.get("packed"), sliced=sliced)
+    config.quantization_config = found
     model.hf_quantizer = StructuredQuantizer(config.quantization_config)  # pyright: ignore[reportArgumentType]
     model.is_quantized = False  # pyright: ignore[reportArgumentType]
 
@@ -259,11 +274,13 @@ def attach(model: nn.Module) -> None:
 def operators_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The spec of every outermost operator: module name -> spec with "bias"."""
     entries: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in entries):
-            continue
-        if isinstance(module, StructuredLinear | StackedLinear):
-            entries[name] = {**module.spec, "bias": module.bias is not None}
-        elif isinstance(module, StandIn):
-            entries[name] = module.spec
+    for name, operator in outermost(model):
+        bias = {"bias": operator.bias is not None} if hasattr(operator, "bias") else {}
+        entries[name] = {**operator.spec, **bias}
     return entries
+
+
+def fitted_blocks(model: nn.Module) -> list[str]:
+    """The names of the blocks of the model's own kind that were fitted to take the place of others."""
+    root, layers = locate_blocks(model)
+    return [f"{root}.{index}" for index, block in enumerate(layers) if "is_replacement" in vars(block)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from tensormix.operators.base import Operator, StructuredLinear, did_you_mean
+from tensormix.operators.base import Operator, StructuredLinear, did_you_mean, outermost
 from tensormix.operators.bypass import Bypass, StandIn
 from tensormix.operators.chain import Chain
 from tensormix.operators.concat import Concat
@@ -61,6 +61,7 @@ __all__ = [
     "Zero",
     "bits_of",
     "build",
+    "outermost",
     "why_apart",
 ]
 

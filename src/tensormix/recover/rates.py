@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from tensormix.operators import ExpertStack, Siblings, StructuredLinear
+from tensormix.operators import Siblings, StructuredLinear
+from tensormix.sites import is_replacement
 
 
 def compressed_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that stand inside structured operators, their biases included."""
-    operators = [module for module in model.modules() if isinstance(module, StructuredLinear | ExpertStack)]
-    return {parameter for operator in operators for parameter in operator.parameters()}
+    """The parameters of all that took the place of dense weights, biases included."""
+    return {parameter for module in model.modules() if is_replacement(module) for parameter in module.parameters()}
 
 
 def rate_factors(model: nn.Module) -> dict[nn.Parameter, float]:
@@ -25,7 +25,7 @@ def rate_factors(model: nn.Module) -> dict[nn.Parameter, float]:
     return {
         parameter: operator.in_features / parameter.shape[-1]
         for operator in model.modules()
-        if isinstance(operator, StructuredLinear | ExpertStack | Siblings)
+        if isinstance(operator, StructuredLinear | Siblings)
         for parameter in operator.parameters(recurse=False)
         if parameter is not operator.bias and parameter.dim() >= 2
     }

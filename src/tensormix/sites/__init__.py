@@ -1,7 +1,7 @@
 """Where a model can be compressed: the only folder that knows how architectures name, fuse and call weights."""
 
 from tensormix.sites.costs import cost_of, is_conv1d, macs_per_token, num_parameters
-from tensormix.sites.installing import check_shape, dense_at, fill_dense, install
+from tensormix.sites.installing import check_shape, dense_at, fill_dense, install, is_replacement
 from tensormix.sites.sites import (
     FUSED,
     ROLES,
@@ -31,6 +31,7 @@ __all__ = [
     "install",
     "is_conv1d",
     "is_dense",
+    "is_replacement",
     "locate_blocks",
     "macs_per_token",
     "num_parameters",

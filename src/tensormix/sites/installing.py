@@ -11,8 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tensormix.operators import DenseStack, StackedLinear, StandIn
-from tensormix.operators.base import StructuredLinear
+from tensormix.operators import DenseStack, Operator, StackedLinear, StandIn
 from tensormix.sites.fused_experts import dense_stack, is_fused, open_experts, stack_names
 from tensormix.sites.sites import Site, is_conv1d, is_dense
 
@@ -31,16 +30,28 @@ def install(model: nn.Module, name: str, operator: nn.Module, *, move_bias: bool
     """
     parent, _, child = name.rpartition(".")
     old = dense_at(model, name)
-    if isinstance(operator, StructuredLinear | StackedLinear):
+    if isinstance(operator, StandIn):
+        operator.register_forward_pre_hook(partial(_count_tokens, int(child)), with_kwargs=True)
+    elif isinstance(operator, Operator):
         check_shape(old, name, operator)
         if is_fused(model.get_submodule(parent)):
             open_experts(model, parent)
         if move_bias:
             _move_bias(old, operator)
-    elif isinstance(operator, StandIn):
-        operator.register_forward_pre_hook(partial(_count_tokens, int(child)), with_kwargs=True)
+    else:
+        mark_replacement(operator)
     operator.train(old.training)
     setattr(model.get_submodule(parent), child, operator)
+
+
+def mark_replacement(module: nn.Module) -> None:
+    """Note that a module of the model's own kind took the place of another: what asks operators then finds it too."""
+    vars(module)["is_replacement"] = True
+
+
+def is_replacement(module: nn.Module) -> bool:
+    """Whether it took the place of other weights, as an operator or as a module of the model's own kind."""
+    return getattr(module, "is_replacement", False) is True
 
 
 def dense_at(model: nn.Module, name: str) -> nn.Module:
@@ -63,7 +74,7 @@ def _count_tokens(index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: 
         cache.update(*hidden.new_zeros(2, len(hidden), 1, hidden.shape[1], 1), index)
 
 
-def check_shape(old: nn.Module, name: str, operator: StructuredLinear | StackedLinear) -> None:
+def check_shape(old: nn.Module, name: str, operator: Operator) -> None:
     """Raise ValueError unless `operator` has the shape of the dense matrix, or stack of them, that it replaces."""
     made, stacked = type(operator).__name__, isinstance(operator, StackedLinear)
     if isinstance(old, DenseStack) and not stacked:
@@ -83,7 +94,7 @@ def check_shape(old: nn.Module, name: str, operator: StructuredLinear | StackedL
         raise ValueError(f"{name} holds a {holds} matrix{for_each}, but the {made} made for it is {brings}{of_each}")
 
 
-def _move_bias(old: nn.Module, operator: StructuredLinear | StackedLinear) -> None:
+def _move_bias(old: nn.Module, operator: Any) -> None:
     bias = getattr(old, "bias", None)
     if bias is None:
         return

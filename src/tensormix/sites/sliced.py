@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.operators import SlicedBlock, SlicedNorm
+from tensormix.sites.installing import mark_replacement
 from tensormix.sites.sites import locate_blocks, role_of
 
 # Blocks that do h + attention(norm(h)), then h + mlp(norm(h)), with root mean square norms, and nothing else.
@@ -72,6 +73,8 @@ def shrink(model: nn.Module, width: int) -> None:
     smaller = nn.Embedding(embedding.num_embeddings, width, embedding.padding_idx, device="meta", dtype=weight.dtype)
     loaded.set_input_embeddings(smaller.to_empty(device=weight.device))
     loaded.set_output_embeddings(_linear(width, head.out_features, head.bias is not None, head.weight))
+    for module in ends(model):
+        mark_replacement(module)
     owner.norm = SlicedNorm(full, _eps(owner.norm))
     loaded.config.tie_word_embeddings = False
     loaded.all_tied_weights_keys = {}
