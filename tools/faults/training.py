@@ -62,7 +62,7 @@ FAULTS = (
     Fault("recover/lora.py", "new.bias, old.bias = old.bias, None", "pass", "recover/test_lora.py"),
     Fault("recover/losses.py", " - tail * others", "", "recover/test_losses.py"),
     Fault("recover/losses.py", "+ total[..., None])", ")", "recover/test_losses.py"),
-    Fault("recover/rates.py", "StructuredLinear | Siblings", "StructuredLinear", FUSED),
+    Fault("recover/rates.py", "if is_replacement(module)", 'if hasattr(module, "sizes")', "recover/test_rates.py"),
     Fault("recover/rates.py", "operator.in_features / parameter.shape[-1]", "1.0", "recover/test_distill.py"),
     Fault("recover/teacher.py", "return len(there) >= len(ids)", "return True", "recover/test_teacher.py"),
     Fault("recover/trainer.py", "if which.any() and not taught:", "if not taught:", "data/test_answers_only.py"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tensormix.compression import Home
 from tensormix.compression.fitting import Row
-from tensormix.operators import DenseStack
+from tensormix.operators import DenseStack, Owner, outermost
 from tensormix.sites import Site, locate_blocks
 from tensormix.storage.assembly import Assembly, Making
 from tensormix.storage.memory import empty_weights, give_back, set_weight
@@ -108,7 +108,9 @@ class Source(Home):
             yield making, [t for t in making.targets if there.get(t) == wanted[t].shape and not inside(t, operators)]
 
     def _outside(self) -> list[nn.Module]:
+        """All that is in no block; without owners, which blocks multiply through."""
         inside = {id(module) for module in self.layers.modules()}
+        inside |= {id(part) for _, owner in outermost(self.model, Owner) for part in owner.modules()}
         return [module for module in self.model.modules() if id(module) not in inside]
 
 

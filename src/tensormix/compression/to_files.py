@@ -21,8 +21,8 @@ from tensormix.compression.fitting import Row, bytes_after
 from tensormix.compression.from_files import Source, inside
 from tensormix.compression.units import groups_of
 from tensormix.hf import attach, fitted_blocks, install_empty, operators_of
-from tensormix.operators import StandIn
-from tensormix.sites.installing import mark_replacement
+from tensormix.operators import Owner, StandIn, outermost
+from tensormix.sites.installing import mark_replacement, owners_closed_by
 from tensormix.storage.assembly import Assembly, Making, packed_config
 from tensormix.storage.checkpoint import INDEX, PICKLED, Entry, Piece, check_space, file_hash, read_header, write_shard
 from tensormix.storage.files import new_file, read_json, write_json
@@ -130,16 +130,29 @@ class Disk(Source):
 
     def restore(self, index: int) -> None:
         line = self._lines[self.units[index].file]
+        self._restore_owners()
         install_empty(self.model, line["operators"])
         self._mark(index, line)
         self._fill(index, line["operators"])
         for entry in read_header(self.part / line["file"]):
-            if inside(entry.name, line["operators"]) or line["changed"]:
+            if inside(entry.name, [self.root]) and (inside(entry.name, line["operators"]) or line["changed"]):
                 set_weight(self.model, entry.name, entry.read().to(self.device))
+
+    def _restore_owners(self) -> None:
+        """Those of several blocks, which lie in the file of the last of them, before the first of them is restored."""
+        known = dict(outermost(self.model, Owner))
+        for line in self._lines.values():
+            found = {name: spec for name, spec in line["operators"].items() if not inside(name, [self.root])}
+            found = {name: spec for name, spec in found.items() if name not in known}
+            install_empty(self.model, found)
+            for entry in read_header(self.part / line["file"]) if found else ():
+                if inside(entry.name, found):
+                    set_weight(self.model, entry.name, entry.read().to(self.device))
 
     def leave(self, index: int, rows: list[Row]) -> None:
         block = f"{self.root}.{index}"
         found = {f"{block}.{name}".rstrip("."): spec for name, spec in operators_of(self.layers[index]).items()}
+        found |= {name: owner.spec for name, owner in owners_closed_by(self.model, index).items()}
         operators = {name: spec for name, spec in found.items() if self._compressed_before.get(name) != spec}
         # A block of the architecture that took the place of another has weights of its own.
         mine = self._entered.get(index)
@@ -174,6 +187,8 @@ class Disk(Source):
     def _write(self, number: int, operators: dict[str, Any], rows: list[Row], changed: bool = False) -> None:
         unit = self.units[number]
         new = self._state(number) if number < len(self.layers) else {}
+        for name, owner in owners_closed_by(self.model, number).items():
+            new |= owner.state_dict(prefix=f"{name}.") if name in operators else {}
         pieces: dict[str, Piece | Entry] = {name: self.entries[name] for name in unit.unknown}
         for making, kept in self._kept(number, operators):
             if kept == making.targets and not changed:

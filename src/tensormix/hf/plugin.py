@@ -14,11 +14,12 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tensormix.hf.contents import check_connected, fitted_blocks, install_empty, operators_of, record_bypassed
 from tensormix.hf.packed import PackedQuantizer
-from tensormix.operators import Experts, SlicedBlock, StandIn, StructuredLinear, build, outermost
-from tensormix.sites import dense_at, fill_dense, install, locate_blocks
+from tensormix.operators import Experts, Owner, StructuredLinear, outermost
+from tensormix.sites import fill_dense
 from tensormix.sites.fused_experts import close_experts
-from tensormix.sites.installing import mark_replacement
+from tensormix.sites.installing import mark_replacement, remove_owner
 from tensormix.sites.sliced import shrink, width_of
 from tensormix.storage.packed import pack_of
 
@@ -118,12 +119,14 @@ class StructuredQuantizer(PackedQuantizer):
         with torch.device("meta"):
             skeleton = type(model)(copy.deepcopy(model.config))
         opened = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+        owners: list[str] = []
         for name in opened:
             close_experts(model, name, dtype)
-        for name in self._operators:
-            if name.rpartition(".")[0] in opened:
+        for name, operator in list(outermost(model)):
+            if isinstance(operator, Owner):
+                owners.append(name)
                 continue
-            operator, dense = model.get_submodule(name), skeleton.get_submodule(name)
+            dense = skeleton.get_submodule(name)
             if not isinstance(operator, StructuredLinear):
                 raise ValueError(f"{name} was dropped and its weights are gone: this model has no dense form")
             if operator.bias is not None and getattr(dense, "bias", None) is None:
@@ -135,7 +138,14 @@ class StructuredQuantizer(PackedQuantizer):
             dense.train(operator.training)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, dense)
+        for name in owners:
+            remove_owner(model, name)
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """Asked before anything is saved: what was put into the model since it was made or loaded is saved too."""
+        attach(model)
+        return super().get_state_dict_and_metadata(model)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -206,41 +216,9 @@ def install_all(model: nn.Module, config: StructuredConfig) -> None:
     if config.sliced is not None:
         shrink(model, config.sliced)
     install_empty(model, config.operators)
+    check_connected(model)
     for name in config.fitted or ():
         mark_replacement(model.get_submodule(name))
-
-
-def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
-    """Put an empty operator, on meta, at every module named in `operators`: module name -> spec with "bias".
-
-    Raises ValueError if a name is not in the model, or a spec cannot be built or does not fit there.
-    """
-    for name, entry in operators.items():
-        try:
-            old = dense_at(model, name)
-        except AttributeError:
-            raise ValueError(
-                f"quantization_config: operators names {name!r}, which a {type(model).__name__} does not have"
-            ) from None
-        spec = {key: value for key, value in entry.items() if key != "bias"}
-        with torch.device("meta"):
-            dtype = next(old.parameters()).dtype
-            operator = build(spec).to(dtype)
-            if entry.get("bias") and getattr(old, "bias", None) is None:
-                operator.bias = nn.Parameter(torch.empty(operator.bias_shape, dtype=dtype))
-        install(model, name, operator)
-    _record_bypassed(model)
-
-
-def _record_bypassed(model: nn.Module) -> None:
-    """Let `output_hidden_states` see dropped blocks too: transformers looks for blocks by their class."""
-    try:
-        from transformers.utils.output_capturing import install_output_capuring_hook as record
-    except ImportError:  # releases that collect the states elsewhere
-        return
-    for block in model.modules():
-        if isinstance(block, StandIn | SlicedBlock) and not block._forward_hooks:
-            record(block, "hidden_states", 0)
 
 
 def attach(model: nn.Module) -> None:
@@ -257,6 +235,7 @@ def attach(model: nn.Module) -> None:
             f"the model is quantized by {method!r} already, and a checkpoint has one quantization_config: "
             "load it without quantization to compress it"
         )
+    check_connected(model)
     found = StructuredConfig(
         operators=operators_of(model),
         packed=existing.get("packed"),
@@ -265,22 +244,7 @@ def attach(model: nn.Module) -> None:
     )
     if found.is_plain:
         return
-    _record_bypassed(model)
+    record_bypassed(model)
     config.quantization_config = found
     model.hf_quantizer = StructuredQuantizer(config.quantization_config)  # pyright: ignore[reportArgumentType]
     model.is_quantized = False  # pyright: ignore[reportArgumentType]
-
-
-def operators_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The spec of every outermost operator: module name -> spec with "bias"."""
-    entries: dict[str, dict[str, Any]] = {}
-    for name, operator in outermost(model):
-        bias = {"bias": operator.bias is not None} if hasattr(operator, "bias") else {}
-        entries[name] = {**operator.spec, **bias}
-    return entries
-
-
-def fitted_blocks(model: nn.Module) -> list[str]:
-    """The names of the blocks of the model's own kind that were fitted to take the place of others."""
-    root, layers = locate_blocks(model)
-    return [f"{root}.{index}" for index, block in enumerate(layers) if "is_replacement" in vars(block)]

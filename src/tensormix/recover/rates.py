@@ -7,11 +7,11 @@ in_features / fan-in (Qiu et al. 2024, arXiv 2406.06248, section 3.1). For MixT 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import nn
 
-from tensormix.operators import Siblings, StructuredLinear
 from tensormix.sites import is_replacement
 
 
@@ -24,10 +24,10 @@ def rate_factors(model: nn.Module) -> dict[nn.Parameter, float]:
     """Of every matrix of an operator: in_features of the operator it belongs to, over its own number of inputs."""
     return {
         parameter: operator.in_features / parameter.shape[-1]
-        for operator in model.modules()
-        if isinstance(operator, StructuredLinear | Siblings)
+        for operator in cast(Iterator[Any], model.modules())
+        if is_replacement(operator) and hasattr(operator, "in_features")
         for parameter in operator.parameters(recurse=False)
-        if parameter is not operator.bias and parameter.dim() >= 2
+        if parameter is not getattr(operator, "bias", None) and parameter.dim() >= 2
     }
 
 
