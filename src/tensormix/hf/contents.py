@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensormix.operators import Owner, SlicedBlock, StandIn, build, connect, outermost
-from tensormix.sites import dense_at, install, locate_blocks
+from tensormix.operators import Owner, build, connect, outermost
+from tensormix.sites import blocks, dense_at, install, locate_blocks
 
 
 def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
@@ -27,12 +27,13 @@ def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> Non
             raise ValueError(
                 f"quantization_config: operators names {name!r}, which a {type(model).__name__} does not have"
             ) from None
-        operator.to(next(old.parameters()).dtype)
+        dtype = next(old.parameters()).dtype
+        operator.to(dtype)
         if isinstance(operator, Owner):
             old.add_module(child, operator.train(old.training))
             continue
         if operators[name].get("bias") and getattr(old, "bias", None) is None:
-            operator.bias = nn.Parameter(torch.empty(operator.bias_shape, dtype=operator.weight.dtype, device="meta"))
+            operator.bias = nn.Parameter(torch.empty(operator.bias_shape, dtype=dtype, device="meta"))
         install(model, name, operator)
     connect(model)
     record_bypassed(model)
@@ -54,8 +55,8 @@ def record_bypassed(model: nn.Module) -> None:
         from transformers.utils.output_capturing import install_output_capuring_hook as record
     except ImportError:  # releases that collect the states elsewhere
         return
-    for block in model.modules():
-        if isinstance(block, StandIn | SlicedBlock) and not block._forward_hooks:
+    for block in blocks(model):
+        if getattr(type(block), "is_replacement", False) and not block._forward_hooks:
             record(block, "hidden_states", 0)
 
 
