@@ -82,7 +82,7 @@ class Contestants:
         small = -(-COLD_BYTES // (dense_bytes // 16)) if cold else 1
         self.dense = self._endless(self._dense, -(-COLD_BYTES // dense_bytes) if cold else 1)
         self.separate = self._endless(self._mixt, small)
-        self.together = self._endless(lambda: Siblings(self._mixt()), small)
+        self.together = self._endless(self._siblings, small)
         self.low_rank = self._endless(self._low_rank, small)
 
     @staticmethod
@@ -97,6 +97,10 @@ class Contestants:
         for parameter in itertools.chain(*(layer.parameters() for layer in layers)):
             nn.init.constant_(parameter, 0.01)
         return layers
+
+    def _siblings(self) -> Siblings:
+        layers = self._mixt()
+        return Siblings(names=[str(number) for number in range(len(layers))], parts=layers)
 
     def _low_rank(self) -> tuple[nn.Parameter, list[nn.Parameter]]:
         """The right factors in one matrix, of which those of each layer are rows, and the left ones."""
@@ -116,7 +120,7 @@ class Contestants:
 
         def together() -> tuple[list[Tensor], list[Tensor]]:
             layers = next(self.together)
-            return layers(x), layers.cores
+            return list(layers(x).values()), layers.cores
 
         def low_rank() -> tuple[list[Tensor], list[Tensor]]:
             right, left = next(self.low_rank)

@@ -39,8 +39,8 @@ def memory_rows(groups: Groups) -> Iterator[Row]:
 
 def memory_of(layers: list[Any], x: Tensor) -> dict[str, int]:
     """Of both forms; the kernels are called past the dispatcher, which would hide what they allocate."""
-    stacked = Siblings(layers)
-    sizes = 2, stacked.core_bonds, stacked.out_features
+    stacked = Siblings(names=[str(number) for number in range(len(layers))], parts=layers)
+    sizes = 2, stacked.core_bonds, [O for O, _ in stacked.shapes.values()]
 
     def separate() -> list[Tensor]:
         return [cpu.mixt(x, layer.cores, 2, layer.out_features) for layer in layers]

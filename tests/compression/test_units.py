@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from owners import SharedBasis
 from plans import one_rule
 from streamed import hashes, stop_at
 from tensormix.compression import compress
@@ -16,7 +17,7 @@ from tensormix.compression.kinds import parts_of, planned_units
 from tensormix.compression.while_loading import CompressConfig
 from tensormix.methods import BlockMethod, JointMethod, LinearMethod, ModelMethod, SpanMethod, StackMethod
 from tensormix.models import load_model
-from tensormix.operators import Bypass, ExpertStack, LowRank
+from tensormix.operators import OPERATORS, Bypass, Dense, ExpertStack, LowRank, Owner, outermost
 from tensormix.run.check import counts, replace_empty
 from tensormix.sites import blocks, find_sites
 from tensormix.statistics import Gram
@@ -85,6 +86,23 @@ class Basis(JointMethod):
         return made
 
 
+class Shared(Basis):
+    """The same, with the directions stored once: both layers are views of one owner."""
+
+    name: str = "shared"
+
+    def empty(self, shapes, heads):
+        columns = next(iter(shapes.values()))[1]
+        with torch.device("meta"):
+            cores = {str(number): Dense(self.rank, rows) for number, (rows, _) in enumerate(shapes.values())}
+            owner = SharedBasis(basis=Dense(columns, self.rank), cores=cores)
+            return dict(zip(shapes, owner.views("basis").values(), strict=True))
+
+    def fit(self, layers, stats, heads):
+        owner = SharedBasis.fit({str(number): layer.weight for number, layer in enumerate(layers.values())}, self.rank)
+        return dict(zip(layers, owner.views("basis").values(), strict=True))
+
+
 class Block(BlockMethod):
     source = "ours"
     summary = "Left out."
@@ -130,10 +148,16 @@ KINDS = {
     "matrix": (one_rule(Matrix()), "llama"),
     "stack": (one_rule(Stack()), "qwen3_moe"),
     "layers": (one_rule(Basis(), blocks="0-2"), "llama"),
+    "shared": (one_rule(Shared(), blocks="0-2"), "llama"),
     "block": (one_rule(Block(), blocks="1"), "llama"),
     "span": (one_rule(Span(), blocks="1-2"), "llama"),
     "model": (one_rule(Model()), "llama"),
 }
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    monkeypatch.setitem(OPERATORS, "SharedBasis", SharedBasis)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +187,7 @@ def test_experts_of_different_rank_are_saved_and_loaded(tmp_path):
     assert rows[0]["parameters"] == sum(stack.expert(e).num_params for e in range(4))
 
 
-@pytest.mark.parametrize("kind", ["layers", "span"])
+@pytest.mark.parametrize("kind", ["layers", "shared", "span"])
 @pytest.mark.parametrize("inputs", ["propagated", "dense"])
 def test_several_blocks_are_resumed_as_a_whole(tmp_path, kind, inputs, monkeypatch):
     """Stopped at every site, and between the files of one unit: the same files in the end."""
@@ -187,6 +211,18 @@ def test_several_blocks_are_resumed_as_a_whole(tmp_path, kind, inputs, monkeypat
         compress_checkpoint(tmp_path / "dense", tmp_path / "torn", plan, BATCHES, inputs=inputs)
     compress_checkpoint(tmp_path / "dense", tmp_path / "torn", plan, BATCHES, inputs=inputs)
     assert hashes(tmp_path / "torn") == hashes(tmp_path / "straight")
+
+
+def test_what_an_owner_costs_is_told_once_at_its_first_site():
+    model = make("llama")
+    foreseen = [cost for unit in planned_units(model, KINDS["shared"][0]) for cost in unit.costs().values()]
+    rows = compress(model, KINDS["shared"][0], BATCHES)
+    owners = sorted((owner for _, owner in outermost(model, Owner)), key=lambda owner: -owner.num_params)
+    assert [row["parameters"] for row in rows] == [owners[0].num_params, 0, owners[1].num_params]
+    assert [(cost.parameters, cost.bits, cost.macs) for cost in foreseen] == [
+        (row["parameters"], row["bits"], row["macs_per_token"]) for row in rows
+    ]
+    assert sum(row["bits"] for row in rows) == sum(owner.num_bits for owner in owners)
 
 
 def test_units_say_from_where_to_where_they_reach():

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 import tensormix.inference.siblings as module_under_test
 from fused_models import ATTENTION, MLP, Products, compressed, logits
 from tensormix.inference.siblings import fuse_siblings
-from tensormix.operators import MixT, Sibling
+from tensormix.operators import MixT, Siblings, View
 from tensormix.plan import Plan
-from tensormix.sites import macs_per_token
+from tensormix.sites import cost_of, macs_per_token
 from zoo import ZOO
 
 GROUPS = {"phi3": [], "gpt2": [], "gpt_neox": [], "opt": [ATTENTION], "gptj": [ATTENTION]}  # packed; not gated
@@ -34,11 +34,12 @@ def test_a_model_gives_the_same_in_fewer_calls_and_gets_its_layers_back(family):
     model = compressed(family)
     before, modules, macs = logits(model), list(model.modules()), macs_per_token(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
+    numbers = sum(tensor.numel() for tensor in state.values())
     with Products() as apart:
         logits(model)
     with fuse_siblings(model) as rows, Products() as together:
         torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
-        assert same_state(model.state_dict(), state)
+        assert sum(tensor.numel() for tensor in model.state_dict().values()) == numbers
         assert macs_per_token(model) == macs
     groups = GROUPS.get(family, [ATTENTION, MLP])
     assert [row["siblings"] for row in rows] == groups * 2
@@ -46,17 +47,38 @@ def test_a_model_gives_the_same_in_fewer_calls_and_gets_its_layers_back(family):
     others = apart.calls["mixt"] - 2 * sum(map(len, groups))
     assert together.calls == Counter({"mixt": others, **({"mixt_siblings": 2 * len(groups)} if groups else {})})
     assert list(model.modules()) == modules and not any("forward" in vars(module) for module in modules)
+    assert same_state(model.state_dict(), state)
     assert torch.equal(logits(model), before)
 
 
-def test_the_saved_folder_is_the_same_to_the_byte(tmp_path, llama):
-    llama.save_pretrained(tmp_path / "apart")
+def test_what_is_saved_inside_is_one_product_when_it_is_loaded(tmp_path, llama):
+    """To the bit, from one file and from several; what is saved afterwards is the ordinary checkpoint again."""
+    llama.save_pretrained(tmp_path / "before")
     with fuse_siblings(llama):
-        llama.save_pretrained(tmp_path / "together")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "together")
+        wanted = logits(llama)
+        llama.save_pretrained(tmp_path / "together", max_shard_size="20KB")
+        costs = cost_of(llama)
+    llama.save_pretrained(tmp_path / "after")
     for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "apart" / name).read_bytes()
-    assert torch.equal(logits(again), logits(llama))
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "together", output_loading_info=True)
+    assert not any(report.values())
+    with Products() as products:
+        assert torch.equal(logits(again), wanted)
+    assert products.calls["mixt_siblings"] == 4 and cost_of(again) == costs
+    assert cost_of(llama)[:3] == costs[:3]
+    again.save_pretrained(tmp_path / "again")
+    twice = AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map={"": "cpu"})
+    assert torch.equal(logits(twice), wanted)
+    assert len(list((tmp_path / "together").glob("*.safetensors"))) > 1
+
+
+def test_a_model_loaded_as_one_product_has_a_dense_form(tmp_path, llama):
+    with fuse_siblings(llama):
+        llama.save_pretrained(tmp_path)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path).dequantize()
+    assert not any(isinstance(module, View | Siblings) or "forward" in vars(module) for module in dense.modules())
+    torch.testing.assert_close(logits(dense), logits(llama), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_loaded_inside_stays(llama):
@@ -65,7 +87,7 @@ def test_what_is_loaded_inside_stays(llama):
         for parameter in other.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model = copy.deepcopy(llama)
-    with fuse_siblings(model):
+    with fuse_siblings(model), fuse_siblings(other):
         model.load_state_dict(other.state_dict())
         torch.testing.assert_close(logits(model), logits(other), rtol=1e-5, atol=1e-5)
     assert torch.equal(logits(model), logits(other))
@@ -131,7 +153,7 @@ def test_with_a_number_of_tokens_the_faster_form_is_chosen(llama, monkeypatch, s
     monkeypatch.setattr(module_under_test, "milliseconds", clock)
     with fuse_siblings(llama, num_tokens=5, repeats=4) as rows:
         assert {(row["chosen"], row["separate_ms"], row["together_ms"]) for row in rows} == {(chosen, separate, 2.0)}
-        assert any(isinstance(module, Sibling) for module in llama.modules()) == (chosen == "together")
+        assert any(isinstance(module, View) for module in llama.modules()) == (chosen == "together")
     assert {row["why"] for row in rows} == ({""} if separate > 2 else {"together they are not faster at 5 tokens"})
     assert asked == [((5, 32), 4)] * 2  # one for each kind of group: the two blocks are alike
 

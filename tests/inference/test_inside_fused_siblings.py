@@ -16,7 +16,7 @@ from tensormix.compression import compress
 from tensormix.inference.faster import dense_where_faster
 from tensormix.inference.siblings import fuse_siblings
 from tensormix.models import load_model, load_tokenizer
-from tensormix.operators import LowRank, MixT, Sibling, Sum
+from tensormix.operators import LowRank, MixT, Siblings, Sum
 from tensormix.recover import recover
 from tensormix.recover.rates import compressed_parameters, rate_factors
 from tensormix.settings import Recover, Source
@@ -181,6 +181,6 @@ def test_what_recovery_asks_of_parameters_is_the_same_inside(llama):
     apart = sum(p.numel() for p in compressed_parameters(llama)), sorted(set(rate_factors(llama).values()))
     with fuse_siblings(llama):
         together = sum(p.numel() for p in compressed_parameters(llama)), sorted(set(rate_factors(llama).values()))
-        stacked: Any = next(m for m in llama.modules() if isinstance(m, Sibling)).siblings.core_0
+        stacked: Any = next(m for m in llama.modules() if isinstance(m, Siblings)).core_0
         assert rate_factors(llama)[stacked] == 4
     assert together == apart

@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tensormix.kernels.mixt import cpu, siblings, stack_cores
-from tensormix.operators import MixT, Sibling, Siblings
+from tensormix.operators import MixT, Siblings, build
 from tensormix.operators.mixt import largest_num_branches
 from tensormix.profile import LiveBytes
+
+
+def named(operators):
+    return {f"layer_{number}": operator for number, operator in enumerate(operators)}
+
+
+def siblings_of(operators):
+    parts = list(operators)
+    return Siblings(names=[f"layer_{number}" for number in range(len(parts))], parts=parts)
 
 
 def layers(I, out_features, num_branches=3, dtype=torch.float64, **sizes):
@@ -31,8 +40,8 @@ def test_siblings_are_the_separate_layers_and_so_are_their_gradients(I, out_feat
     num_branches = min([num_branches, *(largest_num_branches(I, O, padding=padding) for O in out_features)])
     alone = layers(I, out_features, num_branches, padding=padding)
     x = torch.randn(data.draw(st.sampled_from([1, 5, 14])), I, dtype=torch.float64, requires_grad=True)
-    together = Siblings(alone)
-    ys, wanted = together(x), [layer.multiply(x) for layer in alone]
+    together = siblings_of(alone)
+    ys, wanted = [*together(x).values()], [layer.multiply(x) for layer in alone]
     torch.testing.assert_close(ys, wanted, rtol=1e-12, atol=1e-11)
     cores = [core for layer in alone for core in layer.cores]
     dx, *grads = torch.autograd.grad(torch.stack([y.square().sum() for y in wanted]).sum(), [x, *cores])
@@ -42,58 +51,39 @@ def test_siblings_are_the_separate_layers_and_so_are_their_gradients(I, out_feat
 
 
 def test_gradients_are_right():
-    together = Siblings(layers(20, (16, 30)))
+    together = siblings_of(layers(20, (16, 30)))
     x = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *_: together(x), (x, *together.cores), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, *_: tuple(together(x).values()), (x, *together.cores), fast_mode=True)
 
 
 @pytest.fixture
 def family():
-    alone = layers(20, (32, 16, 30))
-    together = Siblings(alone)
-    return alone, together, nn.ModuleList(Sibling(layer, together, n) for n, layer in enumerate(alone))
+    alone = named(layers(20, (32, 16, 30)))
+    together = siblings_of(alone.values())
+    return alone, together, together.views("siblings")
 
 
-def test_a_sibling_is_the_layer_that_it_stands_for(family):
-    alone, _, parts = family
+def test_a_view_of_siblings_is_the_layer_that_it_stands_for(family):
+    alone, together, views = family
     x = torch.randn(2, 5, 20, dtype=torch.float64)
-    for layer, part in zip(alone, parts, strict=True):
-        assert torch.equal(part(x), layer(x)) and torch.equal(part.to_dense(), layer.to_dense())
-        assert (part.spec, part.num_params, part.num_bits) == (layer.spec, layer.num_params, layer.num_bits)
-        assert part.macs_per_token == layer.macs_per_token
-    ordinary = nn.ModuleList(alone)
-    assert sum(p.numel() for p in parts.parameters()) == sum(p.numel() for p in ordinary.parameters())
+    for name, layer in alone.items():
+        view = views[name]
+        assert torch.equal(view.multiply(x), layer.multiply(x)) and torch.equal(view.to_dense(), layer.to_dense())
+        assert view.macs_per_token == layer.macs_per_token
+    assert together.num_params == sum(layer.num_params for layer in alone.values())
+    assert together.num_bits == sum(layer.num_bits for layer in alone.values())
 
 
-def test_what_is_saved_is_the_ordinary_checkpoint(family):
-    alone, _, parts = family
-    saved, ordinary = parts.state_dict(), nn.ModuleList(alone).state_dict()
-    assert saved.keys() == ordinary.keys() and all(torch.equal(saved[key], ordinary[key]) for key in saved)
-    assert parts.state_dict(keep_vars=True)["1.core_0"].requires_grad and not saved["1.core_0"].requires_grad
-
-
-def test_what_is_loaded_is_the_ordinary_checkpoint(family):
-    _, together, parts = family
-    other = nn.ModuleList(layers(20, (32, 16, 30))[::-1][n] for n in (2, 1, 0))
-    for parameter in other.parameters():
-        nn.init.normal_(parameter)
-    parts.load_state_dict(other.state_dict())
+def test_what_is_saved_builds_the_same_product_again(family):
+    _, together, _ = family
+    again = build(together.spec).double()
+    again.load_state_dict(together.state_dict())
     x = torch.randn(5, 20, dtype=torch.float64)
-    for y, part, layer in zip(together(x), parts, other, strict=True):
-        torch.testing.assert_close(y + part.bias, layer(x))
-
-
-def test_what_is_missing_or_does_not_fit_is_named(family):
-    *_, parts = family
-    state = parts.state_dict()
-    del state["1.core_2"]
-    state["2.core_0"] = state["2.core_0"][:3]
-    state["0.core_9"] = state["0.core_0"]
-    with pytest.raises(RuntimeError) as error:
-        parts.load_state_dict(state)
-    assert 'Missing key(s) in state_dict: "1.core_2"' in str(error.value)
-    assert 'Unexpected key(s) in state_dict: "0.core_9"' in str(error.value)
-    assert "size mismatch for 2.core_0: the checkpoint has (3, 8), not (8, 8)" in str(error.value)
+    assert all(torch.equal(y, wanted) for y, wanted in zip(again(x).values(), together(x).values(), strict=True))
+    state = together.state_dict()
+    del state["core_2"]
+    with pytest.raises(RuntimeError, match="core_2"):
+        again.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -112,17 +102,17 @@ def test_what_is_missing_or_does_not_fit_is_named(family):
 )
 def test_what_cannot_be_one_product_is_refused(other, reason):
     with pytest.raises(ValueError, match=f"^Siblings: {reason}$"):
-        Siblings([MixT(32, 48, num_branches=3), other()])
+        siblings_of([MixT(32, 48, num_branches=3), other()])
 
 
 def test_bonds_of_different_dimension_stay_apart():
     with pytest.raises(ValueError, match=r"^Siblings: bond is 2 and 3$"):
-        Siblings([MixT(72, 72, num_branches=2), MixT(72, 72, num_branches=2, bond=3)])
+        siblings_of([MixT(72, 72, num_branches=2), MixT(72, 72, num_branches=2, bond=3)])
 
 
 def test_paddings_to_different_sizes_stay_apart():
     with pytest.raises(ValueError, match=r"^Siblings: core_in is 12 and 16$"):
-        Siblings([MixT(48, 48, num_branches=3), MixT(48, 48, num_branches=3, padding="power")])
+        siblings_of([MixT(48, 48, num_branches=3), MixT(48, 48, num_branches=3, padding="power")])
 
 
 def test_a_wrong_number_of_features_is_refused(family):
@@ -134,7 +124,7 @@ def test_autocast_is_that_of_the_separate_layers():
     alone = layers(32, (32, 16), dtype=torch.float32)
     x = torch.randn(5, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        for y, layer in zip(Siblings(alone)(x), alone, strict=True):
+        for y, layer in zip(siblings_of(alone)(x).values(), alone, strict=True):
             assert y.dtype == torch.bfloat16
             torch.testing.assert_close(y, layer.multiply(x))
 
@@ -152,7 +142,7 @@ def peak(call, *alive):
 def test_memory_is_that_of_the_dense_layers_and_scratch_that_does_not_grow_with_the_tokens(num_tokens):
     """Dense layers make the outputs too. The rest: the outputs once more while they are few, or cores, and scratch."""
     I, out_features = 1024, (1024, 512, 512)
-    cores = Siblings(layers(I, out_features, dtype=torch.float32)).cores
+    cores = siblings_of(layers(I, out_features, dtype=torch.float32)).cores
     x = torch.randn(num_tokens, I)
     used = peak(
         lambda: siblings.mixt_siblings(x, cores, 2, (64, 32, 32), out_features, cpu.mixt, siblings.MOST), x, *cores

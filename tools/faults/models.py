@@ -10,9 +10,9 @@ RESIDUAL = "reparameterise/test_residual_rotation.py"
 REWRITTEN = "reparameterise/test_reparameterise.py"
 
 FAULTS = (
-    Fault("hf/plugin.py", "        install(model, name, operator)\n", "        pass\n", "hf/test_hf.py"),
-    Fault("hf/plugin.py", 'if entry.get("bias") and', "if False and", "hf/test_hf.py"),
-    Fault("hf/plugin.py", 'record(block, "hidden_states", 0)', "pass", "hf/test_hf.py"),
+    Fault("hf/contents.py", "        install(model, name, operator)\n", "        pass\n", "hf/test_hf.py"),
+    Fault("hf/contents.py", 'if operators[name].get("bias") and', "if False and", "hf/test_hf.py"),
+    Fault("hf/contents.py", 'record(block, "hidden_states", 0)', "pass", "hf/test_hf.py"),
     Fault("models/loading.py", "        _keep_wide(model, wanted)\n", "", "storage/test_assembly.py"),
     Fault("models/loading.py", "        model.initialize_weights()\n", "        pass\n", "compression/test_stream.py"),
     Fault(

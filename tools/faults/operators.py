@@ -15,12 +15,27 @@ MATCHING = "operators/test_mixt_matching.py"
 FAULTS = (
     Fault("inference/faster.py", "setattr(parent, child, operator)", "pass", "inference/test_faster.py"),
     Fault("inference/faster.py", "dense.bias = bias = operator.bias", "bias = None", "inference/test_faster.py"),
-    Fault("inference/siblings.py", "if self.x is not x or index", "if index", FUSED),
+    Fault("operators/shared_calls.py", "if self.x is not x or part", "if part", FUSED),
     Fault("inference/siblings.py", "core.data = value.detach().clone()", "core.data = value.detach()", FUSED),
     Fault("inference/siblings.py", "core.data = core.data.new_empty(0)", "pass", FUSED),
-    Fault("inference/siblings.py", "if is_watched(self._sibling):", "if False:", FUSED),
+    Fault("operators/shared_calls.py", "if is_watched(self._view):", "if False:", FUSED),
     Fault("inference/siblings.py", "if together >= separate:", "if together < separate:", FUSED),
-    Fault("inference/siblings.py", "if all(isinstance(sibling, Sibling) for sibling in siblings):", "if True:", FUSED),
+    Fault("operators/shared_calls.py", "if owners[0] is not None and all(", "if True or all(", FUSED),
+    Fault("operators/shared.py", "around, **{name: part", "{}, **{name: part", "operators/test_shared.py"),
+    Fault("operators/shared.py", 'vars(self)["owner"] = owner', "self.owner = owner", "operators/test_shared.py"),
+    Fault("operators/shared.py", "if owner.together and len(found) > 1:", "if False:", FUSED),
+    Fault(
+        "operators/siblings.py", '"names": list(self.kinds)', '"names": sorted(self.kinds)', "operators/test_shared.py"
+    ),
+    Fault("sites/installing.py", "common.pop()", "break", "hf/test_hf_shared.py"),
+    Fault("sites/installing.py", "view.owner_name = name", "pass", "hf/test_hf_shared.py"),
+    Fault("sites/sites.py", " and not n.startswith(inner)", "", "hf/test_hf_shared.py"),
+    Fault(
+        "operators/experts.py",
+        "whole.bytes_per_token // self.num_experts",
+        "whole.bytes_per_token",
+        "sites/test_costs.py",
+    ),
     Fault("inference/zeros.py", "self.bias[: self.out_features]", "self.bias[-self.out_features :]", ZEROS),
     Fault("inference/zeros.py", "setattr(parent, name, layer.train(kept.training))", "pass", ZEROS),
     Fault("inference/zeros.py", ' or "forward" in vars(layer)', "", ZEROS),
@@ -102,10 +117,6 @@ FAULTS = (
         'bits=8, group="channel", symmetric=True)\n        self.s',
         'bits=8, group="tensor", symmetric=True)\n        self.s',
         "operators/test_remapped.py",
-    ),
-    Fault("operators/siblings.py", "else core.detach().clone()", "else core.detach()", "operators/test_siblings.py"),
-    Fault(
-        "operators/siblings.py", "            if value is None:", "            if False:", "operators/test_siblings.py"
     ),
     Fault(
         "operators/sliced.py", "keepdim=True) / self.full", "keepdim=True) / x.shape[-1]", "compression/test_slicing.py"

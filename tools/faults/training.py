@@ -74,7 +74,7 @@ FAULTS = (
         ".gather(-1, tokens.long())",
         "recover/test_losses.py",
     ),
-    Fault("recover/rates.py", "StructuredLinear | ExpertStack | Siblings", "StructuredLinear | ExpertStack", FUSED),
+    Fault("recover/rates.py", "if is_replacement(module)", 'if hasattr(module, "sizes")', "recover/test_rates.py"),
     Fault("recover/rates.py", "operator.in_features / parameter.shape[-1]", "1.0", "recover/test_distill.py"),
     Fault("recover/teacher.py", "return len(there) >= len(ids)", "return True", "recover/test_teacher.py"),
     Fault(

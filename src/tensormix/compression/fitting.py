@@ -6,16 +6,17 @@ Shape letters: I in_features.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from tensormix.compression.units import Statistics, Unit
-from tensormix.operators import Cost
+from tensormix.compression.units import Statistics, Unit, at_sites, cost_with
+from tensormix.operators import Cost, Owner
 from tensormix.rows import Row
-from tensormix.sites import Site, cost_of, install, opened
+from tensormix.sites import Site, install, opened
+from tensormix.sites.installing import install_owners
 
 
 @contextmanager
@@ -62,17 +63,18 @@ def replace(
     tidy()
     dense = {name: site.cost(dense_bits(site)) for name, site in sites.items()}
     rows: list[Row] = []
-    for name, operator in fitted.operators.items():
+    install_owners(unit.model, fitted.operators)
+    for name, (operator, owners) in at_sites(fitted.operators).items():
         install(unit.model, name, operator, move_bias=unit.moves_bias)
         facts = {**fitted.facts.get(name, {}), "seconds": 0.0 if rows else time.perf_counter() - start}
-        rows.append(row_of(unit, name, operator, dense.get(name, Cost(0, 0, 0, 0)), facts))
+        rows.append(row_of(unit, name, operator, dense.get(name, Cost(0, 0, 0, 0)), facts, owners))
     return rows
 
 
-def row_of(unit: Unit, name: str, operator: Any, dense: Cost, facts: Row) -> Row:
-    """What there is to say about a site, or what several share; `dense` is what it cost before."""
+def row_of(unit: Unit, name: str, operator: Any, dense: Cost, facts: Row, owners: Iterable[Owner] = ()) -> Row:
+    """What there is to say about a site; `dense` is what it cost before, and `owners` are counted with it."""
     site = next((site for site in unit.sites if site.name == name), None)
-    cost = cost_of(operator, 1 if site is None else site.experts_per_token)
+    cost = cost_with(operator, owners, 1 if site is None else site.experts_per_token)
     return {
         "site": name,
         "block": unit.last_block if site is None else site.block,

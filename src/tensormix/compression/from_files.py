@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensormix.compression import Home
-from tensormix.operators import DenseStack
+from tensormix.operators import DenseStack, Owner, outermost
 from tensormix.rows import Row
 from tensormix.sites import Site, locate_blocks
 from tensormix.sites.families import EXPERT_WEIGHTS
@@ -112,7 +112,9 @@ class Source(Home):
             yield making, [t for t in making.targets if there.get(t) == wanted[t].shape and not inside(t, operators)]
 
     def _outside(self) -> list[nn.Module]:
+        """All that is in no block; without owners, which blocks multiply through."""
         inside = {id(module) for module in self.layers.modules()}
+        inside |= {id(part) for _, owner in outermost(self.model, Owner) for part in owner.modules()}
         return [module for module in self.model.modules() if id(module) not in inside]
 
 

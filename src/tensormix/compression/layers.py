@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensormix.compression.units import Fitted, Statistics, Unit, not_finite
+from tensormix.compression.units import Fitted, Statistics, Unit, at_sites, not_finite
 from tensormix.methods.base import Heads, Layer, RoleError
 from tensormix.operators import Concat, StructuredLinear
 from tensormix.sites import FUSED, Site, head_counts, takes_turns
@@ -64,6 +64,9 @@ class LayersUnit(Unit):
         with self.named():
             operators = self._joined(self.method.empty(shapes, self.heads))
         dtypes = {site.name: site.weight.dtype for site in self.sites}
+        for name, (_, owners) in at_sites(operators).items():
+            for owner in owners:
+                owner.to(dtypes[name])
         return {name: operator.to(dtypes[name]) for name, operator in operators.items()}
 
     def fit(self, stats: Statistics, tidy: Callable[[], None] = lambda: None) -> Fitted:
@@ -71,9 +74,10 @@ class LayersUnit(Unit):
         seen = {role: stats[self._watched(role).name][0] for role in self.holder if self.method.needs_at(_bare(role))}
         with self.named():
             operators = self._joined(self.method.fit(layers, seen, self.heads))
-        for name, operator in operators.items():
-            if not all(is_finite(tensor) for tensor in operator.state_dict().values()):
-                raise ValueError(f"{name}: {not_finite(operator)}")
+        for name, (operator, owners) in at_sites(operators).items():
+            for part in (operator, *owners):
+                if not all(is_finite(tensor) for tensor in part.state_dict().values()):
+                    raise ValueError(f"{name}: {not_finite(part)}")
         return Fitted(operators, {site.name: {"relative_error": None} for site in self.sites})
 
     def _keys(self, site: Site) -> list[str]:

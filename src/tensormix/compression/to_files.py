@@ -16,10 +16,11 @@ from typing import Any
 
 from tensormix.compression import Walk
 from tensormix.compression.from_files import Source, inside
-from tensormix.hf import attach, install_empty, operators_of
-from tensormix.operators import StandIn
+from tensormix.hf import attach, fitted_blocks, install_empty, operators_of
+from tensormix.operators import Owner, StandIn, outermost
 from tensormix.rows import Row
 from tensormix.sites import Site
+from tensormix.sites.installing import mark_replacement, owners_closed_by
 from tensormix.storage.assembly import Assembly, Making, packed_config
 from tensormix.storage.entries import Entry, Piece
 from tensormix.storage.files import new_file, put_in_place, read_json, write_json
@@ -113,15 +114,30 @@ class Disk(Source):
 
     def restore(self, index: int) -> None:
         line = self._lines[self.shards[index].file]
-        install_empty(self.model, line["operators"])
-        self._fill(index, line["operators"])
+        self._restore_owners()
+        here = {name: spec for name, spec in line["operators"].items() if inside(name, [self.root])}
+        install_empty(self.model, here)
+        self._mark(index, line)
+        self._fill(index, here)
         for entry in read_header(self.part / line["file"]):
-            if inside(entry.name, line["operators"]) or line["changed"]:
+            if inside(entry.name, [self.root]) and (inside(entry.name, here) or line["changed"]):
                 set_weight(self.model, entry.name, entry.read().to(self.device))
+
+    def _restore_owners(self) -> None:
+        """Those of several blocks, which lie in the file of the last of them, before the first of them is restored."""
+        known = dict(outermost(self.model, Owner))
+        for line in self._lines.values():
+            found = {name: spec for name, spec in line["operators"].items() if not inside(name, [self.root])}
+            found = {name: spec for name, spec in found.items() if name not in known}
+            install_empty(self.model, found)
+            for entry in read_header(self.part / line["file"]) if found else ():
+                if inside(entry.name, found):
+                    set_weight(self.model, entry.name, entry.read().to(self.device))
 
     def leave(self, index: int, rows: list[Row]) -> None:
         block = f"{self.root}.{index}"
         found = {f"{block}.{name}".rstrip("."): spec for name, spec in operators_of(self.layers[index]).items()}
+        found |= {name: owner.spec for name, owner in owners_closed_by(self.model, index).items()}
         operators = {name: spec for name, spec in found.items() if self._compressed_before.get(name) != spec}
         # A block of the architecture that took the place of another has weights of its own.
         mine = self._entered.get(index)
@@ -134,9 +150,10 @@ class Disk(Source):
         rest = len(self.layers)
         if self.shards[rest].file not in self._lines:
             self._write(rest, {}, [])
-        for line in self._lines.values():
-            known = operators_of(self.model)
+        for index, shard in enumerate(self.shards[:rest]):
+            line, known = self._lines[shard.file], operators_of(self.model)
             install_empty(self.model, {k: spec for k, spec in line["operators"].items() if known.get(k) != spec})
+            self._mark(index, line)
         write_index([self.part / shard.file for shard in self.shards], self.part)
         self._write_config()
         for file in self._files_beside():
@@ -146,11 +163,17 @@ class Disk(Source):
         shutil.rmtree(self.out, ignore_errors=True)
         put_in_place(self.part, self.out)
 
+    def _mark(self, index: int, line: Line) -> None:
+        if line["changed"]:
+            mark_replacement(self.layers[index])
+
     # Writing
 
     def _write(self, number: int, operators: dict[str, Any], rows: list[Row], changed: bool = False) -> None:
         shard = self.shards[number]
         new = self._state(number) if number < len(self.layers) else {}
+        for name, owner in owners_closed_by(self.model, number).items():
+            new |= owner.state_dict(prefix=f"{name}.") if name in operators else {}
         pieces: dict[str, Piece | Entry] = {name: self._copy(name) for name in shard.unknown}
         for making, kept in self._kept(number, operators):
             if kept == making.targets and not changed:
@@ -179,7 +202,7 @@ class Disk(Source):
         packed = packed_config(self.assembly.config)
         if packed is not None and self.convert:
             config.pop("quantization_config")  # nothing is packed any more
-        if operators_of(self.model):
+        if operators_of(self.model) or fitted_blocks(self.model):
             attach(self.model)
             made = {**self.model.config.quantization_config.to_dict(), "packed": None if self.convert else packed}
             config["quantization_config"] = {key: value for key, value in made.items() if value is not None}

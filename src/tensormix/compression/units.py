@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from tensormix.operators import Cost
+from tensormix.operators import Cost, Owner, View
 from tensormix.rows import Row
 from tensormix.sites import Site, cost_of
 from tensormix.statistics import is_finite
@@ -22,7 +22,8 @@ class Fitted(NamedTuple):
     """What a unit came to.
 
     Attributes:
-        operators: by the name of the module whose place each takes; what several of them share under a name of its own.
+        operators: by the name of the module whose place each takes. What several of them share has views at their
+            sites; it may be there too, under a name of its own.
         facts: site name -> what the row about it says beside sizes and costs.
     """
 
@@ -128,15 +129,41 @@ class Unit(ABC):
     def costs(self) -> dict[str, Cost]:
         """What each of the operators will cost, foreseen, and beside it what it adds to the bias of its site."""
         sites, found = {site.name: site for site in self.sites}, {}
-        for name, operator in self.empty().items():
+        for name, (operator, owners) in at_sites(self.empty()).items():
             site = sites.get(name)
-            cost = cost_of(operator, 1 if site is None else site.experts_per_token)
+            cost = cost_with(operator, owners, 1 if site is None else site.experts_per_token)
             if site is not None and site.kind != "block":
                 fitted = 0 if operator.bias is None else operator.bias.numel()
                 held = 0 if site.bias is None else site.bias.numel()
                 cost = with_more_bits(cost, 8 * site.weight.dtype.itemsize * max(0, fitted - held), site)
             found[name] = cost
         return found
+
+
+def at_sites(operators: Mapping[str, Any]) -> dict[str, tuple[Any, list[Owner]]]:
+    """The operators that sites get, each with the owners that none of those before it multiplies through."""
+    known: set[Owner] = set()
+    found: dict[str, tuple[Any, list[Owner]]] = {}
+    for name, operator in operators.items():
+        if not isinstance(operator, Owner):
+            views = [part for part in operator.modules() if isinstance(part, View)]
+            new = list(dict.fromkeys(view.connected for view in views if view.connected not in known))
+            known.update(new)
+            found[name] = operator, new
+    return found
+
+
+def cost_with(operator: Any, owners: Iterable[Owner], experts_per_token: int = 1) -> Cost:
+    """Of an operator and of what stands elsewhere for it and for others: that costs parameters and bits only here."""
+    cost = cost_of(operator, experts_per_token)
+    for owner in owners:
+        more = owner.cost
+        cost = cost._replace(
+            parameters=cost.parameters + more.parameters,
+            bits=cost.bits + more.bits,
+            bytes_per_token=cost.bytes_per_token + more.bytes_per_token,
+        )
+    return cost
 
 
 def with_more_bits(cost: Cost, bits: int, site: Site) -> Cost:

@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from tensormix.diagnose.base import Batches, Diagnostic, Row, run
 from tensormix.diagnose.geometry import observe
 from tensormix.evaluate.forward import quiet
-from tensormix.operators import DenseStack, StackedLinear, StandIn, StructuredLinear
-from tensormix.sites import blocks
-
-COMPRESSED = (StructuredLinear, StackedLinear, StandIn)
+from tensormix.sites import blocks, is_replacement
 
 
 class ResidualStream(Diagnostic):
@@ -58,12 +55,8 @@ class ResidualStream(Diagnostic):
 
 
 def last_compressed(model: nn.Module) -> int | None:
-    """The index of the last block that holds an operator or was dropped; None if none does."""
-    touched = [
-        index
-        for index, block in enumerate(blocks(model))
-        if any(isinstance(module, COMPRESSED) and not isinstance(module, DenseStack) for module in block.modules())
-    ]
+    """The index of the last block that was replaced, or that holds an operator; None if none does."""
+    touched = [index for index, block in enumerate(blocks(model)) if any(map(is_replacement, block.modules()))]
     return max(touched, default=None)
 
 

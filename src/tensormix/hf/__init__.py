@@ -1,12 +1,11 @@
 """The plugin of transformers: importing it lets `save_pretrained` and `from_pretrained` know compressed models."""
 
+from tensormix.hf.contents import fitted_blocks, install_empty, operators_of
 from tensormix.hf.plugin import (
     StructuredConfig,
     StructuredQuantizer,
     attach,
     install_all,
-    install_empty,
-    operators_of,
     read_packed,
     refuse_tensor_parallelism,
     unmark,
@@ -16,6 +15,7 @@ __all__ = [
     "StructuredConfig",
     "StructuredQuantizer",
     "attach",
+    "fitted_blocks",
     "install_all",
     "install_empty",
     "operators_of",

@@ -14,10 +14,12 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tensormix.hf.contents import check_connected, fitted_blocks, install_empty, operators_of, record_bypassed
 from tensormix.hf.packed import PackedQuantizer
-from tensormix.operators import Experts, SlicedBlock, StackedLinear, StandIn, StructuredLinear, build
-from tensormix.sites import dense_at, fill_dense, install
+from tensormix.operators import Experts, Owner, StructuredLinear, outermost
+from tensormix.sites import fill_dense
 from tensormix.sites.fused_experts import close_experts
+from tensormix.sites.installing import mark_replacement, remove_owner
 from tensormix.sites.sliced import shrink, width_of
 from tensormix.storage.packed import pack_of
 
@@ -34,6 +36,7 @@ class StructuredConfig(QuantizationConfigMixin):
         packed: the source's own quantization_config, if tensors beside the operators are stored packed as they were
             there. They become plain weights when they are loaded, and this key is gone.
         sliced: the number of channels of the residual stream, if it is narrower than the config's.
+        fitted: the blocks of the architecture that were fitted to take the place of others.
 
     Raises:
         ValueError: a key is unknown, the format is newer than this tensormix, or the pack is none that can be read.
@@ -46,6 +49,7 @@ class StructuredConfig(QuantizationConfigMixin):
         quant_method: str = NAME,
         packed: dict[str, Any] | None = None,
         sliced: int | None = None,
+        fitted: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         if quant_method != NAME:
@@ -58,13 +62,18 @@ class StructuredConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(
                 f"quantization_config: unknown key {', '.join(map(repr, sorted(unknown)))}. "
-                "Known: quant_method, format_version, operators, packed, sliced."
+                "Known: quant_method, format_version, operators, packed, sliced, fitted."
             )
         self.quant_method = NAME  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.operators = operators or {}
-        self.packed, self.sliced = packed, sliced
+        self.packed, self.sliced, self.fitted = packed, sliced, fitted
         pack_of(packed)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it says nothing of the loaded model."""
+        return not (self.operators or self.fitted) and self.sliced is None
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_dict().items() if value is not None}
@@ -94,7 +103,7 @@ class StructuredQuantizer(PackedQuantizer):
         unmark(model)
         self.forget_pack(model)
         cast(StructuredConfig, self.quantization_config).packed = None
-        if not self._operators and cast(StructuredConfig, self.quantization_config).sliced is None:
+        if cast(StructuredConfig, self.quantization_config).is_plain:
             self.remove_quantization_config(model)
         return model
 
@@ -110,12 +119,14 @@ class StructuredQuantizer(PackedQuantizer):
         with torch.device("meta"):
             skeleton = type(model)(copy.deepcopy(model.config))
         opened = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+        owners: list[str] = []
         for name in opened:
             close_experts(model, name, dtype)
-        for name in self._operators:
-            if name.rpartition(".")[0] in opened:
+        for name, operator in list(outermost(model)):
+            if isinstance(operator, Owner):
+                owners.append(name)
                 continue
-            operator, dense = model.get_submodule(name), skeleton.get_submodule(name)
+            dense = skeleton.get_submodule(name)
             if not isinstance(operator, StructuredLinear):
                 raise ValueError(f"{name} was dropped and its weights are gone: this model has no dense form")
             if operator.bias is not None and getattr(dense, "bias", None) is None:
@@ -127,7 +138,14 @@ class StructuredQuantizer(PackedQuantizer):
             dense.train(operator.training)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, dense)
+        for name in owners:
+            remove_owner(model, name)
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """Asked before anything is saved: what was put into the model since it was made or loaded is saved too."""
+        attach(model)
+        return super().get_state_dict_and_metadata(model)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -191,46 +209,16 @@ def _as_dict(quantization_config: Any) -> dict[str, Any]:
 
 def install_all(model: nn.Module, config: StructuredConfig) -> None:
     """Make a dense skeleton what `config` says: its residual stream sliced, and empty operators where they belong.
+    A block that was fitted is one of the skeleton's already.
 
     Raises ValueError as `shrink` and `install_empty` do.
     """
     if config.sliced is not None:
         shrink(model, config.sliced)
     install_empty(model, config.operators)
-
-
-def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
-    """Put an empty operator, on meta, at every module named in `operators`: module name -> spec with "bias".
-
-    Raises ValueError if a name is not in the model, or a spec cannot be built or does not fit there.
-    """
-    for name, entry in operators.items():
-        try:
-            old = dense_at(model, name)
-        except AttributeError:
-            raise ValueError(
-                f"quantization_config: operators names {name!r}, which a {type(model).__name__} does not have"
-            ) from None
-        spec = {key: value for key, value in entry.items() if key != "bias"}
-        with torch.device("meta"):
-            dtype = next(old.parameters()).dtype
-            operator = build(spec).to(dtype)
-            if entry.get("bias") and getattr(old, "bias", None) is None:
-                rows = (operator.num_experts,) if isinstance(operator, StackedLinear) else ()
-                operator.bias = nn.Parameter(torch.empty(*rows, operator.out_features, dtype=dtype))
-        install(model, name, operator)
-    _record_bypassed(model)
-
-
-def _record_bypassed(model: nn.Module) -> None:
-    """Let `output_hidden_states` see dropped blocks too: transformers looks for blocks by their class."""
-    try:
-        from transformers.utils.output_capturing import install_output_capuring_hook as record
-    except ImportError:  # releases that collect the states elsewhere
-        return
-    for block in model.modules():
-        if isinstance(block, StandIn | SlicedBlock) and not block._forward_hooks:
-            record(block, "hidden_states", 0)
+    check_connected(model)
+    for name in config.fitted or ():
+        mark_replacement(model.get_submodule(name))
 
 
 def attach(model: nn.Module) -> None:
@@ -247,23 +235,16 @@ def attach(model: nn.Module) -> None:
             f"the model is quantized by {method!r} already, and a checkpoint has one quantization_config: "
             "load it without quantization to compress it"
         )
-    operators, sliced = operators_of(model), width_of(model)
-    if not operators and sliced is None:
+    check_connected(model)
+    found = StructuredConfig(
+        operators=operators_of(model),
+        packed=existing.get("packed"),
+        sliced=width_of(model),
+        fitted=fitted_blocks(model) or None,
+    )
+    if found.is_plain:
         return
-    _record_bypassed(model)
-    config.quantization_config = StructuredConfig(operators=operators, packed=existing.get("packed"), sliced=sliced)
+    record_bypassed(model)
+    config.quantization_config = found
     model.hf_quantizer = StructuredQuantizer(config.quantization_config)  # pyright: ignore[reportArgumentType]
     model.is_quantized = False  # pyright: ignore[reportArgumentType]
-
-
-def operators_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The spec of every outermost operator: module name -> spec with "bias"."""
-    entries: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in entries):
-            continue
-        if isinstance(module, StructuredLinear | StackedLinear):
-            entries[name] = {**module.spec, "bias": module.bias is not None}
-        elif isinstance(module, StandIn):
-            entries[name] = module.spec
-    return entries

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.clock import seconds_of
-from tensormix.operators import Dense, StructuredLinear
+from tensormix.operators import Dense, StructuredLinear, outermost
 from tensormix.rows import Row
 
 
@@ -69,12 +69,7 @@ def dense_where_faster(model: nn.Module, *, num_tokens: int, repeats: int = 15) 
 
 def structured_layers(model: nn.Module) -> list[tuple[str, StructuredLinear]]:
     """Every structured layer that is not part of another one and is not dense anyhow."""
-    found: list[tuple[str, StructuredLinear]] = []
-    for name, module in model.named_modules():
-        inner = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if name and isinstance(module, StructuredLinear) and not inner:
-            found.append((name, module))
-    return [(name, module) for name, module in found if not isinstance(module, Dense)]
+    return [(name, part) for name, part in outermost(model, StructuredLinear) if name and not isinstance(part, Dense)]
 
 
 def _dense(operator: StructuredLinear) -> Dense:

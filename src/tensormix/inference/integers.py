@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tensormix.operators import Quantized, StructuredLinear
+from tensormix.operators import Quantized, StructuredLinear, outermost
 from tensormix.rows import Row
 
 
@@ -35,8 +35,7 @@ def run_in_integers(model: nn.Module, *, bits: Literal[4, 8] = 8, group: int = 3
     if bits not in (4, 8):
         raise ValueError(f"run_in_integers: bits must be 4 or 8, got {bits!r}")
     _torchao()
-    names = [name for name, module in model.named_modules() if isinstance(module, StructuredLinear)]
-    names = [name for name in names if not any(name.startswith(f"{outer}.") for outer in names)]
+    names = [name for name, _ in outermost(model, StructuredLinear)]
     if not names:
         raise ValueError("run_in_integers: the model has no operators; compress it first")
     return [_replace(model, name, bits, group) for name in names]

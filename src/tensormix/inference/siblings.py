@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tensormix.inference.faster import milliseconds
-from tensormix.operators import MixT, Sibling, Siblings, StructuredLinear, why_apart
+from tensormix.operators import MixT, Siblings, StructuredLinear, View, why_apart
+from tensormix.operators.shared_calls import Sharing, is_watched, share_calls, sharing_of, stop_sharing
 from tensormix.rows import Row
 from tensormix.sites import FUSED, role_of
+from tensormix.sites.installing import free_name
 
 Layers = dict[str, nn.Module]  # name in the parent -> layer
 
@@ -26,9 +28,10 @@ def fuse_siblings(model: nn.Module, *, num_tokens: int | None = None, repeats: i
     they are trained. With `num_tokens` only those do that are faster so at this many tokens: both forms are timed
     first, on this machine, in turns.
 
-    Nothing is stored twice. Inside, the cores of siblings are one parameter (make an optimizer inside too), and
-    `state_dict`, `load_state_dict` and `save_pretrained` write and read the ordinary checkpoint. On leaving, the
-    layers are as they were, with the values that were trained or loaded inside.
+    Nothing is stored twice. Inside, the cores of siblings are one parameter (make an optimizer inside too) of an owner
+    beside them, and the layers are views of it: `save_pretrained` writes it so, and a model that is loaded from there
+    has them in one product from the start. On leaving, the layers are as they were, with the values that were trained
+    or loaded inside.
 
     The first sibling that the forward of their parent calls computes all; the others get their part if they are
     called with the very same tensor in the same call. Nothing is kept from one call to the next.
@@ -45,7 +48,7 @@ def fuse_siblings(model: nn.Module, *, num_tokens: int | None = None, repeats: i
         if value is not None and value < 1:
             raise ValueError(f"fuse_siblings: {name} must be at least 1, got {value}")
     known: dict[str, tuple[float, float]] = {}  # one measurement for all groups of a kind
-    fused: list[tuple[nn.Module, dict[str, MixT], Siblings]] = []
+    fused: list[tuple[nn.Module, dict[str, MixT], str]] = []
     rows: list[Row] = []
     try:
         for path, parent, layers in _families(model):
@@ -53,17 +56,16 @@ def fuse_siblings(model: nn.Module, *, num_tokens: int | None = None, repeats: i
             rows += [{"module": path, "siblings": [n], "chosen": "separate", "why": why} for n, why in rest.items()]
             for group in groups:
                 row: Row = {"module": path, "siblings": list(group), "chosen": "together", "why": ""}
-                siblings = Siblings(list(group.values()))
+                siblings = Siblings(names=list(group), parts=list(group.values()))
                 if num_tokens is not None:
                     row |= _timed(group, siblings, num_tokens, repeats, known)
                 rows.append(row)
                 if row["chosen"] == "together":
-                    fused.append((parent, group, siblings))
-                    _fuse(parent, group, siblings)
+                    fused.append((parent, group, _fuse(parent, group, siblings)))
         yield rows
     finally:
-        for parent, group, siblings in fused:
-            _part(parent, group, siblings)
+        for parent, group, owner_name in fused:
+            _part(parent, group, owner_name)
 
 
 def _families(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layers]]:
@@ -83,7 +85,7 @@ def _groups(parent: nn.Module, layers: Layers) -> tuple[list[dict[str, MixT]], d
     for name, layer in layers.items():
         if type(layer) is not MixT:
             alone[name] = f"it is a {type(layer).__name__}, and only MixT layers become one product"
-        elif is_watched(layer) or "forward" in vars(layer) or not isinstance(_forward(parent), _Sharing | None):
+        elif is_watched(layer) or "forward" in vars(layer) or not isinstance(sharing_of(parent), Sharing | None):
             alone[name] = "hooks or a forward of its own, or of the module that calls it, would be passed over"
         else:
             home = next((group for group in groups if not why_apart(next(iter(group.values())), layer)), None)
@@ -108,7 +110,12 @@ def _timed(
     kind = f"{json.dumps([operator.spec for operator in operators])} {x.dtype} {x.device}"
     if kind not in known:
         with torch.no_grad():
-            known[kind] = milliseconds(lambda x: [operator.multiply(x) for operator in operators], siblings, x, repeats)
+            known[kind] = milliseconds(
+                lambda x: [operator.multiply(x) for operator in operators],
+                lambda x: list(siblings(x).values()),
+                x,
+                repeats,
+            )
     separate, together = known[kind]
     row: Row = {"tokens": num_tokens, "separate_ms": separate, "together_ms": together}
     if together >= separate:
@@ -116,91 +123,30 @@ def _timed(
     return row
 
 
-def _fuse(parent: nn.Module, group: dict[str, MixT], siblings: Siblings) -> None:
-    for index, (name, operator) in enumerate(group.items()):
-        setattr(parent, name, Sibling(operator, siblings, index))
+def _fuse(parent: nn.Module, group: dict[str, MixT], siblings: Siblings) -> str:
+    """Returns the name under which `parent` has the siblings from now on."""
+    owner_name = free_name(parent, "siblings")
+    parent.add_module(owner_name, siblings.train(parent.training))
+    for name, view in siblings.views(owner_name).items():
+        operator = group[name]
+        view.bias, view.weight = operator.bias, operator.weight
+        setattr(parent, name, view.train(operator.training))
         for core in operator.cores:
             core.data = core.data.new_empty(0)  # its values are in the stack
-    sharing = _forward(parent)
-    if sharing is None:
-        sharing = parent.__dict__["forward"] = _Sharing(parent)
-    sharing.groups.append(tuple(group))
+    share_calls(parent, group)
+    return owner_name
 
 
-def _part(parent: nn.Module, group: dict[str, MixT], siblings: Siblings) -> None:
+def _part(parent: nn.Module, group: dict[str, MixT], owner_name: str) -> None:
     """Undo `_fuse`: the operators get what the stack holds now."""
-    parent.__dict__.pop("forward", None)
-    for index, (name, operator) in enumerate(group.items()):
-        for core, value in zip(operator.cores, siblings.cores_of(index), strict=True):
+    siblings: Any = parent.get_submodule(owner_name)
+    delattr(parent, owner_name)
+    stop_sharing(parent, group)
+    for name, operator in group.items():
+        for core, value in zip(operator.cores, siblings.cores_of(name), strict=True):
             core.data = value.detach().clone()
             core.requires_grad_(siblings.get_parameter("core_0").requires_grad)
-        sibling = getattr(parent, name)
-        if isinstance(sibling, Sibling):  # else something was installed there inside
-            operator.bias = sibling.bias
-            setattr(parent, name, operator.train(sibling.training))
-
-
-def _forward(parent: nn.Module) -> Any:
-    """What stands in for the forward of its class; None if nothing does."""
-    return vars(parent).get("forward")
-
-
-def is_watched(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-
-
-class _Sharing:
-    """The forward of a parent whose siblings share their products."""
-
-    def __init__(self, parent: nn.Module) -> None:
-        self.parent = parent
-        self.groups: list[tuple[str, ...]] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.parent).forward(_Call(self.parent, self.groups), *args, **kwargs)  # pyright: ignore
-
-
-class _Call:
-    """`self` in one call of a parent's forward: the parent, except that its siblings share their products."""
-
-    def __init__(self, parent: nn.Module, groups: Sequence[tuple[str, ...]]) -> None:
-        self._parent = parent
-        for names in groups:
-            siblings = [getattr(parent, name) for name in names]
-            if all(isinstance(sibling, Sibling) for sibling in siblings):  # else one was replaced meanwhile
-                shared = _Shared(siblings[0].siblings)
-                for name, sibling in zip(names, siblings, strict=True):
-                    setattr(self, name, _Part(sibling, shared))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._parent, name)
-
-
-class _Shared:
-    """The outputs of siblings for one input, until each is fetched."""
-
-    def __init__(self, siblings: Siblings) -> None:
-        self.siblings = siblings
-        self.x: Tensor | None = None
-        self.outputs: dict[int, Tensor] = {}
-
-    def fetch(self, index: int, x: Tensor) -> Tensor:
-        if self.x is not x or index not in self.outputs:
-            self.x, self.outputs = x, dict(enumerate(self.siblings(x)))
-        return self.outputs.pop(index)
-
-
-class _Part:
-    """A sibling in one call of its parent."""
-
-    def __init__(self, sibling: Sibling, shared: _Shared) -> None:
-        self._sibling, self._shared = sibling, shared
-
-    def __call__(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        if is_watched(self._sibling):  # somebody wants to see it called
-            return self._sibling(x)
-        y = self._shared.fetch(self._sibling.index, x)
-        return y if self._sibling.bias is None else y + self._sibling.bias
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sibling, name)
+        view = getattr(parent, name)
+        if isinstance(view, View):  # else something was installed there inside
+            operator.bias = view.bias
+            setattr(parent, name, operator.train(view.training))

@@ -9,7 +9,7 @@ from torch import nn
 
 from tensormix.fitting.block_distances import BlockDistances
 from tensormix.methods.base import BlockMethod, Method
-from tensormix.operators import Bypass, Experts, StructuredLinear
+from tensormix.operators import Bypass, outermost
 
 
 class _Needs:
@@ -53,9 +53,7 @@ class DropBlocks(BlockMethod):
         return [(chosen, DropBlocks())]
 
     def replace(self, block: nn.Module, *, returns: str = "tensor") -> Bypass:
-        operators = tuple(
-            f"{name}." for name, part in block.named_modules() if isinstance(part, StructuredLinear | Experts)
-        )
+        operators = tuple(f"{name}." for name, _ in outermost(block))
         # A parameter of the dense block: loaded without this package, its missing value is an error.
         sentinel = next((name for name, _ in block.named_parameters() if not name.startswith(operators)), "weight")
         return Bypass(returns=returns, attention_type=getattr(block, "attention_type", None), sentinel=sentinel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from tensormix.operators.base import Operator, StructuredLinear, did_you_mean
+from tensormix.operators.base import Operator, StructuredLinear, did_you_mean, outermost
 from tensormix.operators.bypass import Bypass, StandIn
 from tensormix.operators.chain import Chain
 from tensormix.operators.concat import Concat
@@ -22,7 +22,8 @@ from tensormix.operators.placed import Placed
 from tensormix.operators.quantized import Quantized
 from tensormix.operators.remapped import Remapped
 from tensormix.operators.residual_mlp import ResidualMLP
-from tensormix.operators.siblings import Sibling, Siblings, why_apart
+from tensormix.operators.shared import Owner, View, connect
+from tensormix.operators.siblings import Siblings, why_apart
 from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
@@ -43,13 +44,13 @@ __all__ = [
     "MixT",
     "Monarch",
     "Operator",
+    "Owner",
     "Padded",
     "PerHead",
     "Placed",
     "Quantized",
     "Remapped",
     "ResidualMLP",
-    "Sibling",
     "Siblings",
     "SlicedBlock",
     "SlicedNorm",
@@ -58,9 +59,12 @@ __all__ = [
     "StandIn",
     "StructuredLinear",
     "Sum",
+    "View",
     "Zero",
     "bits_of",
     "build",
+    "connect",
+    "outermost",
     "why_apart",
 ]
 
@@ -81,7 +85,9 @@ OPERATORS: dict[str, type[Operator]] = {
     "Quantized": Quantized,
     "Remapped": Remapped,
     "ResidualMLP": ResidualMLP,
+    "Siblings": Siblings,
     "Sparse": Sparse,
+    "View": View,
     "DenseStack": DenseStack,
     "ExpertStack": ExpertStack,
 }
@@ -109,7 +115,9 @@ def build(spec: dict[str, Any]) -> Any:
 
 
 def _build_inner(value: Any) -> Any:
-    """Specs inside a spec become operators; everything else stays as it is."""
+    """Specs inside a spec become operators; everything else stays as it is. JSON may sort the keys of a dictionary."""
     if isinstance(value, list | tuple):
         return [_build_inner(item) for item in value]
-    return build(value) if isinstance(value, dict) and "operator" in value else value
+    if isinstance(value, dict):
+        return build(value) if "operator" in value else {key: _build_inner(item) for key, item in value.items()}
+    return value

@@ -8,9 +8,9 @@ Shape letters used in this package:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ class Operator(nn.Module, ABC):
     it.
     """
 
-    is_replacement: ClassVar[bool] = True  # False for what only holds the weights that were there before
+    # Whether it took the place of other weights, which its own are not. A module of the model itself that did, such as
+    # a block that was fitted to several, has this among its own attributes.
+    is_replacement: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -109,6 +111,18 @@ class StructuredLinear(Operator):
     @property
     def bias_shape(self) -> tuple[int, ...]:
         return (self.out_features,)
+
+
+Kind = TypeVar("Kind", bound=Operator)
+
+
+def outermost(module: nn.Module, kind: type[Kind] = Operator, name: str = "") -> Iterator[tuple[str, Kind]]:
+    """Every operator of this kind in `module`, itself included, that is not part of another such one, by its name."""
+    if isinstance(module, kind):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from outermost(child, kind, f"{name}.{child_name}" if name else child_name)
 
 
 def computing_dtype(weight: Tensor) -> torch.dtype:

@@ -82,16 +82,23 @@ class MixT(StructuredLinear):
         return [(self.bond**k, self.bond ** (self.num_branches - 1 - k)) for k in range(self.num_branches)]
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        return self.multiply_by(self.cores, x)
+
+    def multiply_by(self, cores: list[Tensor], x: Tensor) -> Tensor:  # K x (Q, P), (..., I) -> (..., O)
+        """The product of a mixture of these sizes with other cores."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"MixT: the layer takes {self.in_features} features, got {x.shape[-1]}")
-        x, cores = under_autocast(x, self.cores)
+        x, cores = under_autocast(x, cores)
         rows = x.reshape(-1, self.in_features)
         return mixt(rows, cores, self.bond, self.out_features).view(*x.shape[:-1], self.out_features)
 
     def to_dense(self) -> Tensor:  # (O, I)
+        return self.dense_of(self.cores)
+
+    def dense_of(self, cores: list[Tensor]) -> Tensor:  # K x (Q, P) -> (O, I)
         in_padded, out_padded = self._padded
-        dense = self.cores[0].new_zeros(out_padded, in_padded)
-        for core, (left, right) in zip(self.cores, self.windows, strict=True):
+        dense = cores[0].new_zeros(out_padded, in_padded)
+        for core, (left, right) in zip(cores, self.windows, strict=True):
             window(dense, left, right).add_((core / self.num_branches)[..., None, None])
         return dense[: self.out_features, : self.in_features]
 

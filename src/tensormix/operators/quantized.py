@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from tensormix.operators.base import StructuredLinear, computing_dtype, did_you_mean
+from tensormix.operators.shared import View
 
 WORDS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> how many codes fill whole bytes, and how many bytes
 GROUPS = ("channel", "tensor")
@@ -256,5 +257,7 @@ def _check(inner: StructuredLinear, bits: int, group: int | str) -> None:
     if not (group in GROUPS if isinstance(group, str) else type(group) is int and group >= 1):
         known = "'channel', 'tensor' or a whole number of at least 1"
         raise ValueError(f"Quantized: group must be {known}, got {group!r}{did_you_mean(group, GROUPS)}")
+    if isinstance(inner, View):
+        raise ValueError("Quantized: a View holds no numbers; quantise what its owner is made of")
     if any(isinstance(part, Packed) for part in inner.modules()):
         raise ValueError(f"Quantized: the {type(inner).__name__} is quantized already; take the one it was made of")

@@ -37,6 +37,8 @@ class SlicedBlock(nn.Module):
     S_1 and S_2 (the shortcuts) turn the residual stream from the channels of one half into those of the next.
     """
 
+    is_replacement = True  # as of an operator
+
     def __init__(
         self,
         self_attn: nn.Module,

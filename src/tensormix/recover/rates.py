@@ -7,27 +7,27 @@ in_features / fan-in (Qiu et al. 2024, arXiv 2406.06248, section 3.1). For MixT 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import nn
 
-from tensormix.operators import ExpertStack, Siblings, StructuredLinear
+from tensormix.sites import is_replacement
 
 
 def compressed_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that stand inside structured operators, their biases included."""
-    operators = [module for module in model.modules() if isinstance(module, StructuredLinear | ExpertStack)]
-    return {parameter for operator in operators for parameter in operator.parameters()}
+    """The parameters of all that took the place of dense weights, biases included."""
+    return {parameter for module in model.modules() if is_replacement(module) for parameter in module.parameters()}
 
 
 def rate_factors(model: nn.Module) -> dict[nn.Parameter, float]:
     """Of every matrix of an operator: in_features of the operator it belongs to, over its own number of inputs."""
     return {
         parameter: operator.in_features / parameter.shape[-1]
-        for operator in model.modules()
-        if isinstance(operator, StructuredLinear | ExpertStack | Siblings)
+        for operator in cast(Iterator[Any], model.modules())
+        if is_replacement(operator) and hasattr(operator, "in_features")
         for parameter in operator.parameters(recurse=False)
-        if parameter is not operator.bias and parameter.dim() >= 2
+        if parameter is not getattr(operator, "bias", None) and parameter.dim() >= 2
     }
 
 

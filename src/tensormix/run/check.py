@@ -11,12 +11,14 @@ from tensormix.compression.choosing import assume
 from tensormix.compression.fitting import row_of
 from tensormix.compression.kinds import units_of
 from tensormix.compression.slicing import slice_empty
+from tensormix.compression.units import at_sites
 from tensormix.methods import METHODS
 from tensormix.models import ModelSource, skeleton
 from tensormix.plan import Plan
 from tensormix.profile import bytes_by_dtype, num_parameters
 from tensormix.recipe import Recipe
 from tensormix.sites import Site, blocks, find_sites, install, macs_per_token
+from tensormix.sites.installing import install_owners
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
@@ -61,8 +63,10 @@ def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     chosen = assume(plan, list(sites.values()), num_blocks).resolve(list(sites.values()), num_blocks)
     rows = {}
     for unit in units_of(model, sites, chosen):
-        for name, operator in unit.empty().items():
-            rows[name] = {**row_of(unit, name, operator, sites[name].cost(0), {}), **_sizes(sites[name])}
+        operators = unit.empty()
+        install_owners(model, operators)
+        for name, (operator, owners) in at_sites(operators).items():
+            rows[name] = {**row_of(unit, name, operator, sites[name].cost(0), {}, owners), **_sizes(sites[name])}
             install(model, name, operator)
     return [{key: value for key, value in rows[name].items() if "bits" not in key} for name in chosen]
 

@@ -2,7 +2,7 @@
 
 from tensormix.sites.costs import cost_of, macs_per_token, num_parameters
 from tensormix.sites.families import FUSED, ROLES, head_counts, is_conv1d, is_dense, role_of
-from tensormix.sites.installing import check_shape, dense_at, fill_dense, install
+from tensormix.sites.installing import check_shape, dense_at, fill_dense, install, is_replacement
 from tensormix.sites.sites import (
     Site,
     blocks,
@@ -27,6 +27,7 @@ __all__ = [
     "install",
     "is_conv1d",
     "is_dense",
+    "is_replacement",
     "locate_blocks",
     "macs_per_token",
     "num_parameters",

@@ -5,16 +5,18 @@ Shape letters: O out_features, I in_features.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import count, takewhile
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tensormix.operators import DenseStack, StackedLinear, StandIn
-from tensormix.operators.base import StructuredLinear
+from tensormix.operators import DenseStack, Experts, Operator, Owner, StackedLinear, StandIn, View, outermost
+from tensormix.operators.shared_calls import stop_sharing
 from tensormix.sites.fused_experts import dense_stack, is_fused, open_experts, stack_names
-from tensormix.sites.sites import Site, is_conv1d, is_dense
+from tensormix.sites.sites import Site, is_conv1d, is_dense, locate_blocks
 
 
 def install(model: nn.Module, name: str, operator: nn.Module, *, move_bias: bool = True) -> None:
@@ -31,16 +33,96 @@ def install(model: nn.Module, name: str, operator: nn.Module, *, move_bias: bool
     """
     parent, _, child = name.rpartition(".")
     old = dense_at(model, name)
-    if isinstance(operator, StructuredLinear | StackedLinear):
+    if isinstance(operator, StandIn):
+        operator.register_forward_pre_hook(partial(_count_tokens, int(child)), with_kwargs=True)
+    elif isinstance(operator, Operator):
         check_shape(old, name, operator)
         if is_fused(model.get_submodule(parent)):
             open_experts(model, parent)
         if move_bias:
             _move_bias(old, operator)
-    elif isinstance(operator, StandIn):
-        operator.register_forward_pre_hook(partial(_count_tokens, int(child)), with_kwargs=True)
+    else:
+        mark_replacement(operator)
     operator.train(old.training)
     setattr(model.get_submodule(parent), child, operator)
+
+
+def install_owners(model: nn.Module, operators: Mapping[str, nn.Module]) -> dict[str, Owner]:
+    """Put the owners of all views in `operators` (site name -> operator) where they belong, before these are installed.
+
+    An owner goes into the smallest module around its sites that is called as a whole, so that neither a list nor
+    experts hold it: under the name that its views have for it, or the next free one, which they get. One that is in
+    the model already stays where it is.
+
+    Returns:
+        Its full name -> each owner that was put there.
+    """
+    users: dict[Owner, dict[str, list[View]]] = {}
+    for site, operator in operators.items():
+        for part in operator.modules():
+            if isinstance(part, View):
+                users.setdefault(part.connected, {}).setdefault(site, []).append(part)
+    present, placed = set(model.modules()), {}
+    for owner, sites in users.items():
+        if owner in present:
+            continue
+        around = module_around(model, sites)
+        holder, views = model.get_submodule(around), [view for found in sites.values() for view in found]
+        name = free_name(holder, views[0].owner_name)
+        holder.add_module(name, owner.train(holder.training))
+        for view in views:
+            view.owner_name = name
+        placed[f"{around}.{name}".lstrip(".")] = owner
+    return placed
+
+
+def owners_closed_by(model: nn.Module, index: int) -> dict[str, Owner]:
+    """Full name -> each owner outside of the blocks whose last user is in block `index`."""
+    root, layers = locate_blocks(model)
+    views = [(view, number) for number, block in enumerate(layers) for _, view in outermost(block, View)]
+    last = {view.owner: number for view, number in views}
+    owners = dict(outermost(model, Owner))
+    return {n: owner for n, owner in owners.items() if last.get(owner) == index and not n.startswith(f"{root}.")}
+
+
+def remove_owner(model: nn.Module, name: str) -> None:
+    """Take out an owner that no view needs any more."""
+    parent, _, child = name.rpartition(".")
+    owner, holder = model.get_submodule(name), model.get_submodule(parent)
+    users = [path for path, part in model.named_modules() if isinstance(part, View) and part.owner is owner]
+    if users:
+        raise ValueError(f"{name} cannot be taken out: {users[0]} multiplies through it")
+    delattr(holder, child)
+    if not any(isinstance(part, View) for part in holder.children()):
+        stop_sharing(holder)
+
+
+def module_around(model: nn.Module, sites: Iterable[str]) -> str:
+    """The name of the smallest module around all `sites` that is called as a whole."""
+    paths = [site.split(".")[:-1] for site in sites]
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
+    while common:
+        module = model.get_submodule(".".join(common))
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential | Experts) and not is_fused(module):
+            break
+        common.pop()
+    return ".".join(common)
+
+
+def free_name(holder: nn.Module, name: str) -> str:
+    """`name`, or the first of name_2, name_3, ... if `holder` has something of that name."""
+    names = (name if number == 1 else f"{name}_{number}" for number in count(1))
+    return next(free for free in names if not hasattr(holder, free))
+
+
+def mark_replacement(module: nn.Module) -> None:
+    """Note that a module of the model's own kind took the place of another: what asks operators then finds it too."""
+    vars(module)["is_replacement"] = True
+
+
+def is_replacement(module: nn.Module) -> bool:
+    """Whether it took the place of other weights, as an operator or as a module of the model's own kind."""
+    return getattr(module, "is_replacement", False) is True
 
 
 def dense_at(model: nn.Module, name: str) -> nn.Module:
@@ -63,7 +145,7 @@ def _count_tokens(index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: 
         cache.update(*hidden.new_zeros(2, len(hidden), 1, hidden.shape[1], 1), index)
 
 
-def check_shape(old: nn.Module, name: str, operator: StructuredLinear | StackedLinear) -> None:
+def check_shape(old: nn.Module, name: str, operator: Operator) -> None:
     """Raise ValueError unless `operator` has the shape of the dense matrix, or stack of them, that it replaces."""
     made, stacked = type(operator).__name__, isinstance(operator, StackedLinear)
     if isinstance(old, DenseStack) and not stacked:
@@ -83,7 +165,7 @@ def check_shape(old: nn.Module, name: str, operator: StructuredLinear | StackedL
         raise ValueError(f"{name} holds a {holds} matrix{for_each}, but the {made} made for it is {brings}{of_each}")
 
 
-def _move_bias(old: nn.Module, operator: StructuredLinear | StackedLinear) -> None:
+def _move_bias(old: nn.Module, operator: Any) -> None:
     bias = getattr(old, "bias", None)
     if bias is None:
         return

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tensormix.operators import Cost, DenseStack, Experts, SlicedBlock, StandIn
+from tensormix.operators import Cost, DenseStack, Experts, SlicedBlock, StandIn, outermost
 from tensormix.sites.costs import cost_of
 from tensormix.sites.families import family_of, is_conv1d, is_dense, is_router, qkv_takes_turns, role_of
 from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
@@ -90,7 +90,8 @@ def locate_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises ValueError if the model holds no list of modules.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    inner = tuple(f"{name}." for name, _ in outermost(model))
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and not n.startswith(inner)]
     names = [name for name, _ in lists]
     outer = [(n, m) for n, m in lists if len(m) and not any(n.startswith(f"{other}.") for other in names)]
     if not outer:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tensormix.operators import SlicedBlock, SlicedNorm
 from tensormix.sites.calls import Call
 from tensormix.sites.families import FAMILIES, READS, WRITES, eps_of, family_of, final_norm_of, role_of
+from tensormix.sites.installing import mark_replacement
 from tensormix.sites.sites import locate_blocks
 
 
@@ -71,6 +72,8 @@ def shrink(model: nn.Module, width: int) -> None:
     smaller = nn.Embedding(embedding.num_embeddings, width, embedding.padding_idx, device="meta", dtype=weight.dtype)
     loaded.set_input_embeddings(smaller.to_empty(device=weight.device))
     loaded.set_output_embeddings(_linear(width, head.out_features, head.bias is not None, head.weight))
+    for module in ends(model):
+        mark_replacement(module)
     model.set_submodule(last, SlicedNorm(full, eps_of(model.get_submodule(last))))
     loaded.config.tie_word_embeddings = False
     loaded.all_tied_weights_keys = {}
