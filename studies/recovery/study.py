@@ -25,7 +25,6 @@ import yaml
 from torch import Tensor
 
 from tensormix.data import Mixture, packed_source
-from tensormix.evaluate import perplexity
 from tensormix.models import load_model, load_tokenizer
 from tensormix.recover import recover
 from tensormix.recover.losses import divergence
@@ -43,13 +42,14 @@ def sources(data: Path) -> list[Source]:
     return [Source(file=str(data / "recovery" / f"{name}.jsonl"), chat=chats.get(name)) for name in files]
 
 
-def judged(model: Any, tokenizer: Any, data: Path) -> dict[str, float]:
-    """Perplexity of both texts."""
-    found = {}
+@torch.no_grad()
+def judged(model: Any, tokenizer: Any, data: Path) -> dict[str, Any]:
+    """Perplexity of both texts, and the loss of each of their windows: one that fails alone moves the mean."""
+    found: dict[str, Any] = {}
     for name, (file, options) in TEXTS.items():
-        ids = packed_source(tokenizer, Source(file=str(data / file), **options))[:TOKENS]
-        row = perplexity(model, token_ids=ids, window=LONG, stride=LONG, bos_id=None, text=name, batch_size=1)
-        found[name] = row["value"]
+        ids = packed_source(tokenizer, Source(file=str(data / file), **options))[:TOKENS].view(-1, LONG)
+        losses = [float(model(row[None], labels=row[None], use_cache=False).loss) for row in ids]
+        found |= {name: math.exp(sum(losses) / len(losses)), f"{name}_windows": [round(loss, 3) for loss in losses]}
     return found
 
 
@@ -127,6 +127,7 @@ def measure(asked: dict[str, Any], data: Path) -> dict[str, Any]:
     if asked["loop"] == "product":
         rows = with_product(model, tokenizer, asked, data)
         losses = [row["loss"] for row in rows if row["kind"] == "loss"]
+        print([row for row in rows if row["kind"] != "loss"], flush=True)
     else:
         count = asked["steps"] * asked["batch_size"]
         if asked["windows"] == "product":
@@ -138,6 +139,8 @@ def measure(asked: dict[str, Any], data: Path) -> dict[str, Any]:
         teacher = load_model(asked["model"], dtype="float32")
         losses, halfway = plain_loop(model, teacher, windows, asked, lambda: judged(model, tokenizer, data))
     after = judged(model, tokenizer, data)
+    if asked.get("save"):
+        model.save_pretrained(asked["save"])
     print(asked["variant"], "after", after, flush=True)
     facts = {
         "before": before,
@@ -154,6 +157,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", required=True, help="folder of the dense model")
     parser.add_argument("--start", required=True, help="folder of the compressed model")
+    parser.add_argument("--save", help="folder for the recovered model of the last variant")
     parser.add_argument("--only", nargs="*", help="names of variants")
     options = parser.parse_args()
     settings = yaml.safe_load((HERE / "study.yaml").read_text())
@@ -163,10 +167,12 @@ def main() -> None:
         if variant["variant"] in there or (options.only and variant["variant"] not in options.only):
             continue
         start = options.model if variant.get("dense") else options.start
-        asked = {**settings["usual"], **variant, "model": options.model, "start": start}
+        asked = {**settings["usual"], **variant, "model": options.model, "start": start, "save": options.save}
         row = measure(asked, options.data)
         with file.open("a") as rows:
-            rows.write(json.dumps({**row, "model": Path(options.model).name, "start": Path(start).name}) + "\n")
+            rows.write(
+                json.dumps({**row, "model": Path(options.model).name, "start": Path(start).name, "save": None}) + "\n"
+            )
 
 
 if __name__ == "__main__":

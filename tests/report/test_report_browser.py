@@ -136,6 +136,16 @@ def test_what_the_keys_do(opened: Open) -> None:
             assert page.locator("figure details").first.evaluate("(one) => one.open") == is_open
 
 
+def lonely(marks: list[Any]) -> Any:
+    """The mark that is furthest from its nearest neighbour: a finger can mean no other."""
+    places = [(box["x"], box["y"]) for box in (mark.bounding_box() for mark in marks)]
+    nearest = [
+        min((abs(x - left) + abs(y - top) for other, (x, y) in enumerate(places) if other != number), default=0.0)
+        for number, (left, top) in enumerate(places)
+    ]
+    return marks[nearest.index(max(nearest))]
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_on_a_phone(opened: Open, name: str) -> None:
     with opened(name, viewport=NARROW, device_scale_factor=2, is_mobile=True, has_touch=True) as page:
@@ -146,7 +156,7 @@ def test_on_a_phone(opened: Open, name: str) -> None:
         assert [(text, size) for text, size, *_ in texts if size < SMALLEST] == []
         assert [text for text, _, left, right, scrolls in texts if not scrolls and (left < -1 or right > 391)] == []
         assert page.evaluate("probe.covered()") == []
-        mark, tip = page.locator("svg.panel").first.locator("[data-tip]").last, page.locator("#tip")
+        mark, tip = lonely(page.locator("svg.panel").first.locator("[data-tip]").all()), page.locator("#tip")
         mark.scroll_into_view_if_needed()
         at = mark.bounding_box()
         page.touchscreen.tap(at["x"] - 3, at["y"] - 3)  # a finger misses the mark, but not by much

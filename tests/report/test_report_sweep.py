@@ -84,7 +84,7 @@ def test_a_null_baseline_that_comes_as_far_is_named(sweep: Path, tmp_path: Path,
         main = next(row for row in content["boundary"] if row["kind"] == "boundary" and row["direction"] == "last")
         kept = [row for row in content["boundary"] if row.get("method", "mixt") == "mixt"]
         content["boundary"] = kept
-        kept.append({**main, "method": "zero", "num_branches": None, "value": value})
+        kept.append({**main, "method": "zero", "variant": None, "num_branches": None, "value": value})
 
     change(folder / "sweep.json", plant)
     lead = page_of(folder).all("p", "lead")[0].text()
@@ -267,4 +267,4 @@ def test_same_input_same_bytes(real_sweep: Path, tmp_path: Path) -> None:
     first = build_report([folder]).read_bytes()
     assert build_report([folder], tmp_path / "again.html").read_bytes() == first
     assert [path.name for path in folder.iterdir() if path.is_file()].count("report.html") == 1
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert not [path for path in folder.iterdir() if path.name.startswith(".") and path.name != ".lock"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from tensormix.rows import Row
 
 
 def show_check(console: Console, result: dict[str, Any]) -> None:
@@ -97,7 +99,7 @@ def show_prediction(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(f"Predicted boundary: {found['depth']} (the signals say {found['low']} to {found['high']})")
 
 
-def show_results(console: Console, measured: dict[str, list[dict[str, Any]]]) -> None:
+def show_results(console: Console, measured: Mapping[str, Sequence[Row]]) -> None:
     """What evaluate measured of each model: a line for each text, exam and benchmark. Nothing where nothing was."""
     columns = {name: dict(_results(rows)) for name, rows in measured.items() if rows}
     labels = dict.fromkeys(label for found in columns.values() for label in found)
@@ -109,14 +111,14 @@ def show_results(console: Console, measured: dict[str, list[dict[str, Any]]]) ->
     console.print(table)
 
 
-def show_recovery(console: Console, rows: list[dict[str, Any]]) -> None:
+def show_recovery(console: Console, rows: Sequence[Row]) -> None:
     """What a user must know of a recovery: a rate that is too high, a last state that was not the best."""
     for row in rows:
         if row["kind"] in ("rate", "kept") and row["said"]:
             console.print(f"[yellow]{escape(row['said'])}[/yellow]")
 
 
-def _results(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+def _results(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     """Perplexities, divergences and accuracies over all subjects; what is measured of one text twice is numbered."""
     seen: dict[str, int] = {}
     for row in rows:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tensormix.cli.tables import show_check, show_prediction, show_recovery, show_results, show_rows
+from tensormix.rows import Row
 from tensormix.storage.locks import LOCK
 
 app = typer.Typer(
@@ -199,7 +200,7 @@ def listing(what: str) -> list[dict[str, Any]]:
     return [{"name": name, "summary": (item.__doc__ or "").strip().splitlines()[0]} for name, item in table.items()]
 
 
-def measured_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def measured_in(folder: Path) -> Mapping[str, Sequence[Row]]:
     """The rows of evaluate in a run folder, by what they were measured of. Stages that its recipe asked for once and
     asks for no more are passed over.
     """
