@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensormix.operators import Owner, build, connect, outermost
-from tensormix.sites import blocks, dense_at, install
+from tensormix.operators import Owner, SlicedBlock, StandIn, build, connect, outermost
+from tensormix.sites import dense_at, install
 
 
 def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
@@ -55,8 +55,8 @@ def record_bypassed(model: nn.Module) -> None:
         from transformers.utils.output_capturing import install_output_capuring_hook as record
     except ImportError:  # releases that collect the states elsewhere
         return
-    for block in blocks(model):
-        if getattr(type(block), "is_replacement", False) and not block._forward_hooks:
+    for block in model.modules():
+        if isinstance(block, StandIn | SlicedBlock) and not block._forward_hooks:
             record(block, "hidden_states", 0)
 
 
