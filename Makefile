@@ -9,11 +9,12 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
 BASE ?= HEAD~1
-.PHONY: help setup demo test real check same mutate clean
+.PHONY: help setup demo test test-fast real check same mutate clean
 
 help:
 	@echo "make demo    set up and run the sweep on the embedded model; ends with the path of the report"
 	@echo "make test    set up and run the whole test suite (offline)"
+	@echo "make test-fast  the tests of the rooms that everything stands on, in a minute"
 	@echo "make real    set up, fetch SmolLM2-135M-Instruct and run the tests on it (10 minutes)"
 	@echo "make check   ruff, the type checker and the import directions"
 	@echo "make mutate  break the code line by line and demand that the tests notice"
@@ -34,6 +35,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+# The rooms that everything stands on: a minute of one core, for every small change.
+FAST := $(addprefix tests/,test_plan.py test_architecture.py test_faults.py fitting operators kernels data storage recipe sites exam)
+
+test-fast: setup
+	$(BIN)/python -m pytest -q $(FAST)
 
 real: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf

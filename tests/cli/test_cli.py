@@ -149,7 +149,7 @@ def test_an_unknown_list_is_named_with_the_nearest_one():
 def test_mistakes_are_one_sentence_without_a_traceback(tmp_path):
     (tmp_path / "r.yaml").write_text("model: nowhere/such-model\nplan: []\nrecovr: {}\n")
     done = subprocess.run(
-        [sys.executable, "-m", "tensormix.cli.verbs", "check", str(tmp_path / "r.yaml")],
+        [sys.executable, "-m", "tensormix.cli", "check", str(tmp_path / "r.yaml")],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"},

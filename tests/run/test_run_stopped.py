@@ -40,7 +40,7 @@ def untimed(folder: Path) -> list[dict]:
 def test_ctrl_c_loses_nothing_and_changes_nothing(tiny, tmp_path):
     file, out = written(tiny, tmp_path), tmp_path / "stopped"
     journal = out / "compressed.journal.jsonl"
-    command = [sys.executable, "-m", "tensormix.cli.verbs", "run", str(file), "--out", str(out)]
+    command = [sys.executable, "-m", "tensormix.cli", "run", str(file), "--out", str(out)]
     command += ["--threads", str(torch.get_num_threads())]  # sums depend on it
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 1):

@@ -256,7 +256,3 @@ def main() -> None:
         errors.print(f"[bold red]tensormix:[/] {escape(text)}", soft_wrap=True)
         errors.print("Nothing that was finished is lost. TENSORMIX_TRACEBACK=1 shows where it came from.")
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

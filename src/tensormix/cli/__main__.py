@@ -1,0 +1,5 @@
+"""`python -m tensormix.cli`."""
+
+from tensormix.cli.verbs import main
+
+main()
