@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tensormix.operators import Owner, SlicedBlock, StandIn, build, connect, outermost
-from tensormix.sites import dense_at, install
+from tensormix.sites import dense_at, install, locate_blocks
 
 
 def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
@@ -71,4 +71,7 @@ def operators_of(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def fitted_blocks(model: nn.Module) -> list[str]:
     """The names of the blocks of the model's own kind that were fitted to take the place of others."""
-    return [name for name, module in model.named_modules() if "is_replacement" in vars(module)]
+    if not any("is_replacement" in vars(module) for module in model.modules()):
+        return []
+    root, layers = locate_blocks(model)
+    return [f"{root}.{index}" for index, block in enumerate(layers) if "is_replacement" in vars(block)]
