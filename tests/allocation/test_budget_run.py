@@ -57,6 +57,14 @@ def test_a_run_leaves_the_plan_as_data_and_goes_on_from_it(tiny, tmp_path):
     assert allocation_key(asked) == decided["key"] != allocation_key(recipe(tiny, budget={"keep": 0.6}))
 
 
+def test_each_block_can_be_compressed_alone_as_a_budget_decided(tiny, tmp_path):
+    asked = recipe(tiny, diagnose={"run": ["compress_sensitivity"], "text": {"facts": True}, "num_windows": 2})
+    run_recipe(asked, tmp_path)
+    rows = [row for row in stage_rows(tmp_path, "diagnose") if row["kind"] == "sensitivity"]
+    assert [row["block"] for row in rows] == [0, 1, 2, 3]
+    assert len({row["value"] for row in rows}) == 4
+
+
 def test_a_size_is_left_out_where_a_budget_decides_it(tiny):
     methods = [{"name": "laser"}, {"name": "rtn", "bits": 4, "of": {"name": "mixt"}}]
     methods += [{"name": "hassle_free", "rank": 1}, {"name": "drop_blocks"}]

@@ -23,6 +23,7 @@ from tensormix.plan import Plan, Rule
 from tensormix.recipe import Recipe
 from tensormix.rows import Progress, Row
 from tensormix.settings import Evaluate
+from tensormix.sites import find_sites
 
 
 def evaluate_rows(
@@ -99,6 +100,9 @@ def diagnose_rows(
 
 def compress_block(model: Any, tokenizer: Any, recipe: Recipe, index: int) -> None:
     """Compress one block of a dense model by the methods of the plan, whichever blocks they were meant for."""
-    rules = tuple(Rule(**{**dict(rule), "blocks": str(index)}) for rule in recipe.plan.root)
+    moved = [Rule(**{**dict(rule), "blocks": str(index)}) for rule in recipe.plan.root]
+    here = [site for site in find_sites(model) if site.block == index]
+    # A budget names every site in a rule of its own: those of other blocks match nothing here.
+    rules = tuple(rule for rule in dict.fromkeys(moved) if any(rule.matches(site) for site in here))
     settings = recipe.calibration
     compress(model, Plan(rules), None if settings is None else windows_of(tokenizer, settings, recipe.seed))
