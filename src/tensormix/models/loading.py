@@ -13,6 +13,7 @@ import torch
 
 from tensormix.models.quiet import explained, quiet
 from tensormix.models.source import ModelSource
+from tensormix.sites.twin import fill_buffers
 from tensormix.storage.assembly import Assembly
 from tensormix.storage.entries import main_dtype
 from tensormix.storage.memory import set_weight
@@ -134,20 +135,6 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
             wide = tensor.detach().float()
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             setattr(model.get_submodule(path), leaf, torch.nn.Parameter(wide) if is_parameter else wide)
-
-
-def fill_buffers(model: Any, device: str = "cpu") -> None:
-    """Give a skeleton the buffers that no checkpoint holds (rotary frequencies and the like), as loading does, once."""
-    buffers = [(name, buffer) for name, buffer in model.named_non_persistent_buffers() if buffer.is_meta]
-    if not buffers:  # initialising leaves alone what was filled before, and would not fill new buffers either
-        return
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = True  # so that what is missing is only the buffers made next
-    for name, buffer in buffers:
-        path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device=device)
-    with torch.random.fork_rng(devices=[]):
-        model.initialize_weights()
 
 
 def _register() -> Any:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tensormix.operators import Cost, DenseStack, Experts, SlicedBlock, StandIn, outermost
+from tensormix.operators import Cost, DenseStack, Experts, SlicedBlock, StandIn
 from tensormix.sites.costs import cost_of
 from tensormix.sites.families import family_of, is_conv1d, is_dense, is_router, qkv_takes_turns, role_of
 from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
+from tensormix.sites.locate import blocks, locate_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,28 +84,6 @@ class Site:
         if isinstance(self.module, DenseStack):
             return self.module
         return dense_stack(self.module, self.name.rpartition(".")[2])
-
-
-def locate_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the decoder blocks: the longest list of modules that is not inside another one.
-
-    Raises ValueError if the model holds no list of modules.
-    """
-    inner = tuple(f"{name}." for name, _ in outermost(model))
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and not n.startswith(inner)]
-    names = [name for name, _ in lists]
-    outer = [(n, m) for n, m in lists if len(m) and not any(n.startswith(f"{other}.") for other in names)]
-    if not outer:
-        raise ValueError(
-            f"{type(model).__name__} has no list of decoder blocks; tensormix needs a transformer that keeps its "
-            "blocks in an nn.ModuleList, such as model.layers or transformer.h"
-        )
-    return max(outer, key=lambda item: len(item[1]))
-
-
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks, in the order in which they are called."""
-    return locate_blocks(model)[1]
 
 
 def find_sites(model: nn.Module) -> list[Site]:

@@ -1,0 +1,42 @@
+"""Where the decoder blocks of a model are."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tensormix.operators import outermost
+
+
+def locate_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and the list of the decoder blocks: the longest list of modules that is not inside another one.
+
+    Of a model of images or sound and text it is that of the part which makes text.
+
+    Raises ValueError if the model holds no list of modules.
+    """
+    inner = tuple(f"{name}." for name, _ in outermost(model))
+    decoder = _decoder_of(model)
+    lists = [
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and not n.startswith(inner) and n.startswith(decoder)
+    ]
+    names = [name for name, _ in lists]
+    outer = [(n, m) for n, m in lists if len(m) and not any(n.startswith(f"{other}.") for other in names)]
+    if not outer:
+        raise ValueError(
+            f"{type(model).__name__} has no list of decoder blocks; tensormix needs a transformer that keeps its "
+            "blocks in an nn.ModuleList, such as model.layers or transformer.h"
+        )
+    return max(outer, key=lambda item: len(item[1]))
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks, in the order in which they are called."""
+    return locate_blocks(model)[1]
+
+
+def _decoder_of(model: nn.Module) -> str:
+    """How the names of what makes text begin; an empty string if the model does not say."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return next((name for name, part in model.named_modules() if part is decoder), "")
