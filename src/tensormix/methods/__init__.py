@@ -27,6 +27,7 @@ from tensormix.methods.sola import Sola
 from tensormix.methods.streamline import Streamline
 from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
+from tensormix.methods.tucker_heads import TuckerAttention
 
 __all__ = [
     "METHODS",
@@ -57,6 +58,7 @@ __all__ = [
     "Streamline",
     "Svd",
     "SvdLlm",
+    "TuckerAttention",
     "ZeroMethod",
     "laser_search",
     "split_search",
@@ -85,6 +87,7 @@ METHODS: dict[str, type[Method]] = {
     "flat_llm": FlatLlm,
     "narrow": Narrow,
     "slice_gpt": SliceGpt,
+    "tucker_heads": TuckerAttention,
 }
 
 

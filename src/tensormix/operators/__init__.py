@@ -27,6 +27,7 @@ from tensormix.operators.siblings import Siblings, why_apart
 from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
+from tensormix.operators.tucker_heads import TuckerHeads
 from tensormix.operators.zero import Zero
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "StandIn",
     "StructuredLinear",
     "Sum",
+    "TuckerHeads",
     "View",
     "Zero",
     "bits_of",
@@ -87,6 +89,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "ResidualMLP": ResidualMLP,
     "Siblings": Siblings,
     "Sparse": Sparse,
+    "TuckerHeads": TuckerHeads,
     "View": View,
     "DenseStack": DenseStack,
     "ExpertStack": ExpertStack,
