@@ -27,6 +27,7 @@ from tensormix.methods.sola import Sola
 from tensormix.methods.streamline import Streamline
 from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
+from tensormix.methods.td_moe import TdMoe
 from tensormix.methods.tucker_heads import TuckerAttention
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "Streamline",
     "Svd",
     "SvdLlm",
+    "TdMoe",
     "TuckerAttention",
     "ZeroMethod",
     "laser_search",
@@ -88,6 +90,7 @@ METHODS: dict[str, type[Method]] = {
     "narrow": Narrow,
     "slice_gpt": SliceGpt,
     "tucker_heads": TuckerAttention,
+    "td_moe": TdMoe,
 }
 
 

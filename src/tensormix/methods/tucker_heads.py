@@ -81,7 +81,8 @@ class TuckerAttention(JointMethod):
             [torch.stack([_head_tensor(layers[name].weight, parts[name], C) for name in names], dim=-1)
              for names in groups_of(parts)]
         )  # fmt: skip
-        ranks = self._ranks(parts, D, C, held_by(whole))
+        largest = max(map(len, groups_of(parts)))
+        ranks = self._ranks(parts, D, C, [held_by(whole, q) for q in range(1, largest + 1)])
         owner = self._operator(parts, D, C, ranks).to(layers["q"].weight)
         fill(owner, hooi(whole, ranks, self.steps, self.tolerance))
         return {role: with_bias(view, layers[role].bias) for role, view in self._views(owner).items()}

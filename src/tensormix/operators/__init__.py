@@ -28,6 +28,7 @@ from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
 from tensormix.operators.tucker_heads import TuckerHeads
+from tensormix.operators.tucker_stack import TuckerStack
 from tensormix.operators.zero import Zero
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "StructuredLinear",
     "Sum",
     "TuckerHeads",
+    "TuckerStack",
     "View",
     "Zero",
     "bits_of",
@@ -90,6 +92,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "Siblings": Siblings,
     "Sparse": Sparse,
     "TuckerHeads": TuckerHeads,
+    "TuckerStack": TuckerStack,
     "View": View,
     "DenseStack": DenseStack,
     "ExpertStack": ExpertStack,
