@@ -28,6 +28,7 @@ from tensormix.methods.streamline import Streamline
 from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
 from tensormix.methods.td_moe import TdMoe
+from tensormix.methods.trawl import Trawl
 from tensormix.methods.tucker_heads import TuckerAttention
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "Svd",
     "SvdLlm",
     "TdMoe",
+    "Trawl",
     "TuckerAttention",
     "ZeroMethod",
     "laser_search",
@@ -90,6 +92,7 @@ METHODS: dict[str, type[Method]] = {
     "narrow": Narrow,
     "slice_gpt": SliceGpt,
     "tucker_heads": TuckerAttention,
+    "trawl": Trawl,
     "td_moe": TdMoe,
 }
 
