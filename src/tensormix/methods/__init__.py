@@ -18,6 +18,7 @@ from tensormix.methods.laser import Laser, laser_search
 from tensormix.methods.mixt import Mixt
 from tensormix.methods.mixt_chain import MixtChain, MixtRotated
 from tensormix.methods.mixt_hybrid import MixtLowRank, MixtSparse, split_search
+from tensormix.methods.mobe import Mobe
 from tensormix.methods.monarch import MonarchMethod
 from tensormix.methods.narrow import Narrow
 from tensormix.methods.null import MeanOutput, ZeroMethod
@@ -49,6 +50,7 @@ __all__ = [
     "MixtLowRank",
     "MixtRotated",
     "MixtSparse",
+    "Mobe",
     "ModelMethod",
     "MonarchMethod",
     "Narrow",
@@ -94,6 +96,7 @@ METHODS: dict[str, type[Method]] = {
     "tucker_heads": TuckerAttention,
     "trawl": Trawl,
     "td_moe": TdMoe,
+    "mobe": Mobe,
 }
 
 

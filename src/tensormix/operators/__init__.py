@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from tensormix.operators.base import Operator, StructuredLinear, did_you_mean, outermost
+from tensormix.operators.basis_experts import BasisExperts
 from tensormix.operators.bypass import Bypass, StandIn
 from tensormix.operators.chain import Chain
 from tensormix.operators.concat import Concat
@@ -33,6 +34,7 @@ from tensormix.operators.zero import Zero
 
 __all__ = [
     "OPERATORS",
+    "BasisExperts",
     "Bypass",
     "Chain",
     "Concat",
@@ -93,6 +95,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "Sparse": Sparse,
     "TuckerHeads": TuckerHeads,
     "TuckerStack": TuckerStack,
+    "BasisExperts": BasisExperts,
     "View": View,
     "DenseStack": DenseStack,
     "ExpertStack": ExpertStack,
