@@ -19,7 +19,8 @@ from tensormix.operators import Cost, ExpertStack
 from tensormix.operators.base import computing_dtype
 from tensormix.plan import Plan
 from tensormix.rows import Row
-from tensormix.sites import Site, blocks, find_sites, returns_tuple
+from tensormix.sites import Site, blocks, find_sites, returns_of
+from tensormix.sites.seen import prepare_stand_in
 from tensormix.statistics import Gram
 
 _ROWS = 256  # of a weight that are in fp64 at the same time
@@ -132,12 +133,17 @@ class _Blocks(Unit):
 
     @property
     def _returns(self) -> str:
-        return "tuple" if returns_tuple(self.sites[0].module) else "tensor"
+        return returns_of(self.model, self.first_block)
 
     @property
     def _hidden_size(self) -> int:
         config: Any = self.model.config
         return config.get_text_config().hidden_size
+
+    def _by_name(self, made: Sequence[nn.Module]) -> dict[str, Any]:
+        for site, part in zip(self.sites, made, strict=True):
+            prepare_stand_in(self.model, site.block or 0, part)
+        return {site.name: part for site, part in zip(self.sites, made, strict=True)}
 
     def check(self, stats: Statistics) -> None:
         pass
@@ -153,11 +159,12 @@ class BlockUnit(_Blocks):
 
     def empty(self) -> dict[str, Any]:
         hidden_size = self._hidden_size if hasattr(self.model, "config") else 0
-        return {self.name: self.method.empty(self.sites[0].module, hidden_size, returns=self._returns)}
+        operator = self.method.empty(self.sites[0].module, hidden_size, returns=self._returns)
+        return self._by_name([operator])
 
     def fit(self, stats: Statistics, tidy: Callable[[], None] = lambda: None) -> Fitted:
         operator = self.method.replace(self.sites[0].module, returns=self._returns)
-        return Fitted({self.name: operator}, {self.name: {"relative_error": None}})
+        return Fitted(self._by_name([operator]), {self.name: {"relative_error": None}})
 
 
 class SpanUnit(_Blocks):
@@ -179,9 +186,6 @@ class SpanUnit(_Blocks):
         facts: dict[str, Row] = {site.name: {"relative_error": None} for site in self.sites}
         facts[self.name] |= found
         return Fitted(self._by_name(made), facts)
-
-    def _by_name(self, made: Sequence[nn.Module]) -> dict[str, Any]:
-        return {site.name: part for site, part in zip(self.sites, made, strict=True)}
 
 
 _KINDS: dict[str, Callable[..., Unit]] = {

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensormix.sites.sites import blocks, returns_tuple
+from tensormix.operators import Bypass
+from tensormix.sites.locate import blocks
+from tensormix.sites.seen import returns_of, seen_in
+from tensormix.sites.twin import call_model
 
 
 @dataclass
@@ -48,9 +51,10 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 class _Recorder(nn.Module):
     """Stands in for a block: notes how the model calls it, computes nothing."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, returns: str) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not a submodule: the model must not see it
+        self.pass_by = Bypass(returns=returns)
         self.calls: list[Call] = []
 
     def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, e.g. attention_type
@@ -59,16 +63,16 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls.append(Call(hidden_states, args, kwargs))
-        return (hidden_states, None) if returns_tuple(self.__dict__["block"]) else hidden_states
+        return self.pass_by(hidden_states)
 
 
 @torch.no_grad()
 def record_calls(
     model: nn.Module, batches: Iterable[Tensor], keep: Callable[[Tensor], Tensor] = lambda hidden: hidden
 ) -> list[list[Call]]:  # (B, T) each
-    """Per block, per batch: how the model itself calls it.
+    """Per block, per batch: how the model itself calls it. A block that text does not reach has no calls.
 
     Masks, positions and caches differ between the blocks of one model, so one block's arguments do not serve another.
     Those that are the same for several batches are there once.
@@ -76,11 +80,12 @@ def record_calls(
     Args:
         keep: `hidden` is what it returns for what enters the first block, in all calls of a batch.
 
-    Raises ValueError if a batch is not (B, T) token ids.
+    Raises ValueError if a batch is not (B, T) token ids, or blocks need more of each other than hidden states.
     """
     layers = blocks(model)
     real = list(layers)
-    recorders = [_Recorder(block) for block in real]
+    _check_alone(model)
+    recorders = [_Recorder(block, returns_of(model, index)) for index, block in enumerate(real)]
     device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     without_head = getattr(model, "base_model", model)  # of transformers: logits are of no use here, and large
     try:
@@ -90,15 +95,27 @@ def record_calls(
             if batch.dim() != 2 or batch.is_floating_point():
                 shape = tuple(batch.shape)
                 raise ValueError(f"a calibration batch must be token ids of shape (B, T), got {batch.dtype} {shape}")
-            without_head(batch.to(device), use_cache=False)
-            hidden = keep(recorders[0].calls[-1].hidden)
-            for call, known in ((recorder.calls[-1], recorder.calls[-2:][0]) for recorder in recorders):
+            call_model(without_head, batch.to(device))
+            reached = [recorder for recorder in recorders if recorder.calls]
+            hidden = keep(reached[0].calls[-1].hidden)
+            for call, known in ((recorder.calls[-1], recorder.calls[-2:][0]) for recorder in reached):
                 call.hidden = hidden
                 call.args, call.kwargs = _once(call.args, known.args), _once(call.kwargs, known.kwargs)
         return [recorder.calls for recorder in recorders]
     finally:
         for index, block in enumerate(real):
             layers[index] = block
+
+
+def _check_alone(model: nn.Module) -> None:
+    """Raise ValueError if a block reads more of the one before than its hidden states."""
+    for index, seen in enumerate(seen_in(model) or ()):
+        if seen is not None and seen.hands_on:
+            raise ValueError(
+                f"block {index} ({type(blocks(model)[index]).__name__}) hands more to the next block than hidden "
+                "states, so the blocks cannot be run one by one; methods without calibration, such as svd and mixt, "
+                "work there"
+            )
 
 
 def _once(new: Any, known: Any) -> Any:

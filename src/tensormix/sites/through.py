@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.sites.calls import Call, record_calls
-from tensormix.sites.sites import locate_blocks
+from tensormix.sites.locate import locate_blocks
 
 Keep = Callable[[Tensor], Tensor]  # puts hidden states where they stay until the next block; see `Activations.keep`
 Run = Callable[[Call, Tensor], Tensor]
@@ -70,7 +70,8 @@ class Part:
         self.enter()
         for number, states in enumerate(self.hidden[stream]):
             for index, block in zip(self.span, self.modules, strict=True):
-                states = self.calls[index][number].run(block, states)
+                if self.calls[index]:  # text reaches it
+                    states = self.calls[index][number].run(block, states)
             yield states
             self._home.tidy()
 
@@ -79,7 +80,8 @@ class Part:
         """Let the stream leave the blocks, or what `run` says in their place: what enters the next block."""
         hidden = self.hidden[stream]
         self._passed.add(stream)
-        leaving = self.run(stream) if run is None else map(run, self.calls[self.span[0]], hidden)
+        calls = self.calls[self.span[0]]
+        leaving = self.run(stream) if run is None or not calls else map(run, calls, hidden)
         for number, states in enumerate(leaving):
             hidden[number] = self._keep(states)
         return hidden
@@ -115,9 +117,9 @@ def through(
 
     with home.rest():
         calls = record_calls(model, batches, keep_first)
-    if not (calls and calls[0]):
+    start = [call.hidden for call in next((of_block for of_block in calls if of_block), ())]
+    if not start:
         raise ValueError("there are no calibration batches: the iterable is empty")
-    start = [call.hidden for call in calls[0]]
     for call in (call for of_block in calls for call in of_block):
         call.hidden = start[0]  # does not hold the others on
     hidden = {stream: list(start) for stream in sorted(streams)}
