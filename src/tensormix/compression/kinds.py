@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tensormix.compression.layers import LayersUnit
 from tensormix.compression.units import Fitted, Statistics, Unit, not_finite, with_more_bits
 from tensormix.methods.base import HiddenStates, Method
-from tensormix.operators import Cost, ExpertStack
+from tensormix.operators import Cost, ExpertStack, StandIn
 from tensormix.operators.base import computing_dtype
 from tensormix.plan import Plan
 from tensormix.rows import Row
 from tensormix.sites import Site, blocks, find_sites, returns_of
-from tensormix.sites.seen import prepare_stand_in
+from tensormix.sites.seen import check_left_out, prepare_stand_in
 from tensormix.statistics import Gram
 
 _ROWS = 256  # of a weight that are in fp64 at the same time
@@ -145,6 +145,11 @@ class _Blocks(Unit):
             prepare_stand_in(self.model, site.block or 0, part)
         return {site.name: part for site, part in zip(self.sites, made, strict=True)}
 
+    def left_out(self) -> dict[int, StandIn]:
+        """Index -> what stands in for a block, as far as its place in the model goes."""
+        found = {site.block or 0: part for site, part in zip(self.sites, self.empty().values(), strict=True)}
+        return {index: part.as_bypass() for index, part in found.items() if isinstance(part, StandIn)}
+
     def check(self, stats: Statistics) -> None:
         pass
 
@@ -207,7 +212,11 @@ def units_of(model: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, M
         if method.takes in ("layers", "span"):
             key = _group(method), _start(sites[name].block or 0, numbers[_group(method)], method.num_blocks)
         together.setdefault(key, (method, []))[1].append(sites[name])
-    return [_KINDS[method.takes](model, method, members) for method, members in together.values()]
+    units = [_KINDS[method.takes](model, method, members) for method, members in together.values()]
+    check_left_out(
+        model, {n: part for unit in units if isinstance(unit, _Blocks) for n, part in unit.left_out().items()}
+    )
+    return units
 
 
 def planned_units(model: nn.Module, plan: Plan) -> list[Unit]:

@@ -60,6 +60,10 @@ class StandIn(Operator):
                 self.attributes[name] = value
                 setattr(self, name, value)
 
+    def as_bypass(self) -> Bypass:
+        """What lets everything pass and is called, and returns, as this does."""
+        return Bypass(**self._place)
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = self.stand_in(hidden_states)
         return out if self._beside is None else (out, *(None for _ in range(self._beside)))
@@ -70,6 +74,10 @@ class StandIn(Operator):
 
     @property
     def sizes(self) -> dict[str, Any]:
+        return self._place
+
+    @property
+    def _place(self) -> dict[str, Any]:
         attention_type = getattr(self, "attention_type", None)
         more = {"attributes": self.attributes} if self.attributes else {}
         return {"returns": self.returns, "attention_type": attention_type, "sentinel": self.sentinel, **more}

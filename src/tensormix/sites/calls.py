@@ -5,8 +5,9 @@ Shape letters: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -31,7 +32,7 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         out = block(hidden, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
     def run_in_its_dtype(self, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         """With all that is passed beside `hidden` in its dtype."""
@@ -125,11 +126,29 @@ def _once(new: Any, known: Any) -> Any:
     if isinstance(new, Tensor):
         same = new.dtype == known.dtype and new.device == known.device and torch.equal(new, known)
         return known if same else new
-    if type(new) is dict:
+    if type(new) is dict and new:  # an empty one is for blocks to leave something in
         return {key: _once(value, known.get(key)) for key, value in new.items()}
     if type(new) is tuple and len(new) == len(known):
         return tuple(_once(a, b) for a, b in zip(new, known, strict=True))
     return new
+
+
+def apart(calls: list[list[Call]]) -> list[list[Call]]:
+    """The same calls for another stream: what blocks leave to each other, such as keys and values, stays in each."""
+    copies: dict[int, Any] = {}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, MutableMapping) and not (type(value) is dict and value):
+            return copies.setdefault(id(value), copy.copy(value))
+        return value
+
+    return [
+        [
+            Call(call.hidden, tuple(map(own, call.args)), {key: own(value) for key, value in call.kwargs.items()})
+            for call in of_block
+        ]
+        for of_block in calls
+    ]
 
 
 class Activations:

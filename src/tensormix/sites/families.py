@@ -17,22 +17,30 @@ from torch import Tensor, nn
 
 # What a role is made of, for the architectures that multiply several projections at once.
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-ROLES = ("q", "k", "v", "o", "gate", "up", "down", *FUSED)
-READS = frozenset({"q", "k", "v", "qkv", "gate", "up", "gate_up"})  # the residual stream, through a norm
-WRITES = frozenset({"o", "down"})  # and add to it
+# "in" and "out" are the layers into and out of what mixes tokens without attention: convolutions, state spaces.
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "in", "out", *FUSED)
+READS = frozenset({"q", "k", "v", "qkv", "gate", "up", "gate_up", "in"})  # the residual stream, through a norm
+WRITES = frozenset({"o", "down", "out"})  # and add to it
 
 # Matched against the end of a matrix's name, in this order.
+_ATTENTION = r"(attn|attention|self_att\w*|multi_head_attention)"
 _ROLE_NAMES = (
-    (r"\bq_proj", "q"),
-    (r"\bk_proj", "k"),
-    (r"\bv_proj", "v"),
+    (r"\b(q_proj(\.linear)?|query_proj|project_q|q_lin|attention\.self\.query|Wq)", "q"),
+    (r"\b(k_proj(\.linear)?|key_proj|project_k|k_lin|attention\.self\.key|Wk)", "k"),
+    (r"\b(v_proj(\.linear)?|value_proj|project_v|v_lin|attention\.self\.value|Wv)", "v"),
     (r"\b(qkv_proj|c_attn|query_key_value|Wqkv)", "qkv"),
-    (r"\b(o_proj|out_proj|(attn|attention)\.c_proj|(self_)?attention\.dense)", "o"),
-    (r"\bgate_up_proj", "gate_up"),
-    (r"\bgate_proj", "gate"),
-    (r"\b(up_proj|fc1|fc_in|c_fc|dense_h_to_4h)", "up"),
-    (r"\b(down_proj|fc2|fc_out|mlp\.c_proj|dense_4h_to_h)", "down"),
+    # What leaves a convolution, a state space or linear attention is called out_proj too.
+    (rf"\b(o_proj(\.linear)?|out_lin|attention_out|{_ATTENTION}\.(out_proj|c_proj|dense|output\.dense|Wo))", "o"),
+    (r"\b(gate_up_proj|mlp\.Wi|shared_mlp\.input_linear)", "gate_up"),
+    (r"\b(gate_proj|feed_forward\.w1|w_in\.w_0)", "gate"),
+    (r"\b(up_proj|fc1|fc_in|c_fc|dense_h_to_4h|feed_forward\.(w3|intermediate)|w_in\.w_1)", "up"),
+    (r"\b(ff\.layer_1|ffn\.0|intermediate\.dense)", "up"),
+    (r"\b(down_proj|fc2|fc_out|mlp\.(c_proj|Wo)|dense_4h_to_h|feed_forward\.(w2|output)|w_out)", "down"),
+    (r"\b(ff\.layer_2|ffn\.2|output\.dense|shared_mlp\.output_linear)", "down"),
+    (r"\b(in_proj(_\w+)?|linear_[xy])", "in"),
+    (r"\b(out_proj|linear_out)", "out"),
 )
+_INSIDE_ATTENTION = re.compile(r"(attn|attention)\.(\w+\.)*(gate|up|down)_proj$")  # gates of its own, not of an MLP
 # How the rows of a fused qkv lie: head by head in turns, or all of q, then of k, then of v.
 _QKV_TAKES_TURNS = {"query_key_value": True, "qkv_proj": False, "c_attn": False, "Wqkv": False}
 # What decides where a token goes is small, and a small error there sends the token elsewhere. It stands beside experts.
@@ -97,6 +105,8 @@ def family_of(block: nn.Module) -> Family:
 
 def role_of(name: str) -> str | None:
     """The role of the matrix called `name`; None if the name is not one we know."""
+    if _INSIDE_ATTENTION.search(name):
+        return None
     return next((role for pattern, role in _ROLE_NAMES if re.search(pattern + "$", name)), None)
 
 

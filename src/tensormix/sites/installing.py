@@ -143,7 +143,7 @@ def _count_tokens(index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: 
     hidden = args[0] if args else kwargs["hidden_states"]
     cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past", args[1] if len(args) > 1 else None))
     layers = getattr(cache, "layers", ())
-    own = layers[index] if index < len(layers) else None
+    own: Any = layers[index] if index < len(layers) else None
     # States of convolutions and linear attention: there are none, but tokens have passed.
     if hasattr(own, "has_previous_state"):
         own.has_previous_state = dict.fromkeys(own.has_previous_state, True)

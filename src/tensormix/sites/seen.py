@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +70,43 @@ def prepare_stand_in(model: nn.Module, index: int, stand_in: nn.Module) -> None:
         stand_in.keep(found.attributes)
 
 
+def check_left_out(model: nn.Module, stand_ins: Mapping[int, nn.Module]) -> None:
+    """Raise ValueError, naming the blocks, if the model cannot do without those that `stand_ins` replace.
+
+    Some blocks leave keys and values to later ones, or hand on more than hidden states.
+    """
+    twin = twin_of(model)
+    if twin is None or seen_in(model) is None or not stand_ins:
+        return
+    seen = seen_in(model) or []
+    root = twin.root
+    for index in stand_ins:
+        found = seen[index]
+        if found is not None and found.hands_on:
+            raise ValueError(
+                f"{root}.{index}: the next block needs more of it than hidden states, so it cannot be left out; "
+                "compress its layers instead"
+            )
+    try:
+        twin.run(put=stand_ins)
+    except Exception as error:
+        reader = twin.at
+        alone = [index for index in stand_ins if index < reader and _fails(twin, {index: stand_ins[index]})]
+        needed = alone[-1] if alone else min(stand_ins)
+        raise ValueError(
+            f"{root}.{needed}: block {reader} needs what it leaves to later blocks (such as keys and values), so it "
+            f"cannot be left out; leave out block {reader} and those like it, or compress its layers"
+        ) from error
+
+
+def _fails(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> bool:
+    try:
+        twin.run(put=stand_ins)
+    except Exception:
+        return True
+    return False
+
+
 def _look(twin: Twin) -> list[Seen | None] | None:
     found: dict[int, Seen] = {}
     called: dict[int, set[str]] = {}
@@ -84,7 +121,7 @@ def _look(twin: Twin) -> list[Seen | None] | None:
         called.setdefault(index, set()).update(watcher.called)
 
     def leave(index: int, left: Any) -> Any:
-        if isinstance(left, tuple):
+        if isinstance(left, tuple | list):
             found[index].returns = "tuple" if len(left) == 2 else f"tuple of {len(left)}"
         return left
 
@@ -118,7 +155,7 @@ def _is_read(twin: Twin, kind: int, whole: Tensor) -> bool:
 
     def leave(index: int, left: Any) -> Any:
         alike = twin.kinds[index] == kind
-        return (left[0], *(None for _ in left[1:])) if alike and isinstance(left, tuple) else left
+        return (left[0], *(None for _ in left[1:])) if alike and isinstance(left, tuple | list) else left
 
     try:
         return not torch.equal(twin.run(leave=leave), whole)
@@ -146,7 +183,7 @@ class _Watcher(TorchDispatchMode):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.layers = {name: part for name, part in block.named_modules() if is_dense(part)}
-        self.names = {_place(part.weight): name for name, part in self.layers.items()}
+        self.names = {_place(part.get_parameter("weight")): name for name, part in self.layers.items()}
         self.open: list[str] = []
         self.called: set[str] = set()
         self.by_hand: set[str] = set()

@@ -17,7 +17,7 @@ from tensormix.sites.costs import cost_of
 from tensormix.sites.families import is_conv1d, is_dense, qkv_takes_turns, role_of, routers_in
 from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
 from tensormix.sites.locate import blocks, locate_blocks
-from tensormix.sites.seen import seen_in
+from tensormix.sites.seen import Seen, seen_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +96,10 @@ def find_sites(model: nn.Module) -> list[Site]:
     root, layers = locate_blocks(model)
     sites, seen = [], seen_in(model)
     for index, block in enumerate(layers):
-        if isinstance(block, StandIn) or (seen is not None and seen[index] is None):
+        found = Seen() if seen is None else seen[index]
+        if isinstance(block, StandIn) or found is None:
             continue
-        no_layers = set() if seen is None else seen[index].no_layers
+        no_layers = found.no_layers
         routers = routers_in(block)
         prefix = f"{root}.{index}"
         if not isinstance(block, SlicedBlock):  # without it the channels of the next block would be missed

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -37,6 +37,7 @@ class Twin:
     Attributes:
         kinds: for each block the index of the first one of its kind.
         read: for each of these the settings of the block that the model read in the last pass.
+        at: the block that ran last, where a pass failed perhaps.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,6 +51,7 @@ class Twin:
             _fill(self.model, "", skip=self.root)
         kinds: dict[object, int] = {}
         self.read: dict[int, dict[str, Any]] = {}
+        self.at = 0
         self.kinds = [kinds.setdefault(_kind(block), index) for index, block in enumerate(self.layers)]
 
     @cached_property
@@ -65,7 +67,8 @@ class Twin:
     @torch.no_grad()
     def run(
         self, edit: Edit | None = None, watch: Callable[[int, nn.Module], Any] | None = None,
-        leave: Callable[[int, Any], Any] | None = None, every: tuple[int, ...] = (), **options: Any,
+        leave: Callable[[int, Any], Any] | None = None, every: tuple[int, ...] = (),
+        put: Mapping[int, nn.Module] | None = None, **options: Any,
     ) -> Tensor:  # fmt: skip # (B, T, D)
         """What leaves the last block, and the norm after it, for `tokens`; the same at every call without `edit`.
 
@@ -74,13 +77,15 @@ class Twin:
             watch: likewise; returns a context manager that is open while the block runs.
             leave: is called with what a block returns, and returns what leaves it.
             every: blocks that run although one of their kind ran before.
+            put: modules that stand in the place of blocks.
             options: for the model, such as a cache.
         """
         real, before = list(self.layers), dict[int, Any]()
         try:
             for index, block in enumerate(real):
                 runs = self.kinds[index] == index or index in every
-                self.layers[index] = _Stage(self, index, block, runs, edit, watch, leave, before)
+                stage = _Stage(self, index, block, runs, edit, watch, leave, before)
+                self.layers[index] = (put or {}).get(index, stage)
             base = getattr(self.model, "base_model", self.model)  # without the head
             with torch.device("cpu"), quiet():
                 return call_model(base, self.tokens, **options)[0]
@@ -109,9 +114,10 @@ class _Stage(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         block, kind = self.__dict__["block"], self.twin.kinds[self.index]
+        self.twin.at = self.index
         if not self.runs and kind in self.before:
             left = self.before[kind]
-            return (hidden, *left[1:]) if isinstance(left, tuple) else hidden
+            return (hidden, *left[1:]) if isinstance(left, tuple | list) else hidden
         _fill(block, f"block {kind}")
         try:
             if self.edit is not None:
