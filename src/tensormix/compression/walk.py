@@ -23,6 +23,7 @@ from tensormix.compression.units import Statistics, Unit
 from tensormix.plan import Plan
 from tensormix.rows import Row
 from tensormix.sites import blocks, find_sites
+from tensormix.sites.locate import unwrapped
 from tensormix.sites.through import through
 
 Progress = Callable[[int, int, str], None]  # sites done, sites planned, the name of the last one
@@ -58,6 +59,7 @@ def compress(
         ValueError: the plan does not fit the model, a method needs batches and there are none, or a weight or an
             activation is not finite. The block where that was found is unchanged, those before it are compressed.
     """
+    model = unwrapped(model)
     calibration = Calibration(batches, inputs, precision)
     if plan.whole is not None:
         with _evaluating(model):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensormix.hf.contents import check_connected, fitted_blocks, install_empty, operators_of, record_bypassed
+from tensormix.hf.contents import check_connected, fitted_blocks, install_empty, names_in, operators_of, record_bypassed
 from tensormix.hf.packed import PackedQuantizer
 from tensormix.operators import Experts, Owner, StructuredLinear, outermost
 from tensormix.sites import fill_dense
@@ -217,7 +217,7 @@ def install_all(model: nn.Module, config: StructuredConfig) -> None:
         shrink(model, config.sliced)
     install_empty(model, config.operators)
     check_connected(model)
-    for name in config.fitted or ():
+    for name in names_in(model, config.fitted or ()).values():
         mark_replacement(model.get_submodule(name))
 
 

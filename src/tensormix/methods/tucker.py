@@ -58,7 +58,7 @@ class SharedTucker(JointMethod):
                 return {role: Dense(I, O) for role, (O, I) in shapes.items()}
             even = torch.ones(D, C, device="cpu").cumsum(0).cumsum(1)
             ranks = self._ranks(parts, D, C, [even * q for q in _numbers(parts)])
-            return self._views(TuckerHeads(hidden_size=D, head_dim=C, parts=parts, ranks=ranks))
+            return self._views(_operator(parts, D, C, ranks))
 
     def fit(
         self, layers: Mapping[str, Layer], stats: Mapping[str, Statistics], heads: Heads | None
@@ -70,8 +70,7 @@ class SharedTucker(JointMethod):
         cut = {name: _head_tensor(layers[name].weight, part, C) for name, part in parts.items()}
         whole = full_hosvd([torch.stack([cut[name] for name in names], dim=-1) for names in groups_of(parts)])
         ranks = self._ranks(parts, D, C, [held_by(whole, q) for q in _numbers(parts)])
-        owner = TuckerHeads(hidden_size=D, head_dim=C, parts=parts, ranks=ranks)
-        owner = owner.to(next(iter(layers.values())).weight)
+        owner = _operator(parts, D, C, ranks).to(next(iter(layers.values())).weight)
         fill(owner, hooi(whole, ranks, self.steps, self.tolerance))
         return {role: with_bias(view, layers[role].bias) for role, view in self._views(owner).items()}
 
@@ -110,6 +109,11 @@ class SharedTucker(JointMethod):
 
     def _views(self, owner: TuckerHeads) -> dict[str, Any]:
         return dict(owner.views(self.name))
+
+
+def _operator(parts: dict[str, Part], D: int, C: int, ranks: tuple[int, int, int]) -> TuckerHeads:
+    named = [(name, *part) for name, part in parts.items()]
+    return TuckerHeads(hidden_size=D, head_dim=C, parts=named, ranks=ranks)
 
 
 def _numbers(parts: dict[str, Part]) -> range:

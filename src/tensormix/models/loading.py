@@ -44,14 +44,14 @@ def load_model(source: ModelSource | str | Path, dtype: str | None = None) -> Pr
     if isinstance(source.location, Path):  # finds what is wrong with the files before a minute has passed
         if source.file is not None or not isinstance(source.weights, Safetensors):
             return _assembled(source, dtype)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     hf = _register()
     with quiet(), explained(source.location):
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
         hf.read_packed(config)
         options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = hf.class_of(config).from_pretrained(
             source.location, config=config, dtype=dtype or "auto", **options
         )
     model, report = loaded
@@ -102,7 +102,7 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
     """
     _check_dtype(dtype)
     source = ModelSource.of(source)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     hf = _register()
     with quiet(), explained(source.location):
@@ -110,7 +110,7 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
         hf.read_packed(config)
         wanted = _dtype_of(config, source) if dtype in (None, "auto") else getattr(torch, str(dtype))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=wanted)
+            model = hf.model_from(config, dtype=wanted)
         _keep_wide(model, wanted)
         compressed: Any = getattr(config, "quantization_config", None)
         if compressed is not None:
