@@ -162,7 +162,7 @@ def test_a_model_type_that_nobody_knows(dense):
 def test_no_weights(dense):
     for file in dense.glob("*.safetensors*"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"model has a config.json but no weights \(\*.safetensors\)"):
+    with pytest.raises(ValueError, match=r"model has a config.json but no weights \(\*.safetensors, \*.gguf\)"):
         load_model(dense)
 
 

@@ -39,15 +39,15 @@ def load_model(source: ModelSource | str | Path, dtype: str | None = None) -> Pr
             cannot be reached.
     """
     _check_dtype(dtype)
-    source = ModelSource.of(source)
-    if isinstance(source.location, Path):  # finds what is wrong with the files before a minute has passed
-        if source.file is not None or not isinstance(source.weights, Safetensors):
-            return _assembled(source, dtype)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    source = ModelSource.of(source).local
+    # Opening the weights finds what is wrong with the files before a minute has passed.
+    if source.file is not None or not isinstance(source.weights, Safetensors):
+        return _assembled(source, dtype)
+    from transformers import AutoModelForCausalLM
 
     hf = _register()
+    config = source.hf_config()
     with quiet(), explained(source.location):
-        config = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
         hf.read_packed(config)
         options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -75,7 +75,7 @@ def _assembled(source: ModelSource, dtype: str | None) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     fill_buffers(model)
-    if (source.folder / "generation_config.json").exists():
+    if not source.is_alone and (source.folder / "generation_config.json").exists():
         with quiet(), explained(source.location):
             model.generation_config = type(model.generation_config).from_pretrained(source.folder)
     return model
@@ -101,11 +101,11 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
     """
     _check_dtype(dtype)
     source = ModelSource.of(source)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     hf = _register()
+    config: Any = source.hf_config()
     with quiet(), explained(source.location):
-        config = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
         hf.read_packed(config)
         wanted = _dtype_of(config, source) if dtype in (None, "auto") else getattr(torch, str(dtype))
         with torch.device("meta"):
@@ -120,8 +120,11 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
 
 
 def _dtype_of(config: Any, source: ModelSource) -> torch.dtype:
-    """The dtype that `from_pretrained` takes by itself: that of the config, else of the first weight."""
-    if config.dtype is not None or isinstance(source.location, str):
+    """The dtype that `from_pretrained` takes by itself: that of the config, else of the first weight.
+
+    Where nothing says it, as in a folder with a config alone, it is float32.
+    """
+    if config.dtype is not None or isinstance(source.location, str) or not source.has_weights:
         return config.dtype or torch.float32
     return main_dtype(source.entries.values()) or torch.float32
 

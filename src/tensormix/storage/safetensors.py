@@ -33,6 +33,7 @@ class Safetensors:
 
     file_patterns: ClassVar[tuple[str, ...]] = ("*.safetensors",)
     index_patterns: ClassVar[tuple[str, ...]] = ("*.safetensors.index.json",)
+    described = None
 
     def __init__(self, folder: Path, file: Path | None = None) -> None:
         self.folder = folder
