@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensormix.models.places import fetched, located
 from tensormix.models.quiet import explained, quiet
+from tensormix.models.tokens import tokenizer_of
 from tensormix.storage.entries import Entry
 from tensormix.storage.files import new_file, read_json
 from tensormix.storage.formats import Format, files_beside, open_weights, weight_files
@@ -19,6 +20,7 @@ from tensormix.storage.gguf import Gguf
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+_KINDS = {"llama": ("llama", "mistral", "deci")}  # of the architectures of a GGUF file, those that share one name
 _SAMPLES, _SAMPLE = 256, 1 << 18  # a fingerprint reads at most this many pieces of this many bytes of each file
 
 
@@ -96,9 +98,10 @@ class ModelSource:
                 if not self.local.is_alone:  # as a repository of nothing but GGUF is
                     raise
         source = self.local
+        described = source.config if source.is_alone else None
         with quiet(), explained(source.location):
-            if source.is_alone:
-                return AutoConfig.for_model(**source.config)
+            if described is not None:
+                return AutoConfig.for_model(**described)
             return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
 
     @property
@@ -109,7 +112,15 @@ class ModelSource:
     @cached_property
     def weights(self) -> Format:
         """All tensors, of which only the headers are read. Raises ValueError, naming the file, if one is damaged."""
-        return open_weights(self.folder, self.local.file)
+        weights = open_weights(self.folder, self.local.file)
+        if weights.described is not None and not self.local.is_alone:
+            beside, inside = self.config["model_type"], weights.described["model_type"]
+            if beside.removesuffix("_text") not in _KINDS.get(inside, (inside.removesuffix("_text"),)):
+                raise ValueError(
+                    f"{self.folder / 'config.json'} describes a {beside}, and {weights.files[0].name} holds a "
+                    f"{inside}: move one of them into a folder of its own"
+                )
+        return weights
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -130,29 +141,21 @@ class ModelSource:
         if isinstance(folder, str) and folder.endswith(".gguf"):
             return self.local.tokenizer()
         if self.is_alone:
-            return self._tokenizer_of_file()
+            assert isinstance(self.weights, Gguf)
+            return tokenizer_of(self.weights)
         if isinstance(folder, Path) and not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").exists():
+            if isinstance(self.weights, Gguf) and self.weights.has_tokenizer:
+                return tokenizer_of(self.weights)
             raise ValueError(f"{folder} has no tokenizer (no tokenizer.json); copy the one of the original model there")
         from transformers import AutoTokenizer
 
-        with quiet(), explained(folder):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-    def _tokenizer_of_file(self) -> PreTrainedTokenizerBase:
-        weights = self.weights
-        assert isinstance(weights, Gguf)
-        if not weights.has_tokenizer:
-            raise ValueError(
-                f"{weights.first} has no tokenizer in it; take a file that has, or its folder of safetensors"
-            )
-        from transformers import PreTrainedTokenizerFast
-
-        with quiet(), explained(weights.folder):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(weights.folder, gguf_file=weights.first.name)
-        # Where it came from is nobody's business who reads the folder into which it is saved.
-        for key in ("is_local", "local_files_only"):
-            tokenizer.init_kwargs.pop(key, None)
-        return tokenizer
+        try:
+            with quiet(), explained(folder):
+                return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ValueError:
+            if isinstance(folder, Path) or not self.local.is_alone:  # as a repository of nothing but GGUF is
+                raise
+        return self.local.tokenizer()
 
     def beside(self) -> list[Path]:
         """The files that belong to the model beside its weights and its config, and go where it goes."""
@@ -168,13 +171,14 @@ class ModelSource:
                 with file.open("rb") as old, new_file(folder / file.name) as copy:
                     shutil.copyfileobj(old, copy)
         weights = self.weights
-        if not self.local.is_alone or not isinstance(weights, Gguf):
+        if not isinstance(weights, Gguf):
             return
-        from transformers import GenerationConfig
+        if not (folder / "generation_config.json").exists():
+            from transformers import GenerationConfig
 
-        tokens = {name: self.config.get(name) for name in ("bos_token_id", "pad_token_id")}
-        GenerationConfig(**tokens, eos_token_id=weights.ends or None).save_pretrained(folder)
-        if weights.has_tokenizer:
+            tokens = {name: self.config.get(name) for name in ("bos_token_id", "pad_token_id")}
+            GenerationConfig(**tokens, eos_token_id=weights.ends or None).save_pretrained(folder)
+        if weights.has_tokenizer and not any(folder.glob("tokenizer*")):
             with quiet():
                 self.tokenizer().save_pretrained(folder)
 

@@ -50,8 +50,9 @@ class Assembly:
         unknown: the tensors on disk that the model does not know.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor that the model needs, or one has another shape than config.json
-            implies. Only headers have been read then.
+        ValueError: the checkpoint lacks a tensor that the model needs, one has another shape than config.json
+            implies, or a file that describes itself holds one that the model does not know. Only headers have been
+            read then.
     """
 
     def __init__(self, model: Any, weights: Format) -> None:
@@ -63,6 +64,7 @@ class Assembly:
         self._made_by = self._match(model)
         self._turn_ties()
         self.makings = list({id(making): making for making in self._made_by.values()}.values())
+        self._check_unknown(type(model).__name__)
         self._check_missing(type(model).__name__)
         self._check_shapes()
 
@@ -101,6 +103,15 @@ class Assembly:
             if target in self._made_by and source not in self._made_by:
                 del self.tied[target]
                 self.tied[source] = target
+
+    def _check_unknown(self, model: str) -> None:
+        """What other formats hold beside the model is carried on; files that describe themselves hold the model."""
+        if self.unknown and self.weights.described is not None:
+            name = self.unknown[0]
+            raise ValueError(
+                f"{self.weights.entries[name].file} holds what would be {name}, which {model} has no place for: "
+                "without it the model would be another; take its own folder of safetensors instead"
+            )
 
     def _check_missing(self, model: str) -> None:
         missing = [n for n in self.targets if n not in self._made_by and self.tied.get(n) not in self._made_by]

@@ -207,7 +207,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "nemotron": Architecture(
         "nemotron",
-        {**_SIZES, "attention.layer_norm_epsilon": "norm_eps"},
+        {**_SIZES, "attention.layer_norm_epsilon": "norm_eps", "attention.layer_norm_rms_epsilon": "norm_eps"},
         {name: there for name, there in _DENSE.items() if name != "ffn_gate"},
         layouts=dict.fromkeys(("output_norm", "attn_norm", "ffn_norm"), layouts.norm_around_zero),
         rotary="part",

@@ -218,6 +218,7 @@ class Description:
             found["use_bias"] = "blk.0.attn_q.bias" in self.shapes
         if model_type == "falcon":
             found["multi_query"], found["new_decoder_architecture"] = self.heads.keys == 1, self.heads.keys > 1
+            found["num_ln_in_parallel_attn"] = 1 if self.heads.keys > 1 else None
         if model_type == "phi3":
             found["sliding_window"] = self.get("attention.sliding_window") or None
             found["original_max_position_embeddings"] = self.get(

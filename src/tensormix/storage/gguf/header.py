@@ -43,6 +43,9 @@ class Header:
 
     @property
     def architecture(self) -> str:
+        """Raises ValueError if the file does not say it; of a model in parts the first one does."""
+        if "general.architecture" not in self.metadata:
+            raise ValueError(f"{self.file} does not say of which architecture it is (general.architecture)")
         return str(self.metadata["general.architecture"])
 
 
@@ -73,8 +76,6 @@ def _header(file: Path, cursor: _Cursor, size: int) -> Header:
         key = cursor.string()
         (kind,) = cursor.numbers("I")
         metadata[key] = cursor.value(kind)
-    if "general.architecture" not in metadata:
-        raise ValueError(f"{file} does not say of which architecture it is (general.architecture)")
     found = []
     for _ in range(num_tensors):
         name = cursor.string()
