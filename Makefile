@@ -43,7 +43,6 @@ test-fast: setup
 	$(BIN)/python -m pytest -q $(FAST)
 
 real: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
 	$(BIN)/python -W ignore tools/smollm2.py build/smollm2
 	TENSORMIX_REAL=$(CURDIR)/build/smollm2 $(BIN)/python -m pytest -q tests/real
 

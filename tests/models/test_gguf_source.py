@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gguf_files import TOKENS, tiny, write
+from gguf_files import TOKENIZER, TOKENS, tiny, write
 from tensormix.compression import compress
 from tensormix.compression.checkpoint import compress_checkpoint
 from tensormix.models import ModelSource, fingerprint, load_model, load_tokenizer, skeleton
@@ -79,7 +79,7 @@ def test_its_tokenizer_is_that_of_the_file(file):
 def test_no_tokenizer_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr("gguf_files.TOKENIZER", {"ggml.model": "none"})
     write(tiny("qwen2"), tmp_path / "m.gguf", "qwen2")
-    with pytest.raises(ValueError, match=r"m.gguf has no tokenizer in it"):
+    with pytest.raises(ValueError, match=r"m.gguf has no tokenizer \(no tokenizer.json\)"):
         load_tokenizer(tmp_path)
     compress_checkpoint(tmp_path, tmp_path / "out", PLAN)
     assert not list((tmp_path / "out").glob("tokenizer*"))
@@ -91,6 +91,18 @@ def test_a_tokenizer_of_an_unknown_kind_is_said_before_anything_is_done(tmp_path
     with pytest.raises(ValueError, match="runes"):
         compress_checkpoint(tmp_path, tmp_path / "out", PLAN)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_way_to_cut_words_that_is_not_known_is_said(file, tmp_path, monkeypatch):
+    monkeypatch.setitem(TOKENIZER, "ggml.pre", "stablelm2")
+    load_tokenizer(file).save_pretrained(tmp_path / "of_the_original")
+    write(tiny("llama"), file, "llama")
+    with pytest.raises(ValueError, match=r"the way of 'stablelm2', which is not known here.*name their folder"):
+        load_tokenizer(file)
+    shutil.copy(tmp_path / "of_the_original" / "tokenizer.json", file.parent)
+    assert len(load_tokenizer(file.parent)) == 64
+    compress_checkpoint(file.parent, tmp_path / "out", PLAN)
+    assert len(load_tokenizer(tmp_path / "out")) == 64
 
 
 def test_checking_reads_headers_only(file, monkeypatch):

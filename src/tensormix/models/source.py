@@ -140,13 +140,11 @@ class ModelSource:
         folder = self.location
         if isinstance(folder, str) and folder.endswith(".gguf"):
             return self.local.tokenizer()
-        if self.is_alone:
-            assert isinstance(self.weights, Gguf)
-            return tokenizer_of(self.weights)
-        if isinstance(folder, Path) and not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").exists():
-            if isinstance(self.weights, Gguf) and self.weights.has_tokenizer:
+        if isinstance(folder, Path) and not self._has_tokenizer_beside():
+            if self.has_weights and isinstance(self.weights, Gguf) and self.weights.has_tokenizer:
                 return tokenizer_of(self.weights)
-            raise ValueError(f"{folder} has no tokenizer (no tokenizer.json); copy the one of the original model there")
+            what = folder if self.file is None else self.file
+            raise ValueError(f"{what} has no tokenizer (no tokenizer.json); copy the one of the original model there")
         from transformers import AutoTokenizer
 
         try:
@@ -156,6 +154,12 @@ class ModelSource:
             if isinstance(folder, Path) or not self.local.is_alone:  # as a repository of nothing but GGUF is
                 raise
         return self.local.tokenizer()
+
+    def _has_tokenizer_beside(self) -> bool:
+        """Whether there are files of a tokenizer that belong to the model: of a file that was named none may."""
+        folder = Path(self.location)
+        there = any(folder.glob("tokenizer*")) or (folder / "vocab.json").exists()
+        return there and not (self.is_alone and Path(self.asked).is_file())
 
     def beside(self) -> list[Path]:
         """The files that belong to the model beside its weights and its config, and go where it goes."""

@@ -11,6 +11,12 @@ from tensormix.storage.gguf import Gguf
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Ways to cut a text into words that are GPT-2's, or come to the same with a vocabulary that keeps digits apart.
+_GPT2 = {
+    "default", "gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "a.x-4.0", "mellum", "modern-bert", "mpt", "olmo",
+    "jais", "trillion", "granite-docling", "starcoder", "refact", "command-r", "smollm", "codeshell", "exaone",
+    "minerva-7b", "roberta-bpe",
+}  # fmt: skip
 _SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token", "chat_template")
 
 
@@ -20,6 +26,14 @@ def tokenizer_of(weights: Gguf) -> PreTrainedTokenizerBase:
         raise ValueError(f"{weights.first} has no tokenizer in it; take a file that has, or its folder of safetensors")
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    kind, cut = (weights.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind == "gpt2" and cut is not None and cut not in _GPT2 and cut not in GGUF_PRE_TOKENIZER_SPLITS:
+        raise ValueError(
+            f"{weights.first} cuts texts into words the way of {cut!r}, which is not known here: its tokenizer would give "
+            "other tokens. Put the tokenizer.json of the original model beside the file, and name their folder"
+        )
 
     count = weights.metadata["tokenizer.ggml.tokens"]
     with quiet(), explained(weights.first):
