@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from tensormix.models.quiet import explained, quiet
@@ -82,6 +83,16 @@ def refuse_adapter(folder: Path, file: Path | None = None) -> None:
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds an adapter{of} beside the model ({found[0]}): {how}, or take it out of there")
     raise ValueError(f"{folder} holds an adapter{of} ({found[0]}), not a model: {how}")
+
+
+def refuse_adapted(names: Iterable[str], folder: Path) -> None:
+    """Raise ValueError if tensors by these names are those of a model that adapters are wrapped around."""
+    for name in names:
+        if ".lora_A." in name or ".base_layer." in name or name.startswith("base_model.model."):
+            raise ValueError(
+                f"{folder} holds {name}: the weights were saved with an adapter around them; merge it first: "
+                "model.merge_and_unload().save_pretrained(new_folder)"
+            )
 
 
 def fetched(location: str) -> Path:

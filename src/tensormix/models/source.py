@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensormix.models.places import fetched, located
+from tensormix.models.places import fetched, located, refuse_adapted
 from tensormix.models.quiet import explained, quiet
 from tensormix.models.tokens import tokenizer_of
+from tensormix.storage.codes import refuse_codes
 from tensormix.storage.entries import Entry
 from tensormix.storage.files import new_file, read_json
 from tensormix.storage.formats import Format, files_beside, open_weights, weight_files
@@ -111,7 +112,10 @@ class ModelSource:
 
     @cached_property
     def weights(self) -> Format:
-        """All tensors, of which only the headers are read. Raises ValueError, naming the file, if one is damaged."""
+        """All tensors, of which only the headers are read.
+
+        Raises ValueError, naming the file, if one is damaged, or the tensor, if one holds codes of an unknown scale.
+        """
         weights = open_weights(self.folder, self.local.file)
         if weights.described is not None and not self.local.is_alone:
             beside, inside = self.config["model_type"], weights.described["model_type"]
@@ -120,6 +124,9 @@ class ModelSource:
                     f"{self.folder / 'config.json'} describes a {beside}, and {weights.files[0].name} holds a "
                     f"{inside}: move one of them into a folder of its own"
                 )
+        if weights.described is None:
+            refuse_codes(weights.entries, self.config.get("quantization_config"), self.folder)
+            refuse_adapted(weights.entries, self.folder)
         return weights
 
     @property

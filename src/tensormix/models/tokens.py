@@ -31,8 +31,8 @@ def tokenizer_of(weights: Gguf) -> PreTrainedTokenizerBase:
     kind, cut = (weights.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind == "gpt2" and cut is not None and cut not in _GPT2 and cut not in GGUF_PRE_TOKENIZER_SPLITS:
         raise ValueError(
-            f"{weights.first} cuts texts into words the way of {cut!r}, which is not known here: its tokenizer would give "
-            "other tokens. Put the tokenizer.json of the original model beside the file, and name their folder"
+            f"{weights.first} cuts texts into words the way of {cut!r}, which is not known here: its tokenizer would "
+            "give other tokens. Put the tokenizer.json of the original model beside the file, and name their folder"
         )
 
     count = weights.metadata["tokenizer.ggml.tokens"]
