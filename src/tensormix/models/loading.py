@@ -15,6 +15,7 @@ from tensormix.models.quiet import explained, quiet
 from tensormix.models.source import ModelSource
 from tensormix.sites.twin import fill_buffers
 from tensormix.storage.assembly import Assembly
+from tensormix.storage.codes import holds_codes
 from tensormix.storage.entries import main_dtype
 from tensormix.storage.memory import set_weight
 from tensormix.storage.safetensors import Safetensors
@@ -43,16 +44,22 @@ def load_model(source: ModelSource | str | Path, dtype: str | None = None) -> Pr
     # Opening the weights finds what is wrong with the files before a minute has passed.
     if source.file is not None or not isinstance(source.weights, Safetensors):
         return _assembled(source, dtype)
+    if any(holds_codes(entry) and len(entry.shape) > 1 for entry in source.entries.values()):
+        Assembly(skeleton(source, dtype), source.weights)  # transformers would take codes for weights
     from transformers import AutoModelForCausalLM
 
     hf = _register()
     config = source.hf_config()
-    with quiet(), explained(source.location):
-        hf.read_packed(config)
-        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.location, config=config, dtype=dtype or "auto", **options
-        )
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    try:
+        with quiet(), explained(source.location):
+            hf.read_packed(config)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.location, config=config, dtype=dtype or "auto", **options
+            )
+    except ValueError:
+        Assembly(skeleton(source, dtype), source.weights)  # it may know the tensor, which transformers keeps to itself
+        raise
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -117,6 +124,27 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
             hf.install_all(model, hf.StructuredConfig(**compressed))
             hf.attach(model)
     return model.eval()
+
+
+def notes_on(source: ModelSource, model: Any) -> list[str]:
+    """What has to be known of a source before anything is made of it, from its headers; `model` is its skeleton.
+
+    Raises ValueError as `Assembly` does, if its weights are not those of the model.
+    """
+    if isinstance(source.location, str):
+        return []
+    if not source.has_weights:
+        if source.config.get("dtype") or source.config.get("torch_dtype"):
+            return []
+        return ["config.json says no dtype, and there are no weights to ask: float32 is assumed"]
+    unknown = Assembly(model, source.weights).unknown
+    if not unknown:
+        return []
+    named = ", ".join(unknown[:3]) + (" and others" if len(unknown) > 3 else "")
+    return [
+        f"the checkpoint holds {len(unknown)} tensors that a {type(model).__name__} does not know ({named}): a "
+        "compressed folder carries them on as they are, and a model in memory does not have them"
+    ]
 
 
 def _dtype_of(config: Any, source: ModelSource) -> torch.dtype:

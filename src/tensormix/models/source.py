@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from tensormix.models.places import fetched, located, refuse_adapted
 from tensormix.models.quiet import explained, quiet
 from tensormix.models.tokens import tokenizer_of
-from tensormix.storage.codes import refuse_codes
 from tensormix.storage.entries import Entry
 from tensormix.storage.files import new_file, read_json
 from tensormix.storage.formats import Format, files_beside, open_weights, weight_files
@@ -114,7 +113,7 @@ class ModelSource:
     def weights(self) -> Format:
         """All tensors, of which only the headers are read.
 
-        Raises ValueError, naming the file, if one is damaged, or the tensor, if one holds codes of an unknown scale.
+        Raises ValueError, naming the file, if one is damaged, or the tensor, if one is an adapter's.
         """
         weights = open_weights(self.folder, self.local.file)
         if weights.described is not None and not self.local.is_alone:
@@ -125,7 +124,6 @@ class ModelSource:
                     f"{inside}: move one of them into a folder of its own"
                 )
         if weights.described is None:
-            refuse_codes(weights.entries, self.config.get("quantization_config"), self.folder)
             refuse_adapted(weights.entries, self.folder)
         return weights
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tensormix.storage.codes import codes_of, holds_codes, refusal_of
 from tensormix.storage.entries import Entry, Piece
 from tensormix.storage.formats import Format, passed_on
 from tensormix.storage.packed import pack_of
@@ -51,8 +52,8 @@ class Assembly:
 
     Raises:
         ValueError: the checkpoint lacks a tensor that the model needs, one has another shape than config.json
-            implies, or a file that describes itself holds one that the model does not know. Only headers have been
-            read then.
+            implies, or holds codes and nothing says how they are scaled, or a file that describes itself holds one that
+            the model does not know. Only headers have been read then.
     """
 
     def __init__(self, model: Any, weights: Format) -> None:
@@ -65,6 +66,7 @@ class Assembly:
         self._turn_ties()
         self.makings = list({id(making): making for making in self._made_by.values()}.values())
         self._check_unknown(type(model).__name__)
+        self._check_codes()
         self._check_missing(type(model).__name__)
         self._check_shapes()
 
@@ -113,8 +115,21 @@ class Assembly:
                 "without it the model would be another; take its own folder of safetensors instead"
             )
 
+    def _check_codes(self) -> None:
+        """Codes are weights only together with their scales, which the pack of the checkpoint declares."""
+        for making in self.makings:
+            if not self.targets[making.targets[0]].is_floating_point():
+                continue
+            for parts in (parts for several in making.parts.values() for parts in several if len(parts) == 1):
+                entry = self.weights.entries[next(iter(parts.values()))]
+                if holds_codes(entry):
+                    raise refusal_of(entry, self.weights.folder)
+
     def _check_missing(self, model: str) -> None:
         missing = [n for n in self.targets if n not in self._made_by and self.tied.get(n) not in self._made_by]
+        for target in missing[:1]:
+            if (entry := codes_of(target, self.unknown, self.weights.entries)) is not None:
+                raise refusal_of(entry, self.weights.folder)
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(
@@ -142,7 +157,14 @@ class Assembly:
                 if entry.shape != expected:
                     raise ValueError(
                         f"{entry.file}: {entry.name} has the shape {entry.shape}, but config.json implies {expected}"
+                        f"{self._about_vocabulary(entry.shape, expected)}"
                     )
+
+    def _about_vocabulary(self, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+        size = self.config.get_text_config().vocab_size if hasattr(self.config, "get_text_config") else None
+        if shape[1:] != expected[1:] or expected[0] != size:
+            return ""
+        return f": the vocabulary was resized, and vocab_size is still {size}; it has to be {shape[0]}"
 
     def make(self, target: str) -> dict[str, Tensor]:
         """The parameter `target`, and those made along with it, in the dtypes that the model wants.

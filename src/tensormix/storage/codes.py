@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tensormix.storage.entries import Entry
-from tensormix.storage.packed import Pack, pack_of
 
 DECLARATION = "hf_quant_config.json"  # where ModelOpt says what it did, if config.json does not
-_FLOATS = ("F64", "F32", "F16", "BF16")
-# What models keep as integers themselves: masks and positions of their first releases.
-_COUNTS = ("I64", "BOOL")
-_OF_MODELS = ("bias", "mask", "_ids", "index", "indices")
 
 
 def is_code(dtype: torch.dtype) -> bool:
@@ -26,34 +20,31 @@ def is_code(dtype: torch.dtype) -> bool:
     return dtype not in (torch.bool, torch.int64)
 
 
-def refuse_codes(entries: Mapping[str, Entry], quantization_config: Mapping[str, Any] | None, folder: Path) -> None:
-    """Raise ValueError, naming the tensor, if one is stored as codes and the config does not say how they are scaled.
-
-    Also if the config says that the checkpoint is packed in a way that is not read here.
-    """
-    config = quantization_config or {}
-    is_own = config.get("quant_method") == "tensormix"
-    pack = pack_of(config.get("packed") if is_own else quantization_config)
-    operators = config.get("operators", {}) if is_own else {}
-    for entry in entries.values():
-        if _may_be_codes(entry) and not _is_declared(entry.name, entries, pack, operators):
-            raise ValueError(
-                f"{entry.file}: {entry.name} is stored as {_named(entry)}, and nothing in config.json says how it is "
-                f"scaled: codes are no weights{_declared_by(folder)}. Take the model's original checkpoint, or convert "
-                "this one where its own library runs"
-            )
+def holds_codes(entry: Entry) -> bool:
+    """Whether the tensor may be codes; a dtype that torch does not have is one of four or six bits."""
+    return entry.torch_dtype is None or is_code(entry.torch_dtype)
 
 
-def _may_be_codes(entry: Entry) -> bool:
-    if entry.dtype in (*_FLOATS, *_COUNTS) or len(entry.shape) < 2:
-        return entry.dtype.startswith("F8_") and len(entry.shape) == 1 and entry.name.endswith("weight")
-    return entry.dtype.startswith("F") or not entry.name.endswith(_OF_MODELS)
+def codes_of(target: str, names: list[str], entries: Mapping[str, Entry]) -> Entry | None:
+    """Of the tensors that a model does not know, the codes that stand in the place of its parameter `target`."""
+    module = target.rpartition(".")[0] if target.endswith(".weight") else target
+    for name in names:
+        if (
+            name.startswith((f"{module}.", f"{module}_"))
+            and holds_codes(entries[name])
+            and len(entries[name].shape) > 1
+        ):
+            return entries[name]
+    return None
 
 
-def _is_declared(name: str, stored: Container[str], pack: Pack | None, operators: Mapping[str, Any]) -> bool:
-    if any(name.startswith(f"{operator}.") for operator in operators):
-        return True
-    return pack is not None and len(pack.companions(pack.dense_name(name), stored)) > 1
+def refusal_of(entry: Entry, folder: Path) -> ValueError:
+    """The sentence about codes that a model would take for weights, and nothing says how they are scaled."""
+    return ValueError(
+        f"{entry.file}: {entry.name} is stored as {_named(entry)}, and nothing in config.json says how it is scaled: "
+        f"codes are no weights{_declared_by(folder)}. Take the model's original checkpoint, or convert this one where "
+        "its own library runs"
+    )
 
 
 def _named(entry: Entry) -> str:
