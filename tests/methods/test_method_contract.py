@@ -37,6 +37,8 @@ from tensormix.methods import (
     StackMethod,
     Svd,
     SvdLlm,
+    Trawl,
+    TuckerAttention,
     ZeroMethod,
 )
 from tensormix.methods.base import Heads, Layer
@@ -100,6 +102,7 @@ def test_the_table_holds_every_method_that_is_written():
         "StackMethod",
         "ModelMethod",
         "Hybrid",
+        "SharedTucker",
     }
     written = set()
     for path in Path(tensormix.methods.__file__).parent.glob("*.py"):
@@ -169,17 +172,23 @@ JOINT = [
     Sola(ranks=Ranks(q=3, k=4, o=5, gate=6, up=7, down=8)),
     Sola(ranks=Ranks(q=3, up=7), prime=0.0),
     Sola(keep=1.0, prime=0.5),
+    TuckerAttention(ranks=(5, 3, 2)),
+    Trawl(ranks=(5, 3, 2)),
 ]
 BIASED = ("q", "v", "up", "down")
+
+
+def shapes_of(method):
+    return {role: shape for role, shape in SHAPES.items() if role in method.roles}
 
 
 def joint_inputs(method, dtype=torch.float32):
     layers = {
         role: Layer(torch.randn(shape, dtype=dtype), torch.randn(shape[0], dtype=dtype) if role in BIASED else None)
-        for role, shape in SHAPES.items()
+        for role, shape in shapes_of(method).items()
     }
     stats = {}
-    for role, shape in SHAPES.items():
+    for role, shape in shapes_of(method).items():
         stats[role] = {kind: kind(shape[1]) for kind in method.needs_at(role)}
         for statistic in stats[role].values():
             statistic.update(torch.randn(20, shape[1]))  # fewer tokens than the down projection has inputs
@@ -196,9 +205,9 @@ def test_joint_fits_keep_shapes_dtypes_and_biases_and_are_foreseen(joint, dtype)
     torch.manual_seed(0)
     layers, stats = joint_inputs(joint, dtype)
     before = {role: layer.weight.clone() for role, layer in layers.items()}
-    fitted, empty = joint.fit(layers, stats, HEADS), joint.empty(SHAPES, HEADS)
+    fitted, empty = joint.fit(layers, stats, HEADS), joint.empty(shapes_of(joint), HEADS)
     again = joint.fit(layers, stats, HEADS)
-    assert fitted.keys() == empty.keys() == SHAPES.keys()
+    assert fitted.keys() == empty.keys() == shapes_of(joint).keys()
     for role, op in fitted.items():
         assert op.spec == empty[role].spec and (op.out_features, op.in_features) == SHAPES[role]
         assert {tensor.device.type for tensor in empty[role].state_dict().values()} == {"meta"}

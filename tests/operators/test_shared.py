@@ -22,6 +22,7 @@ from tensormix.operators import (
     Siblings,
     StructuredLinear,
     Sum,
+    TuckerHeads,
     View,
     build,
     connect,
@@ -49,7 +50,17 @@ def quantized():
     return SharedBasis(basis=Quantized.of(plain.basis, bits=8), cores=cores)
 
 
-OWNERS = {"bases": bases, "siblings": siblings, "quantized": quantized}
+def tucker():
+    """Heads of 8 channels: 4 of them, 2, and 6."""
+    parts = {name: (O // 8, True) for name, (O, _) in SHAPES.items()}
+    made = TuckerHeads(hidden_size=I, head_dim=8, parts=parts, ranks=(5, 3, 1))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_()
+    return made
+
+
+OWNERS = {"tucker": tucker, "bases": bases, "siblings": siblings, "quantized": quantized}
 
 
 @pytest.fixture(autouse=True)

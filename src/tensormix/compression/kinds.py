@@ -121,9 +121,8 @@ class StackUnit(Unit):
     def fit(self, stats: Statistics, tidy: Callable[[], None] = lambda: None) -> Fitted:
         (site,) = self.sites
         of_experts = stats.get(self.name) or [{} for _ in range(site.num_experts)]
-        pool_idle(of_experts)
         with self.named():
-            operator = self.method.fit(site.weight, of_experts)
+            operator = self.method.fit(site.weight, of_experts)  # which sees how many tokens each expert got
             squares = [_squares(operator.expert_dense(e), site.expert_weight(e)) for e in range(site.num_experts)]
             return Fitted({self.name: operator}, {self.name: {"relative_error": _root_ratio(squares, operator)}})
 

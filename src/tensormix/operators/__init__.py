@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from tensormix.operators.base import Operator, StructuredLinear, did_you_mean, outermost
+from tensormix.operators.basis_experts import BasisExperts
 from tensormix.operators.bypass import Bypass, StandIn
 from tensormix.operators.chain import Chain
 from tensormix.operators.concat import Concat
@@ -27,10 +28,13 @@ from tensormix.operators.siblings import Siblings, why_apart
 from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
+from tensormix.operators.tucker_heads import TuckerHeads
+from tensormix.operators.tucker_stack import TuckerStack
 from tensormix.operators.zero import Zero
 
 __all__ = [
     "OPERATORS",
+    "BasisExperts",
     "Bypass",
     "Chain",
     "Concat",
@@ -59,6 +63,8 @@ __all__ = [
     "StandIn",
     "StructuredLinear",
     "Sum",
+    "TuckerHeads",
+    "TuckerStack",
     "View",
     "Zero",
     "bits_of",
@@ -87,6 +93,9 @@ OPERATORS: dict[str, type[Operator]] = {
     "ResidualMLP": ResidualMLP,
     "Siblings": Siblings,
     "Sparse": Sparse,
+    "TuckerHeads": TuckerHeads,
+    "TuckerStack": TuckerStack,
+    "BasisExperts": BasisExperts,
     "View": View,
     "DenseStack": DenseStack,
     "ExpertStack": ExpertStack,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from tensormix.operators import outermost
@@ -38,5 +40,6 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 def _decoder_of(model: nn.Module) -> str:
     """How the names of what makes text begin; an empty string if the model does not say."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
     return next((name for name, part in model.named_modules() if part is decoder), "")
