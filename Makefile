@@ -44,7 +44,7 @@ test-fast: setup
 
 real: setup
 	$(BIN)/python -W ignore tools/smollm2.py build/smollm2
-	TENSORMIX_REAL=$(CURDIR)/build/smollm2 $(BIN)/python -m pytest -q tests/real
+	TENSORMIX_REAL=$(CURDIR)/build/smollm2 TENSORMIX_REAL_GGUF=$(CURDIR)/build/smollm2.gguf $(BIN)/python -m pytest -q tests/real
 
 check: setup
 	$(BIN)/ruff format --check .

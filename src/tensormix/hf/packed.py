@@ -22,7 +22,10 @@ _STORED = {
     },
 }
 # Dtypes, as safetensors and torch name them, that are no weights without scales.
-_CODES = ("F8_E4M3", "F8_E5M2", "U8", "I8", torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
+_CODES = (
+    "F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "I8", "I16", "I32",
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.uint8, torch.int8, torch.int16, torch.int32,
+)  # fmt: skip
 
 
 class Unpacking(WeightConverter):

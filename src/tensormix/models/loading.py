@@ -44,7 +44,7 @@ def load_model(source: ModelSource | str | Path, dtype: str | None = None) -> Pr
     # Opening the weights finds what is wrong with the files before a minute has passed.
     if source.file is not None or not isinstance(source.weights, Safetensors):
         return _assembled(source, dtype)
-    if any(holds_codes(entry) and len(entry.shape) > 1 for entry in source.entries.values()):
+    if any(map(holds_codes, source.entries.values())) and not _is_packed(source):
         Assembly(skeleton(source, dtype), source.weights)  # transformers would take codes for weights
     from transformers import AutoModelForCausalLM
 
@@ -58,7 +58,8 @@ def load_model(source: ModelSource | str | Path, dtype: str | None = None) -> Pr
                 source.location, config=config, dtype=dtype or "auto", **options
             )
     except ValueError:
-        Assembly(skeleton(source, dtype), source.weights)  # it may know the tensor, which transformers keeps to itself
+        if not _is_packed(source):
+            Assembly(skeleton(source, dtype), source.weights)  # it may name the tensor, which transformers does not
         raise
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
@@ -124,6 +125,12 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
             hf.install_all(model, hf.StructuredConfig(**compressed))
             hf.attach(model)
     return model.eval()
+
+
+def _is_packed(source: ModelSource) -> bool:
+    """Whether the config says how codes are packed: then the loader holds every one of them to that."""
+    found = source.config.get("quantization_config") or {}
+    return bool(found) and (found.get("quant_method") != "tensormix" or bool(found.get("packed")))
 
 
 def notes_on(source: ModelSource, model: Any) -> list[str]:

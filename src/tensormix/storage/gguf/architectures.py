@@ -42,7 +42,7 @@ _EXPERTS = {
 _NUM_EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 _EXPERT_SIZE = {"expert_feed_forward_length": "moe_intermediate_size"}
 _NORMS = "output_norm attn_norm ffn_norm post_attention_norm post_ffw_norm attn_q_norm attn_k_norm".split()
-_GEMMA_NORMS = dict.fromkeys(_NORMS, layouts.norm_around_zero)
+_GEMMA_NORMS: dict[str, Layout] = {name: layouts.norm_around_zero for name in _NORMS}
 _GEMMA_BLOCK = {
     **_ATTENTION,
     "post_attention_norm": "post_attention_layernorm",
