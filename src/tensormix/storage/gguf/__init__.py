@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +34,7 @@ class Gguf:
 
     Attributes:
         dtype: of the tensors when they are read.
+        described: what config.json would say.
 
     Raises:
         ValueError: a file is missing, damaged or cut off, there are several models to choose from, the package gguf is
@@ -60,13 +60,10 @@ class Gguf:
             str(self.first),
         )
         self.dtype = self._dtype()
+        dtype = str(self.dtype).removeprefix("torch.")
+        self.described: Mapping[str, Any] | None = {**self._description.config(), "dtype": dtype}
         self._parts: dict[str, tuple[Stored, Layout | None]] = {}
         self.entries: Mapping[str, Entry] = {entry.name: entry for entry in self._entries()}
-
-    @cached_property
-    def described(self) -> dict[str, Any]:
-        """What config.json would say."""
-        return {**self._description.config(), "dtype": str(self.dtype).removeprefix("torch.")}
 
     @property
     def ends(self) -> list[int]:
