@@ -45,6 +45,7 @@ class Disk(Source):
         super().__init__(model, Assembly(model, origin.weights), device)
         self.origin = origin
         self.out, self.convert = out, convert
+        self.unpacks = convert or (self.assembly.pack is not None and not self.assembly.pack.is_kept)
         self.part = out.with_name(f".{out.name}.part")
         self.journal = Journal(out.with_name(f"{out.name}.journal.jsonl"))
         self._compressed_before = operators_of(model)
@@ -186,7 +187,7 @@ class Disk(Source):
 
     def _copies(self, making: Making) -> dict[str, Piece | Entry]:
         """The tensors on disk of a making as they are, or in the dtype of the model where that was asked for."""
-        if not self.convert:
+        if not self.unpacks:
             return {name: self._copy(name) for name in making.sources}
         return self.assembly.converted(making)
 
@@ -197,11 +198,11 @@ class Disk(Source):
         """The config of the source, with the operators in it."""
         config = dict(self.origin.config)
         packed = packed_config(self.assembly.config)
-        if packed is not None and self.convert:
+        if packed is not None and self.unpacks:
             config.pop("quantization_config")  # nothing is packed any more
         if operators_of(self.model) or fitted_blocks(self.model):
             attach(self.model)
-            made = {**self.model.config.quantization_config.to_dict(), "packed": None if self.convert else packed}
+            made = {**self.model.config.quantization_config.to_dict(), "packed": None if self.unpacks else packed}
             config["quantization_config"] = {key: value for key, value in made.items() if value is not None}
         if self.convert or not (config.get("dtype") or config.get("torch_dtype")):
             config.pop("torch_dtype", None)

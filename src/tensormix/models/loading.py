@@ -18,6 +18,7 @@ from tensormix.storage.assembly import Assembly
 from tensormix.storage.codes import holds_codes
 from tensormix.storage.entries import main_dtype
 from tensormix.storage.memory import set_weight
+from tensormix.storage.packed import pack_of
 from tensormix.storage.safetensors import Safetensors
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def load_model(source: ModelSource | str | Path, dtype: str | None = None) -> Pr
     _check_dtype(dtype)
     source = ModelSource.of(source).local
     # Opening the weights finds what is wrong with the files before a minute has passed.
-    if source.file is not None or not isinstance(source.weights, Safetensors):
+    if source.file is not None or not isinstance(source.weights, Safetensors) or _is_foreign(source):
         return _assembled(source, dtype)
     if any(map(holds_codes, source.entries.values())) and not _is_packed(source):
         Assembly(skeleton(source, dtype), source.weights)  # transformers would take codes for weights
@@ -83,6 +84,7 @@ def _assembled(source: ModelSource, dtype: str | None) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     fill_buffers(model)
+    _register().forget_pack(model)
     if not source.is_alone and (source.folder / "generation_config.json").exists():
         with quiet(), explained(source.location):
             model.generation_config = type(model.generation_config).from_pretrained(source.folder)
@@ -125,6 +127,13 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
             hf.install_all(model, hf.StructuredConfig(**compressed))
             hf.attach(model)
     return model.eval()
+
+
+def _is_foreign(source: ModelSource) -> bool:
+    """Whether its weights are stored in a layout of another program that becomes plain once and for all."""
+    found = source.config.get("quantization_config") or {}
+    pack = None if found.get("quant_method") == "tensormix" else pack_of(found)
+    return pack is not None and not pack.is_kept
 
 
 def _is_packed(source: ModelSource) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tensormix.storage.codes import codes_of, holds_codes, refusal_of
 from tensormix.storage.entries import Entry, Piece
+from tensormix.storage.foreign import Foreign
 from tensormix.storage.formats import Format, passed_on
 from tensormix.storage.packed import pack_of
 
@@ -152,13 +153,21 @@ class Assembly:
                 expected = wanted
             else:
                 continue  # the converter checks what it is given
-            for parts in (parts for several in making.parts.values() for parts in several if "weight" in parts):
-                entry = self.weights.entries[parts["weight"]]
-                if entry.shape != expected:
+            for parts in (parts for several in making.parts.values() for parts in several):
+                entry = self.weights.entries[next(iter(parts.values()))]
+                shape = entry.shape if "weight" in parts else self._packed_shape(parts)
+                if shape not in (None, expected):
                     raise ValueError(
-                        f"{entry.file}: {entry.name} has the shape {entry.shape}, but config.json implies {expected}"
-                        f"{self._about_vocabulary(entry.shape, expected)}"
+                        f"{entry.file}: {entry.name} has the shape {shape}, but config.json implies {expected}"
+                        f"{self._about_vocabulary(shape, expected)}"
                     )
+
+    def _packed_shape(self, parts: Parts) -> tuple[int, ...] | None:
+        """Of a weight in the layout of another program; None for the layouts that stay as they are."""
+        if not isinstance(self.pack, Foreign):
+            return None
+        shapes = {role: self.weights.entries[name].shape for role, name in parts.items()}
+        return self.pack.shape(shapes, lambda role: self.weights.read(self.weights.entries[parts[role]]))
 
     def _about_vocabulary(self, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
         size = self.config.get_text_config().vocab_size if hasattr(self.config, "get_text_config") else None
@@ -191,7 +200,7 @@ class Assembly:
             if self.pack is None or len(parts) == 1:
                 pieces[first.name] = passed_on(self.weights, first, wanted.dtype if first.is_float else None)
             else:
-                shape = first.shape if "weight" in parts else tuple(wanted.shape)
+                shape = first.shape if "weight" in parts else self._packed_shape(parts) or tuple(wanted.shape)
                 make = partial(self._read, parts, wanted.dtype)
                 pieces[self.pack.dense_name(first.name)] = Piece.made(make, shape, wanted.dtype)
         return pieces
