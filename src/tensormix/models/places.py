@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tensormix.models.quiet import explained, quiet
+from tensormix.models.explained import explained
+from tensormix.sites.quiet import quiet
 from tensormix.storage.files import read_json
 from tensormix.storage.formats import FORMATS, format_of, weight_files
 from tensormix.storage.gguf import only_model

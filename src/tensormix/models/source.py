@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tensormix.models.explained import explained
 from tensormix.models.places import fetched, located, refuse_adapted
-from tensormix.models.quiet import explained, quiet
 from tensormix.models.tokens import tokenizer_of
+from tensormix.sites.quiet import quiet
 from tensormix.storage.entries import Entry
 from tensormix.storage.files import new_file, read_json
 from tensormix.storage.formats import Format, files_beside, open_weights, weight_files

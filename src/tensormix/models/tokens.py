@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from tensormix.models.quiet import explained, quiet
+from tensormix.models.explained import explained
+from tensormix.sites.quiet import quiet
 from tensormix.storage.gguf import Gguf
 
 if TYPE_CHECKING:
