@@ -128,6 +128,15 @@ def test_tensors_that_the_model_does_not_know_are_carried_on_and_said(dense, tmp
     assert torch.equal(entries["value_head.weight"].read(), torch.ones(2, 2))
 
 
+def test_windows_that_are_longer_than_the_model_has_positions_are_said(dense):
+    limit = skeleton(dense).config.max_position_embeddings
+    text = {"text": {"facts": True}, "window": limit + 1, "stride": 8}
+    data = {"model": str(dense), "plan": PLAN.model_dump(), "evaluate": {"exam": None, "perplexity": [text]}}
+    data["calibration"] = {"text": {"facts": True}, "window": limit}
+    (note,) = check(Recipe.model_validate(data))["notes"]
+    assert f"evaluate.perplexity[0] reads windows of {limit + 1} tokens, and the model was made for {limit}" in note
+
+
 def test_a_tied_head_that_is_stored_twice(dense, tmp_path):
     file, expected = dense / "model.safetensors", logits(load_model(dense))
     tensors = load_file(file)

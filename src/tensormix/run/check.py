@@ -39,7 +39,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """
     source = ModelSource(recipe.model)
     model = skeleton(source)
-    notes = notes_on(source, model)
+    notes = notes_on(source, model) + _long_windows(recipe, model)
     dense, foreseen = counts(model), foresee(recipe, source, model)
     sites = replace_empty(model, foreseen.plan)
     compressed = counts(model)
@@ -47,6 +47,21 @@ def check(recipe: Recipe) -> dict[str, Any]:
         "dense": dense, "sites": sites, "compressed": compressed, "assumed": foreseen.is_assumed, **foreseen.beside,
         **({"notes": notes} if notes else {}),
     }  # fmt: skip
+
+
+def _long_windows(recipe: Recipe, model: Any) -> list[str]:
+    """What a recipe wants to read in longer windows than the model has positions for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    windows = {
+        "calibration": recipe.calibration and recipe.calibration.window,
+        "recover": recipe.recover and recipe.recover.window,
+        **{f"evaluate.perplexity[{number}]": one.window for number, one in enumerate(recipe.evaluate.perplexity)},
+    }
+    return [
+        f"{name} reads windows of {window} tokens, and the model was made for {limit}: beyond them it is not itself"
+        for name, window in windows.items()
+        if window and limit and window > limit
+    ]
 
 
 def counts(model: nn.Module) -> dict[str, Any]:
