@@ -43,9 +43,8 @@ test-fast: setup
 	$(BIN)/python -m pytest -q $(FAST)
 
 real: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
 	$(BIN)/python -W ignore tools/smollm2.py build/smollm2
-	TENSORMIX_REAL=$(CURDIR)/build/smollm2 $(BIN)/python -m pytest -q tests/real
+	TENSORMIX_REAL=$(CURDIR)/build/smollm2 TENSORMIX_REAL_GGUF=$(CURDIR)/build/smollm2.gguf $(BIN)/python -m pytest -q tests/real
 
 check: setup
 	$(BIN)/ruff format --check .

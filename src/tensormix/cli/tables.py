@@ -14,6 +14,8 @@ from tensormix.rows import Row
 
 def show_check(console: Console, result: dict[str, Any]) -> None:
     """What each kind of site becomes, what a budget or a search has to say, and the whole model before and after."""
+    for note in result.get("notes", ()):
+        console.print(f"Note: {note}.", markup=False)
     if result["sites"]:
         console.print(_sites_table(result["sites"]))
         if "search" in result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +19,8 @@ from tensormix.models import ModelSource, fill_buffers, load_model, quiet, skele
 from tensormix.plan import Plan
 from tensormix.rows import Row
 from tensormix.sites.calls import Activations
-from tensormix.storage.assembly import Assembly
 from tensormix.storage.files import whole_folder
-from tensormix.storage.formats import files_beside
+from tensormix.storage.gguf import Gguf
 from tensormix.storage.locks import only_writer
 from tensormix.version import code_version
 
@@ -71,12 +69,14 @@ def compress_checkpoint(
     """
     source, out = ModelSource.of(source).local, Path(out).resolve()
     _check_request(source.folder, out, workers, inputs)
+    if source.is_alone and isinstance(source.weights, Gguf) and source.weights.has_tokenizer:
+        source.tokenizer()  # one that cannot be made is said now, not after hours
     with only_writer(out):
         if plan.whole is not None:
             _check_free(out, overwrite)
             return _in_memory(source, out, plan, batches, progress, dtype, inputs, precision, device)
         model: Any = skeleton(source, dtype=dtype)
-        home = Disk(model, Assembly(model, source.weights), out, convert=dtype != "auto", device=device)
+        home = Disk(model, source, out, convert=dtype != "auto", device=device)
         calibration = Calibration(batches, inputs, precision)
         with _room(home):
             names, notes = _named(model, plan, home, calibration, spill)
@@ -183,8 +183,7 @@ def _in_memory(
     model.to(device)
     rows = compress(model, plan, batches, progress, inputs=inputs, precision=precision)
     with whole_folder(out) as part, quiet():
-        for file in files_beside(source.folder):
-            shutil.copyfile(file, part / file.name)
+        source.write_beside(part)
         model.save_pretrained(part)
     return rows
 

@@ -17,6 +17,7 @@ from tensormix.compression.choosing import Notes, chooses, settle
 from tensormix.compression.fitting import replace
 from tensormix.compression.home import Home
 from tensormix.compression.kinds import parts_of, units_of
+from tensormix.compression.plain import check_plain
 from tensormix.compression.slicing import slice_model
 from tensormix.compression.streams import Calibration, Stream, observe_part, streams_of
 from tensormix.compression.units import Statistics, Unit
@@ -56,10 +57,12 @@ def compress(
         for layers that are fitted together.
 
     Raises:
-        ValueError: the plan does not fit the model, a method needs batches and there are none, or a weight or an
-            activation is not finite. The block where that was found is unchanged, those before it are compressed.
+        ValueError: the plan does not fit the model, an adapter or codes stand in the place of its weights, a method
+            needs batches and there are none, or a weight or an activation is not finite. The block where that was found
+            is unchanged, those before it are compressed.
     """
     model = unwrapped(model)
+    check_plain(model)
     calibration = Calibration(batches, inputs, precision)
     if plan.whole is not None:
         with _evaluating(model):

@@ -202,6 +202,18 @@ def read_packed(config: Any) -> None:
         config.dtype = config.dtype or torch.bfloat16  # the first tensor on disk may be fp8
 
 
+def forget_pack(model: Any) -> None:
+    """Of a model whose weights were unpacked one by one: it is saved as one of plain weights."""
+    found = _as_dict(getattr(model.config, "quantization_config", None))
+    if not found.pop("packed", None):
+        return
+    config = StructuredConfig(**found)
+    if config.is_plain:
+        del model.config.quantization_config
+    else:
+        model.config.quantization_config = config
+
+
 def _as_dict(quantization_config: Any) -> dict[str, Any]:
     found = quantization_config or {}
     return found if isinstance(found, dict) else found.to_dict()
