@@ -28,7 +28,7 @@ _ROLE_NAMES = (
     (r"\b(qkv_proj|c_attn|query_key_value|Wqkv)", "qkv"),
     (r"\b(o_proj|out_proj|(attn|attention)\.c_proj|(self_)?attention\.dense)", "o"),
     (r"\bgate_up_proj", "gate_up"),
-    (r"\bgate_proj", "gate"),
+    (r"(?<!attn\.)(?<!attention\.)\bgate_proj", "gate"),  # of neurons, not of what attention puts out
     (r"\b(up_proj|fc1|fc_in|c_fc|dense_h_to_4h)", "up"),
     (r"\b(down_proj|fc2|fc_out|mlp\.c_proj|dense_4h_to_h)", "down"),
 )
@@ -130,10 +130,15 @@ def qkv_takes_turns(block: nn.Module, name: str) -> bool:
     return turns
 
 
-def head_counts(model: nn.Module) -> tuple[int, int, int] | None:
-    """How many heads the attention has for queries, how many for keys and values, and their size; None if unknown."""
+def head_counts(model: nn.Module, block: int | None = None) -> tuple[int, int, int] | None:
+    """How many heads the attention has for queries, how many for keys and values, and their size; None if unknown.
+
+    Some models differ in that from block to block, so it is asked of one.
+    """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if block is not None and getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[block]
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "hidden_size", None)
     if heads is None or width is None:
