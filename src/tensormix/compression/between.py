@@ -8,7 +8,7 @@ import torch
 
 from tensormix.sites import Site
 from tensormix.sites.families import role_of
-from tensormix.sites.symmetries import Finding, Rows, neurons_pass, values_pass
+from tensormix.sites.symmetries import Rows, neurons_pass, values_pass
 
 if TYPE_CHECKING:
     from tensormix.compression.layers import LayersUnit
@@ -31,11 +31,11 @@ def _check_values(unit: LayersUnit, keys: dict[str, str]) -> None:
     found = values_pass(unit.model, v.block or 0, _rows(unit, keys["v"]), o.name, unit.heads, orthogonal=turned)
     if found is None:
         return
-    beside = [name for name in found.beside if role_of(name) not in ("q", "k", "qkv")]
+    gates = [name for name in found.beside if role_of(name) not in ("q", "k", "qkv")]
+    rest = "" if _roles(unit) == {"v", "o"} else f", and {unit.method.name} for other sites"
     raise ValueError(
-        f"{', '.join(dict.fromkeys((v.name, o.name)))}: {unit.method.name} puts the values of each head into another basis, which o undoes, "
-        f"but {_reason(found, beside)}; take svd_llm for v and o there"
-        + ("" if _roles(unit) == {"v", "o"} else f", and {unit.method.name} for other sites")
+        f"{', '.join(dict.fromkeys((v.name, o.name)))}: {unit.method.name} puts the values of each head into another "
+        f"basis, which o undoes, but {found.reason(gates)}; take svd_llm for v and o there{rest}"
     )
 
 
@@ -52,23 +52,10 @@ def _check_neurons(unit: LayersUnit, keys: dict[str, str]) -> None:
             "its sites (or is no longer dense); give it sites: [gate, up, down], or take svd_llm there"
         )
     raise ValueError(
-        f"{names}: {unit.method.name} puts the neurons into another order, but {_reason(found, [])}; "
+        f"{names}: {unit.method.name} puts the neurons into another order, but {found.reason()}; "
         f"take svd_llm for {', '.join((*roles, 'down'))} there"
         + ("" if _roles(unit) <= {"gate", "up", "down"} else f", and {unit.method.name} for other sites")
     )
-
-
-def _reason(found: Finding, beside: list[str]) -> str:
-    if found.reader is not None:
-        return f"{found.reader} reads them too, and would not know of it"
-    if found.skipped is not None:
-        return f"{found.skipped} is not called as a layer, so that something else reads its weight"
-    if found.is_unseen:
-        return "what passes from the one to the other could not be followed with random weights"
-    if found.between:
-        return f"{', '.join(found.between)} lies between and does not let that pass"
-    what = f", perhaps a gate made by {', '.join(beside)}," if beside else ", a gate or a norm perhaps,"
-    return f"something between them{what} does not let that pass"
 
 
 def _rows(unit: LayersUnit, key: str) -> Rows:

@@ -17,6 +17,7 @@ from tensormix.compression.units import Fitted, Statistics, Unit, at_sites, not_
 from tensormix.methods.base import Heads, Layer, RoleError
 from tensormix.operators import Concat, StructuredLinear
 from tensormix.sites import FUSED, Site, head_counts, takes_turns
+from tensormix.sites.symmetries import is_as_built
 from tensormix.statistics import is_finite
 
 _SAME_INPUTS = {"k": "q", "v": "q", "up": "gate"}
@@ -179,7 +180,9 @@ def _as_built(heads: Heads, model: nn.Module, sites: Iterable[Site]) -> Heads:
         return heads
     own = getattr(model.get_submodule(o.name.rpartition(".")[0]), "head_dim", None)
     fits = (o.in_features, v.out_features) == (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim)
-    if fits or not isinstance(own, int) or o.in_features % own or v.out_features % own:
+    block = o.block or 0
+    shown = is_as_built(model, block, o.name, "inputs") and is_as_built(model, block, v.name, "outputs")
+    if fits or not shown or not isinstance(own, int) or o.in_features % own or v.out_features % own:
         return heads
     built = Heads(o.in_features // own, v.out_features // own, own)
     return heads if built.num_heads % built.num_kv_heads else built

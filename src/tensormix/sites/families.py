@@ -28,7 +28,7 @@ _ROLE_NAMES = (
     (r"\b(qkv_proj|c_attn|query_key_value|Wqkv)", "qkv"),
     (r"\b(o_proj|out_proj|(attn|attention)\.c_proj|(self_)?attention\.dense)", "o"),
     (r"\bgate_up_proj", "gate_up"),
-    (r"(?<!attn\.)(?<!attention\.)\bgate_proj", "gate"),  # of neurons, not of what attention puts out
+    (r"^(?!.*(attn|attention)\.).*\bgate_proj", "gate"),  # of neurons, not of what attention puts out
     (r"\b(up_proj|fc1|fc_in|c_fc|dense_h_to_4h)", "up"),
     (r"\b(down_proj|fc2|fc_out|mlp\.c_proj|dense_4h_to_h)", "down"),
 )

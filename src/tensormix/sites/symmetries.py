@@ -9,11 +9,11 @@ Shape letters: B sequences, T tokens, H query heads, G heads of keys and values,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tensormix.sites.families import is_dense
 from tensormix.sites.locate import locate_blocks
+from tensormix.sites.sites import Site
 from tensormix.sites.twin import Twin, twin_of
 
 # Of the largest entry of what a block adds to its input: rounding in fp32 is far below, and what breaks far above.
@@ -51,6 +52,19 @@ class Finding:
     beside: list[str] = field(default_factory=list)
     skipped: str | None = None
     is_unseen: bool = False
+
+    def reason(self, gates: Sequence[str] = ()) -> str:
+        """A clause that names what lies between. `gates` are layers that may make one."""
+        if self.reader is not None:
+            return f"{self.reader} reads them too, and would not know of it"
+        if self.skipped is not None:
+            return f"{self.skipped} is not called as a layer, so that something else reads its weight"
+        if self.is_unseen:
+            return "what passes from the one to the other could not be followed with random weights"
+        if self.between:
+            return f"{', '.join(self.between)} lies between and does not let that pass"
+        what = f", perhaps a gate made by {', '.join(gates)}," if gates else ", a gate or a norm perhaps,"
+        return f"something between them{what} does not let that pass"
 
 
 class Called(NamedTuple):
@@ -118,6 +132,57 @@ def neurons_pass(model: nn.Module, block: int, into: list[Rows], down: str) -> F
     return _proved(model, block, key, {name: moved(name) for name in rows}, {down: lambda x: x[..., inverse]})
 
 
+def pairs_pass(
+    model: nn.Module, block: int, q: Rows, k: Rows, counts: tuple[int, int, int], pairs: Tensor
+) -> Finding | None:  # (P, 2)
+    """None if queries and keys of each head may be turned and scaled pair by pair, the other channels mapped; else why.
+
+    Args:
+        pairs: the channels of a head that rotary positions turn together.
+    """
+    H, G, C = counts
+    generator = torch.Generator().manual_seed(0)
+    free = [c for c in range(C) if c not in set(pairs.flatten().tolist())]
+    maps = torch.zeros(G, C, C)
+    for head in maps:
+        for first, second in pairs.tolist():
+            a, b = (0.5 + torch.rand(2, generator=generator)).tolist()
+            head[first, first], head[first, second], head[second, first], head[second, second] = a, -b, b, a
+        if free:
+            inner = torch.linalg.qr(torch.randn(len(free), len(free), generator=generator)).Q
+            head[torch.tensor(free)[:, None], free] = inner * (1 + torch.rand(len(free), generator=generator))
+    of_queries, of_keys = maps.repeat_interleave(H // G, dim=0), torch.linalg.inv(maps).mT
+
+    def mapped(rows: Tensor, by: Tensor) -> Change:
+        def change(out: Tensor) -> Tensor:  # (..., O)
+            changed = out.clone()
+            parts = out[..., rows].unflatten(-1, (len(by), C))
+            changed[..., rows] = torch.einsum("...hc,hdc->...hd", parts, by).flatten(-2)
+            return changed
+
+        return change
+
+    first, second = mapped(q.rows, of_queries), mapped(k.rows, of_keys)
+    key = ("pairs", q.name, tuple(q.rows.tolist()), k.name, tuple(k.rows.tolist()), counts, str(pairs.tolist()))
+    if q.name == k.name:
+        return _proved(model, block, key, {q.name: lambda out: second(first(out))}, {})
+    return _proved(model, block, key, {q.name: first, k.name: second}, {})
+
+
+def is_as_built(model: nn.Module, block: int, name: str, side: Literal["outputs", "inputs"]) -> bool:
+    """Whether a layer of a block has on this side the size that it has in the twin, which then shows how it works."""
+    twin = twin_of(model)
+    if twin is None or block >= len(twin.layers):
+        return False
+    try:
+        own, other = (Site(name, "linear", None, block, part.get_submodule(name)) for part in (model, twin.model))
+    except AttributeError:
+        return False
+    if not is_dense(other.module):
+        return False
+    return own.weight.shape[side == "inputs"] == other.weight.shape[side == "inputs"]
+
+
 _known: WeakKeyDictionary[Twin, dict[Any, Any]] = WeakKeyDictionary()
 
 
@@ -126,20 +191,19 @@ def _proved(
 ) -> Finding | None:
     """As the layers of one block of the twin are called with these changes; once for all blocks of its kind."""
     twin = twin_of(model)
-    if twin is None or block >= len(twin.kinds):
+    built = [is_as_built(model, block, name, "outputs") for name in outputs]
+    built += [is_as_built(model, block, name, "inputs") for name in inputs]
+    if twin is None or not all(built):
         return None
     first, root = twin.kinds[block], locate_blocks(model)[0]
     prefix = f"{root}.{block}."
     names = {name: name.removeprefix(prefix) for name in (*outputs, *inputs)}
-    dense = {name for name, _ in twin.layers[first].named_modules()}
-    if not set(names.values()) <= dense:  # the model is no longer built as its config says
-        return None
     known = _known.setdefault(twin, {})
-    place = (first, *(part.replace(prefix, "") if isinstance(part, str) else part for part in key))
-    if str(place) not in known:
+    place = first, str(key).replace(prefix, "")
+    if place not in known:
         changes = [{names[name]: change for name, change in part.items()} for part in (outputs, inputs)]
-        known[str(place)] = _tried(twin, first, *changes)
-    found: Finding | None = known[str(place)]
+        known[place] = _tried(twin, first, *changes)
+    found: Finding | None = known[place]
     if found is None:
         return None
     reader = None if found.reader is None else f"{root}.{found.reader}"
@@ -235,9 +299,7 @@ def _changed(
                 hooks.callback(handle.remove)
             if name in inputs:
                 change = inputs[name]
-                handle = module.register_forward_pre_hook(
-                    lambda _m, args, change=change: (change(args[0]), *args[1:])
-                )
+                handle = module.register_forward_pre_hook(lambda _m, args, change=change: (change(args[0]), *args[1:]))
                 hooks.callback(handle.remove)
             if name and (name in outputs or name in inputs or not list(module.children())):
                 hooks.callback(module.register_forward_pre_hook(partial(_note, calls, name)).remove)
