@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 def check_symmetries(unit: LayersUnit) -> None:
     """Raise ValueError, naming the layers, if a symmetry that the method relies on is none of this model."""
+    with torch.device("cpu"):
+        _check(unit)
+
+
+def _check(unit: LayersUnit) -> None:
     for before in dict.fromkeys(key.rpartition(".")[0] for key in unit.holder):
         keys = {key.rpartition(".")[2]: key for key in unit.holder if key.rpartition(".")[0] == before}
         if "neurons" in unit.method.symmetries and {"up", "down"} <= keys.keys():

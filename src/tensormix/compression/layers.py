@@ -17,7 +17,7 @@ from tensormix.compression.units import Fitted, Statistics, Unit, at_sites, not_
 from tensormix.methods.base import Heads, Layer, RoleError
 from tensormix.operators import Concat, StructuredLinear
 from tensormix.sites import FUSED, Site, head_counts, takes_turns
-from tensormix.sites.symmetries import is_as_built
+from tensormix.sites.trials import is_as_built
 from tensormix.statistics import is_finite
 
 _SAME_INPUTS = {"k": "q", "v": "q", "up": "gate"}
