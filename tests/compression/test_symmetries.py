@@ -15,10 +15,14 @@ from tensormix.compression import compress
 from tensormix.compression.checkpoint import compress_checkpoint
 from tensormix.plan import Plan
 from tensormix.reparameterise import align_heads, sort_neurons, whiten_values
+from tensormix.reparameterise.residual import find_stream
 from tensormix.run.check import replace_empty
 from tensormix.settings import Budget
-from tensormix.sites import find_sites
+from tensormix.sites import find_sites, locate_blocks
+from tensormix.sites.families import FAMILIES, final_norm_of
+from tensormix.sites.sliced import check_sliceable
 from tensormix.sites.symmetries import Rows, neurons_pass, pairs_pass, values_pass
+from tensormix.sites.turning import check_turns
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -40,6 +44,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT),
     "opt": ("opt", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "mixtral": ("mixtral", SIZES),
+    "gemma2": ("gemma2", {**SIZES, "layer_types": FOUR["layer_types"][:2]}),
     "diffllama": ("diffllama", SIZES),
     "bitnet": ("bitnet", SIZES),
     "qwen3_next": ("qwen3_next", {**SIZES, **MIXED, **EXPERTS, "shared_expert_intermediate_size": 16}),
@@ -219,3 +224,34 @@ def test_rewriting_is_refused_where_it_would_change_the_model():
         with pytest.raises(ValueError, match=r"sub_norm lies between .*nothing was changed"):
             rewrite()
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "granite", "bitnet"])
+def test_a_stream_that_is_only_added_to_may_be_turned_and_another_may_not(name):
+    """Whatever a record says: of BitNet a norm of attention's output stands before a writer, which is no obstacle."""
+    model = make(name)
+    root, layers = locate_blocks(model)
+    norms, writers = {}, {}
+    for index, block in enumerate(layers):
+        parts = [path for path, part in block.named_modules() if "norm" in path or path.startswith("ln_")]
+        norms[index] = [f"{root}.{index}.{path}" for path in parts if "sub" not in path]
+        writers[index] = [s.name for s in find_sites(model) if s.block == index and s.role in ("o", "down")]
+    last = final_norm_of(model, root) or ""
+    keeps_mean = name in ("gpt2", "opt")
+    check_turns(model, norms, writers, last, keeps_mean=keeps_mean)
+    short = {index: names[:-1] for index, names in writers.items()}
+    with pytest.raises(ValueError, match=rf"{root}\.0: the residual stream of a .* cannot be turned"):
+        check_turns(model, norms, short, last, keeps_mean=keeps_mean)
+    if keeps_mean:
+        with pytest.raises(ValueError, match="cannot be turned"):
+            check_turns(model, {0: norms[0][:1], 1: norms[1]}, writers, last, keeps_mean=True)
+
+
+def test_slicing_and_turning_look_at_the_twin(monkeypatch):
+    """A record that is wrong of a class is found out before anything changes."""
+    record = FAMILIES["LlamaDecoderLayer"]
+    model = make("gemma2")
+    monkeypatch.setitem(FAMILIES, "Gemma2DecoderLayer", record)
+    for step in (check_sliceable, find_stream):
+        with pytest.raises(ValueError, match=r"model\.layers\.0: the residual stream .* cannot be turned"):
+            step(model)
