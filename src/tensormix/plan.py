@@ -46,8 +46,8 @@ class Rule(BaseModel):
         blocks: "last 17", "first 5", "3-7", "2", "1,4,6", "all", or an integer or a list of integers, from 0.
         sites: a list of roles (q, k, v, o, gate, up, down, or the fused qkv, gate_up), or one regular expression
             for the whole name of a site; without it every linear layer and every stack of experts of the blocks (of
-            a method that changes layers together, those whose role it knows). Not for a method that works on whole
-            blocks.
+            a method that changes layers together, those whose role it knows; v and o, up and down only where a module
+            has both). Not for a method that works on whole blocks.
         method: a mapping with the `name` of a method and its settings, or a method.
     """
 
@@ -197,7 +197,20 @@ class Plan(RootModel[tuple[Rule, ...]]):
     @staticmethod
     def _matched(rule: Rule, sites: Sequence[Site], num_blocks: int) -> list[Site]:
         indices = rule.block_indices(num_blocks)
-        return [site for site in sites if site.block in indices and rule.matches(site)]
+        matched = [site for site in sites if site.block in indices and rule.matches(site)]
+        if rule.sites is None and rule.method.takes == "layers":
+            matched = [site for site in matched if _has_partner(site, sites)]
+        return matched
+
+
+_PARTNERS = {"v": "o", "o": "v", "qkv": "o", "up": "down", "gate": "down", "gate_up": "down", "down": "up"}
+
+
+def _has_partner(site: Site, sites: Sequence[Site]) -> bool:
+    """Whether the module that holds a layer has what it is changed with: the o of a Mamba has no values."""
+    wanted, holder = _PARTNERS.get(site.role or ""), site.name.rpartition(".")[0]
+    beside = [other.role or "" for other in sites if other.name.rpartition(".")[0] == holder]
+    return wanted is None or any(wanted in (role, *FUSED.get(role, ())) for role in beside)
 
 
 def _parse_blocks(text: str) -> tuple[str, list[int]]:

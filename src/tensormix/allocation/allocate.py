@@ -30,6 +30,7 @@ from tensormix.allocation.survey import Found, Survey
 from tensormix.allocation.ways import WAYS, Chosen, train_ranks
 from tensormix.compression import Calibration, Home, Progress
 from tensormix.compression.from_files import Source
+from tensormix.compression.kinds import planned_units
 from tensormix.models import ModelSource, fill_buffers, load_model, skeleton
 from tensormix.plan import Plan
 from tensormix.settings import Budget
@@ -144,6 +145,7 @@ def _decided(
 
 def _joint(model: nn.Module, home: Home, plan: Plan, budget: Budget, source: ModelSource) -> Allocation:
     """One `keep` for all blocks. Where ranks depend on the data, the costs are those of equal spectra."""
+    planned_units(model, at_keep(plan, 1 / STEPS))  # a method that keeps everything relies on nothing
     dense = costs(model, home, at_keep(plan, 1.0), budget.of)
     sites = sum(before for _, before, _ in dense.values())
     whole = sites if budget.over == "sites" else cost_of_model(model, budget.of, source)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tensormix.fitting.hooi import Tucker, full_hosvd, held_by, hooi
-from tensormix.methods.base import Heads, JointMethod, Layer, Statistics
+from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, Symmetry
 from tensormix.methods.neurons import unchanged, with_bias
 from tensormix.operators import Dense, StructuredLinear, TuckerHeads
 from tensormix.operators.tucker_heads import Part, checked_ranks, groups_of, num_params
@@ -45,6 +45,10 @@ class SharedTucker(JointMethod):
         if (self.keep is None) == (self.ranks is None):
             raise ValueError(f"{self.name} needs either keep (a fraction) or ranks (of hidden size, channels, parts)")
         return self
+
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        return ()  # every matrix stays in its own bases
 
     @abstractmethod
     def layout(self, shapes: Shapes, heads: Heads | None) -> tuple[dict[str, Part], int, int]:

@@ -20,7 +20,7 @@ from tensormix.plan import Plan
 from tensormix.reparameterise.equality import check_equal
 from tensormix.reparameterise.heads import Attention, attentions
 from tensormix.reparameterise.residual import find_stream, ones_and_last, rotate_residual
-from tensormix.reparameterise.values import map_values
+from tensormix.reparameterise.values import check_values, map_values
 from tensormix.sites import Site, blocks, find_sites
 from tensormix.sites.families import WRITES
 from tensormix.statistics import Gram
@@ -62,6 +62,8 @@ def learn_bases(
     rotate_residual(model, torch.eye(stream.width, dtype=torch.float64))  # the gains of the norms into the layers
     grams = _grams(model, sites, batches)
     layers = {attention.out.block: attention for attention in attentions(model)}
+    for attention in layers.values():
+        check_values(model, attention, orthogonal=True)
     heads = {
         block: torch.zeros(a.num_kv_heads, a.head_dim, a.head_dim, device=a.out.weight.device)
         for block, a in layers.items()
@@ -76,7 +78,7 @@ def learn_bases(
     facts = _lower(learned, lambda: torch.stack([term(turn(free)) for term in terms]).mean(), steps, progress)
     rotate_residual(model, turn(free.double()))
     maps = {block: orthogonal(head.double()) for block, head in heads.items()}
-    map_values(model, lambda attention: [(one, one.T) for one in maps[attention.out.block]])
+    map_values(model, lambda attention: [(one, one.T) for one in maps[attention.out.block]], orthogonal=True)
     return facts
 
 
