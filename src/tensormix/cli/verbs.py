@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +69,9 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     with resumable(), stage_bars(console) as progress:
-        run_recipe(loaded, folder, progress=progress, workers=workers)
+        run_recipe(
+            loaded, folder, progress=progress, workers=workers, say=cache(lambda line: console.print(escape(line)))
+        )
     show_results(console, measured_in(folder))
     if loaded.recover is not None:
         show_recovery(console, stage_rows(folder, "recover"))
