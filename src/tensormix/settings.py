@@ -16,7 +16,7 @@ class Settings(BaseModel):
 class Source(Settings):
     """A source of text: exactly one of `file`, `hub`, `exam` and `facts`."""
 
-    # .txt, .json, .jsonl, .csv, .tsv, .parquet, packed (.gz ...) or not, or a folder of one kind; relative to the recipe
+    # .txt, .json, .jsonl, .csv, .tsv, .parquet, each also packed (.gz ...), or a folder; relative to the recipe
     file: str | None = None
     hub: str | None = None  # a dataset on the Hugging Face Hub
     config: str | None = None  # of the Hub dataset, where it has several

@@ -217,8 +217,8 @@ def _messages(shape: Shape, turns: Mapping[Any, str] | None, item: Any, place: s
 def _conversation(template: Conversations, messages: list[dict[str, Any]], place: str, answers_only: bool) -> Document:
     if not messages:
         return Document("")
-    messages, text = template.written(messages, place)
-    answers = template.answers(messages, text, place) if answers_only else None
+    written, text = template.written(messages, place)
+    answers = template.answers(written, text, place) if answers_only else None
     bos = template.tokenizer.bos_token or ""  # packing puts it there
     if bos and text.startswith(bos):
         text = text.removeprefix(bos)

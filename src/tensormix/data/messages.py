@@ -25,7 +25,7 @@ def messages_of(item: Any, chat: str, place: str) -> list[Message]:
     """
     found: list[Message] = []
     for field in chat.split("+"):
-        value = value_at(item, field) if field else item
+        value: Any = value_at(item, field) if field else item
         if value == [] or (value is None and isinstance(item, dict) and field in item):
             continue
         if not is_talk(value):
