@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,10 +41,11 @@ THINGS = ("methods", "operators", "statistics", "diagnostics", "stages", "subjec
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], as_json: Json = False) -> None:
     """Say what a recipe would do, from the model's config alone: sites, sizes, parameters, MACs, bytes. No weights."""
-    from tensormix.recipe import Recipe
-    from tensormix.run.check import check as check_recipe
+    with few_imports():
+        from tensormix.recipe import Recipe
+        from tensormix.run.check import check as check_recipe
 
-    result = check_recipe(Recipe.load(recipe))
+        result = check_recipe(Recipe.load(recipe))
     if as_json:
         print(json.dumps(result, indent=1))
     else:
@@ -172,22 +175,12 @@ def list_things(
 
 
 def listing(what: str) -> list[dict[str, Any]]:
-    """The rows of one table of the package.
+    """The rows of one table of the package, as `make tables` wrote them down: importing the package takes seconds.
 
     Raises:
         ValueError: there is no such table.
     """
-    if what == "methods":
-        from tensormix.run.check import list_methods
-
-        return list_methods()
-    tables: dict[str, Callable[[], Any]] = {
-        "operators": lambda: __import__("tensormix.operators", fromlist=["OPERATORS"]).OPERATORS,
-        "statistics": lambda: __import__("tensormix.statistics", fromlist=["STATISTICS"]).STATISTICS,
-        "diagnostics": lambda: __import__("tensormix.diagnose", fromlist=["DIAGNOSTICS"]).DIAGNOSTICS,
-        "stages": lambda: __import__("tensormix.rows", fromlist=["STAGES"]).STAGES,
-        "subjects": lambda: __import__("tensormix.exam", fromlist=["SUBJECTS"]).SUBJECTS,
-    }
+    tables = json.loads(resources.files("tensormix.cli").joinpath("tables.json").read_text("utf-8"))
     if what not in tables:
         from difflib import get_close_matches
 
@@ -196,10 +189,7 @@ def listing(what: str) -> list[dict[str, Any]]:
             f"list: there is no table {what!r}{f', did you mean {near[0]!r}?' if near else '.'} "
             f"Known: {', '.join(THINGS)}."
         )
-    table = tables[what]()
-    if not isinstance(table, dict):
-        return [{"name": name} for name in table]
-    return [{"name": name, "summary": (item.__doc__ or "").strip().splitlines()[0]} for name, item in table.items()]
+    return tables[what]
 
 
 def measured_in(folder: Path) -> Mapping[str, Sequence[Row]]:
@@ -224,6 +214,27 @@ def check_out(folder: Path, ours: str, overwrite: bool) -> None:
     there = {file.name for file in folder.iterdir()} - {LOCK} if folder.exists() else set()
     if there and ours not in there and not overwrite:
         raise ValueError(f"{folder} holds something else (no {ours}); choose another --out, or add --overwrite")
+
+
+@contextmanager
+def few_imports() -> Iterator[None]:
+    """While open, importing transformers takes half the time: it makes millions of objects, among which the garbage
+    collector finds nothing, and its losses for finding things in images are left without scipy.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    import transformers.utils as has
+
+    given = has.is_scipy_available
+    if "transformers.loss" not in sys.modules:
+        has.is_scipy_available = lambda: False
+    try:
+        yield
+    finally:
+        has.is_scipy_available = given
+        gc.freeze()  # not looked at again, not even at the end of the process
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def messages_of(item: Any, chat: str, place: str) -> list[Message]:
                 f"data: {place} has no list of messages {field!r}; each message is an object with role and content (or "
                 f"from and value); the record has: {there}."
             )
-        found += _rows(value) if isinstance(value, dict) else value
+        found += _rows(value) if isinstance(value, dict) else list(value or ())
     return [_plain(message, f"message {number} of {place}") for number, message in enumerate(found, 1)]
 
 

@@ -12,7 +12,6 @@ from tensormix.compression.fitting import row_of
 from tensormix.compression.kinds import units_of
 from tensormix.compression.slicing import slice_empty
 from tensormix.compression.units import at_sites
-from tensormix.methods import METHODS
 from tensormix.models import ModelSource, skeleton
 from tensormix.plan import Plan
 from tensormix.profile import bytes_by_dtype, num_parameters
@@ -79,17 +78,3 @@ def _sizes(site: Site | None) -> dict[str, Any]:
         "in_features": site.in_features,
         "out_features": site.out_features,
     }
-
-
-def list_methods() -> list[dict[str, Any]]:
-    """The table of methods as plain data."""
-    return [
-        {
-            "name": name,
-            "source": method.source,
-            "sites": method.takes,
-            "needs": [statistic.__name__ for statistic in method.needs],
-            "summary": method.summary,
-        }
-        for name, method in METHODS.items()
-    ]
