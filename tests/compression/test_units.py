@@ -55,7 +55,7 @@ class Stack(StackMethod):
         return ExpertStack.from_experts([meta_rank(out_features, in_features, 1 + e) for e in range(num_experts)])
 
     def fit(self, weight, stats):
-        assert all(of_expert[Gram].num_tokens for of_expert in stats)
+        assert any(of_expert[Gram].num_tokens for of_expert in stats)
         return ExpertStack.from_experts([LowRank.from_dense(each, rank=1 + e) for e, each in enumerate(weight)])
 
 

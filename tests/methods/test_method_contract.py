@@ -37,6 +37,7 @@ from tensormix.methods import (
     StackMethod,
     Svd,
     SvdLlm,
+    Trawl,
     TuckerAttention,
     ZeroMethod,
 )
@@ -101,6 +102,7 @@ def test_the_table_holds_every_method_that_is_written():
         "StackMethod",
         "ModelMethod",
         "Hybrid",
+        "SharedTucker",
     }
     written = set()
     for path in Path(tensormix.methods.__file__).parent.glob("*.py"):
@@ -171,6 +173,7 @@ JOINT = [
     Sola(ranks=Ranks(q=3, up=7), prime=0.0),
     Sola(keep=1.0, prime=0.5),
     TuckerAttention(ranks=(5, 3, 2)),
+    Trawl(ranks=(5, 3, 2)),
 ]
 BIASED = ("q", "v", "up", "down")
 

@@ -53,7 +53,7 @@ def test_nothing_is_lost_at_full_rank(heads):
     # One direction of 30 less: what is lost is the least energy that any of them has in all four matrices.
     rows = torch.cat([t.flatten(1) for t in tensors(layers, heads)], dim=1)
     least = float(torch.linalg.svdvals(rows)[-1].square())
-    if num_params(method._layout(shapes(layers), heads)[0], 30, C, (29, C, 4)) <= sum(
+    if num_params(method.layout(shapes(layers), heads)[0], 30, C, (29, C, 4)) <= sum(
         layer.weight.numel() for layer in layers.values()
     ):
         assert squared_error(layers, method.fit(layers, {}, heads)) == pytest.approx(least, rel=1e-9)

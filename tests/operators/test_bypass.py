@@ -42,5 +42,5 @@ def test_a_dense_block_does_not_load_what_was_saved():
 
 
 def test_a_wrong_return_kind_is_answered():
-    with pytest.raises(ValueError, match=r"returns must be 'tensor' or 'tuple', got 'tupel', did you mean 'tuple'\?"):
+    with pytest.raises(ValueError, match=r"'tensor', 'tuple' or 'tuple of N', got 'tupel', did you mean 'tuple'\?"):
         Bypass(returns="tupel")

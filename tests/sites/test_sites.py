@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tensormix.operators import Bypass, LowRank, Zero
-from tensormix.sites import ROLES, blocks, find_sites, install, is_conv1d, returns_tuple, role_of
+from tensormix.sites import ROLES, blocks, find_sites, install, is_conv1d, returns_of, role_of
 from zoo import NUM_BLOCKS, ZOO, make, token_ids
 
 LLAMA = ["q", "k", "v", "o", "gate", "up", "down"]
@@ -113,13 +113,33 @@ def test_install_refuses_what_is_not_linear():
         install(model, "model.layers.0.mlp", Zero(32, 32))
 
 
-def test_a_subclass_of_linear_is_no_site():
-    class Packed(nn.Linear):
-        pass
+class Spelled(nn.Linear):
+    """The same product, written out."""
 
+    def forward(self, input):
+        out = input @ self.weight.T
+        return out if self.bias is None else out + self.bias
+
+
+class Scaled(nn.Linear):
+    """Codes that are multiplied by a scale."""
+
+    def forward(self, input):
+        return super().forward(input) * 0.1
+
+
+class Tupled(nn.Linear):
+    """The product and something else."""
+
+    def forward(self, input):
+        return super().forward(input), None
+
+
+@pytest.mark.parametrize(("kind", "is_site"), [(Spelled, True), (Scaled, False), (Tupled, False)])
+def test_a_subclass_of_linear_is_a_site_if_it_does_the_same(kind, is_site):
     model = make("llama")
-    model.model.layers[0].mlp.up_proj = Packed(32, 48)
-    assert "model.layers.0.mlp.up_proj" not in {site.name for site in find_sites(model)}
+    model.model.layers[0].mlp.up_proj = kind(32, 48)
+    assert ("model.layers.0.mlp.up_proj" in {site.name for site in find_sites(model)}) == is_site
 
 
 @torch.no_grad()
@@ -130,7 +150,9 @@ def test_blocks_return_what_we_say_they_return(family):
     model(token_ids(), use_cache=False)
     for handle in handles:
         handle.remove()
-    assert [isinstance(out, tuple) for out in seen] == [returns_tuple(block) for block in blocks(model)]
+    assert [isinstance(out, tuple) for out in seen] == [
+        returns_of(model, index) != "tensor" for index in range(len(blocks(model)))
+    ]
 
 
 def test_blocks_are_not_the_experts_inside_them():

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tensormix.compression.layers import LayersUnit
 from tensormix.compression.units import Fitted, Statistics, Unit, not_finite, with_more_bits
 from tensormix.methods.base import HiddenStates, Method
-from tensormix.operators import Cost, ExpertStack
+from tensormix.operators import Cost, ExpertStack, StandIn
 from tensormix.operators.base import computing_dtype
 from tensormix.plan import Plan
 from tensormix.rows import Row
-from tensormix.sites import Site, blocks, find_sites, returns_tuple
+from tensormix.sites import Site, blocks, find_sites, returns_of
+from tensormix.sites.seen import check_left_out, prepare_stand_in
 from tensormix.statistics import Gram
 
 _ROWS = 256  # of a weight that are in fp64 at the same time
@@ -121,9 +122,8 @@ class StackUnit(Unit):
     def fit(self, stats: Statistics, tidy: Callable[[], None] = lambda: None) -> Fitted:
         (site,) = self.sites
         of_experts = stats.get(self.name) or [{} for _ in range(site.num_experts)]
-        pool_idle(of_experts)
         with self.named():
-            operator = self.method.fit(site.weight, of_experts)
+            operator = self.method.fit(site.weight, of_experts)  # which sees how many tokens each expert got
             squares = [_squares(operator.expert_dense(e), site.expert_weight(e)) for e in range(site.num_experts)]
             return Fitted({self.name: operator}, {self.name: {"relative_error": _root_ratio(squares, operator)}})
 
@@ -133,12 +133,22 @@ class _Blocks(Unit):
 
     @property
     def _returns(self) -> str:
-        return "tuple" if returns_tuple(self.sites[0].module) else "tensor"
+        return returns_of(self.model, self.first_block)
 
     @property
     def _hidden_size(self) -> int:
         config: Any = self.model.config
         return config.get_text_config().hidden_size
+
+    def _by_name(self, made: Sequence[nn.Module]) -> dict[str, Any]:
+        for site, part in zip(self.sites, made, strict=True):
+            prepare_stand_in(self.model, site.block or 0, part)
+        return {site.name: part for site, part in zip(self.sites, made, strict=True)}
+
+    def left_out(self) -> dict[int, StandIn]:
+        """Index -> what stands in for a block, as far as its place in the model goes."""
+        found = {site.block or 0: part for site, part in zip(self.sites, self.empty().values(), strict=True)}
+        return {index: part.as_bypass() for index, part in found.items() if isinstance(part, StandIn)}
 
     def check(self, stats: Statistics) -> None:
         pass
@@ -154,11 +164,12 @@ class BlockUnit(_Blocks):
 
     def empty(self) -> dict[str, Any]:
         hidden_size = self._hidden_size if hasattr(self.model, "config") else 0
-        return {self.name: self.method.empty(self.sites[0].module, hidden_size, returns=self._returns)}
+        operator = self.method.empty(self.sites[0].module, hidden_size, returns=self._returns)
+        return self._by_name([operator])
 
     def fit(self, stats: Statistics, tidy: Callable[[], None] = lambda: None) -> Fitted:
         operator = self.method.replace(self.sites[0].module, returns=self._returns)
-        return Fitted({self.name: operator}, {self.name: {"relative_error": None}})
+        return Fitted(self._by_name([operator]), {self.name: {"relative_error": None}})
 
 
 class SpanUnit(_Blocks):
@@ -181,9 +192,6 @@ class SpanUnit(_Blocks):
         facts[self.name] |= found
         return Fitted(self._by_name(made), facts)
 
-    def _by_name(self, made: Sequence[nn.Module]) -> dict[str, Any]:
-        return {site.name: part for site, part in zip(self.sites, made, strict=True)}
-
 
 _KINDS: dict[str, Callable[..., Unit]] = {
     "matrix": MatrixUnit, "stack": StackUnit, "layers": LayersUnit, "block": BlockUnit, "span": SpanUnit,
@@ -204,7 +212,11 @@ def units_of(model: nn.Module, sites: Mapping[str, Site], chosen: Mapping[str, M
         if method.takes in ("layers", "span"):
             key = _group(method), _start(sites[name].block or 0, numbers[_group(method)], method.num_blocks)
         together.setdefault(key, (method, []))[1].append(sites[name])
-    return [_KINDS[method.takes](model, method, members) for method, members in together.values()]
+    units = [_KINDS[method.takes](model, method, members) for method, members in together.values()]
+    check_left_out(
+        model, {n: part for unit in units if isinstance(unit, _Blocks) for n, part in unit.left_out().items()}
+    )
+    return units
 
 
 def planned_units(model: nn.Module, plan: Plan) -> list[Unit]:

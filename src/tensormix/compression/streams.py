@@ -63,7 +63,7 @@ def observe_part(
                 for _ in part.run(stream):
                     pass
     for unit in ends:
-        runs = [call.run_in_its_dtype for call in part.calls[part.span[0]]]
+        runs = [call.run_in_its_dtype for call in part.calls["dense"][part.span[0]]]
         stats[unit.name] = [{HiddenStates: HiddenStates(runs, entering, list(part.hidden["dense"]))}]
     return stats
 

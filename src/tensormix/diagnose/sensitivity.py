@@ -11,7 +11,7 @@ from torch import nn
 
 from tensormix.diagnose.base import Batches, Compress, Diagnostic, Row, mean_loss, perplexity_of
 from tensormix.operators import Bypass
-from tensormix.sites import install, locate_blocks, returns_tuple
+from tensormix.sites import install, locate_blocks, returns_of
 
 
 class DropSensitivity(Diagnostic):
@@ -79,6 +79,5 @@ def _restored(model: nn.Module, index: int) -> Iterator[None]:
 def _drop(model: nn.Module, index: int) -> None:
     root, layers = locate_blocks(model)
     old = layers[index]
-    returns = "tuple" if returns_tuple(old) else "tensor"
-    bypass = Bypass(returns=returns, attention_type=getattr(old, "attention_type", None))
+    bypass = Bypass(returns=returns_of(model, index), attention_type=getattr(old, "attention_type", None))
     install(model, f"{root}.{index}", bypass)

@@ -61,11 +61,13 @@ def hooi(whole: Tucker, ranks: tuple[int, int, int], steps: int, tolerance: floa
     """The factors of ranks (R, S, Q) that hold most of what `full_hosvd` found: each in turn the best for the others.
 
     No step holds less than the one before, so that it is never worse than the cut start, whose squared error is at most
-    the sum of what each mode leaves out. It ends after `steps`, or when a step gains less than `tolerance` of all.
+    the sum of what each mode leaves out. It ends after `steps` (0 gives the cut start), or when a step gains less than
+    `tolerance` of all.
     """
     R, S, Q = ranks
     # What is left of the work is done among the leading coordinates, and turned back at the end.
     tensors = whole.cores
+    hidden = torch.eye(len(whole.hidden), dtype=torch.float64, device=whole.hidden.device)[:, :R]
     hidden, channels = (
         torch.eye(n, dtype=torch.float64)[:, :k] for n, k in ((len(whole.hidden), R), (len(whole.channels), S))
     )
@@ -88,10 +90,7 @@ def hooi(whole: Tucker, ranks: tuple[int, int, int], steps: int, tolerance: floa
     return Tucker(whole.hidden @ hidden, whole.channels @ channels, turned, cores)
 
 
-def held_by(whole: Tucker) -> list[Tensor]:
-    """For each number of parts 1, 2, ... a table (D, C) of the energy held at ranks (R, S), at the cut start."""
-    tables: list[Tensor] = []
-    for number in range(1, max(len(part) for part in whole.parts) + 1):
-        kept = [core[..., :number].square().sum((1, 3)) for core in whole.cores]
-        tables.append(torch.stack(kept).sum(0).cumsum(0).cumsum(1))
-    return tables
+def held_by(whole: Tucker, number: int) -> Tensor:  # (D, C)
+    """The energy that the cut start holds with this many parts, for all ranks (R, S)."""
+    kept = [core[..., :number].square().sum((1, 3)) for core in whole.cores]
+    return torch.stack(kept).sum(0).cumsum(0).cumsum(1)

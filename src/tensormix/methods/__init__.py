@@ -18,6 +18,7 @@ from tensormix.methods.laser import Laser, laser_search
 from tensormix.methods.mixt import Mixt
 from tensormix.methods.mixt_chain import MixtChain, MixtRotated
 from tensormix.methods.mixt_hybrid import MixtLowRank, MixtSparse, split_search
+from tensormix.methods.mobe import Mobe
 from tensormix.methods.monarch import MonarchMethod
 from tensormix.methods.narrow import Narrow
 from tensormix.methods.null import MeanOutput, ZeroMethod
@@ -27,6 +28,8 @@ from tensormix.methods.sola import Sola
 from tensormix.methods.streamline import Streamline
 from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
+from tensormix.methods.td_moe import TdMoe
+from tensormix.methods.trawl import Trawl
 from tensormix.methods.tucker_heads import TuckerAttention
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "MixtLowRank",
     "MixtRotated",
     "MixtSparse",
+    "Mobe",
     "ModelMethod",
     "MonarchMethod",
     "Narrow",
@@ -58,6 +62,8 @@ __all__ = [
     "Streamline",
     "Svd",
     "SvdLlm",
+    "TdMoe",
+    "Trawl",
     "TuckerAttention",
     "ZeroMethod",
     "laser_search",
@@ -88,6 +94,9 @@ METHODS: dict[str, type[Method]] = {
     "narrow": Narrow,
     "slice_gpt": SliceGpt,
     "tucker_heads": TuckerAttention,
+    "trawl": Trawl,
+    "td_moe": TdMoe,
+    "mobe": Mobe,
 }
 
 

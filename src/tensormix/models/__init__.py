@@ -4,8 +4,8 @@ No code that a checkpoint brings along is ever run.
 """
 
 from tensormix.models.loading import DTYPES, load_model, load_tokenizer, skeleton
-from tensormix.models.quiet import quiet
 from tensormix.models.source import ModelSource, Sources, fingerprint, local_folder
+from tensormix.sites.quiet import quiet
 from tensormix.sites.twin import fill_buffers
 
 __all__ = [

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tensormix.models.quiet import explained, quiet
+from tensormix.models.explained import explained
 from tensormix.models.source import ModelSource
+from tensormix.sites.quiet import quiet
 from tensormix.sites.twin import fill_buffers
 from tensormix.storage.assembly import Assembly
 from tensormix.storage.entries import main_dtype

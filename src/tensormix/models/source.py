@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensormix.models.quiet import explained, quiet
+from tensormix.models.explained import explained
+from tensormix.sites.quiet import quiet
 from tensormix.storage.entries import Entry
 from tensormix.storage.files import read_json
 from tensormix.storage.formats import FORMATS, Format, format_of, open_weights, weight_files

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from tensormix.operators.base import Operator, StructuredLinear, did_you_mean, outermost
+from tensormix.operators.basis_experts import BasisExperts
 from tensormix.operators.bypass import Bypass, StandIn
 from tensormix.operators.chain import Chain
 from tensormix.operators.concat import Concat
@@ -28,10 +29,12 @@ from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
 from tensormix.operators.tucker_heads import TuckerHeads
+from tensormix.operators.tucker_stack import TuckerStack
 from tensormix.operators.zero import Zero
 
 __all__ = [
     "OPERATORS",
+    "BasisExperts",
     "Bypass",
     "Chain",
     "Concat",
@@ -61,6 +64,7 @@ __all__ = [
     "StructuredLinear",
     "Sum",
     "TuckerHeads",
+    "TuckerStack",
     "View",
     "Zero",
     "bits_of",
@@ -90,6 +94,8 @@ OPERATORS: dict[str, type[Operator]] = {
     "Siblings": Siblings,
     "Sparse": Sparse,
     "TuckerHeads": TuckerHeads,
+    "TuckerStack": TuckerStack,
+    "BasisExperts": BasisExperts,
     "View": View,
     "DenseStack": DenseStack,
     "ExpertStack": ExpertStack,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,32 +12,40 @@ from torch import Tensor, nn
 
 from tensormix.operators.base import Operator, did_you_mean
 
-RETURNS = ("tensor", "tuple")
+_RETURNS = re.compile(r"tensor|tuple( of ([1-9]\d*))?")
 
 
 class StandIn(Operator):
     """What a block is replaced with as a whole: hidden states in, hidden states out.
 
     Args:
-        returns: "tensor" or "tuple" (hidden states and None, for the attention weights), as the model's blocks do.
+        returns: "tensor", "tuple" (the hidden states and None, for the attention weights) or "tuple of N" (the hidden
+            states and N - 1 times None), as the model's blocks do.
         attention_type: kept where the model chooses the attention mask of a block by this attribute.
         sentinel: the dotted name of the zero-size buffer. Named like a parameter of the block, it stops a loader that
             does not know this operator and would else draw a random block (shape mismatch).
+        attributes: what else the model reads of its blocks: strings, numbers and truth values.
 
     Raises:
-        ValueError: `returns` is neither of the two.
+        ValueError: `returns` is none of these.
     """
 
-    def __init__(self, *, returns: str = "tensor", attention_type: str | None = None, sentinel: str = "weight") -> None:
+    def __init__(
+        self, *, returns: str = "tensor", attention_type: str | None = None, sentinel: str = "weight",
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        if returns not in RETURNS:
-            known = "'tensor' or 'tuple'"
-            raise ValueError(
-                f"{type(self).__name__}: returns must be {known}, got {returns!r}{did_you_mean(returns, RETURNS)}"
-            )
+        found = _RETURNS.fullmatch(returns) if isinstance(returns, str) else None
+        if found is None:
+            known = "'tensor', 'tuple' or 'tuple of N'"
+            hint = did_you_mean(returns, ("tensor", "tuple"))
+            raise ValueError(f"{type(self).__name__}: returns must be {known}, got {returns!r}{hint}")
         self.returns, self.sentinel = returns, sentinel
+        self._beside = None if returns == "tensor" else int(found[2] or 2) - 1
         if attention_type is not None:
             self.attention_type = attention_type
+        self.attributes: dict[str, Any] = {}
+        self.keep(attributes or {})
         *path, leaf = sentinel.split(".")
         owner: nn.Module = self
         for name in path:
@@ -43,9 +53,20 @@ class StandIn(Operator):
             owner = owner.get_submodule(name)
         owner.register_buffer(leaf, torch.empty(0))
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+    def keep(self, attributes: Mapping[str, Any]) -> None:
+        """Have these attributes too, unless there are some of these names."""
+        for name, value in attributes.items():
+            if not hasattr(self, name):
+                self.attributes[name] = value
+                setattr(self, name, value)
+
+    def as_bypass(self) -> Bypass:
+        """What lets everything pass and is called, and returns, as this does."""
+        return Bypass(**self._place)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = self.stand_in(hidden_states)
-        return (out, None) if self.returns == "tuple" else out
+        return out if self._beside is None else (out, *(None for _ in range(self._beside)))
 
     @abstractmethod
     def stand_in(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
@@ -53,8 +74,13 @@ class StandIn(Operator):
 
     @property
     def sizes(self) -> dict[str, Any]:
+        return self._place
+
+    @property
+    def _place(self) -> dict[str, Any]:
         attention_type = getattr(self, "attention_type", None)
-        return {"returns": self.returns, "attention_type": attention_type, "sentinel": self.sentinel}
+        more = {"attributes": self.attributes} if self.attributes else {}
+        return {"returns": self.returns, "attention_type": attention_type, "sentinel": self.sentinel, **more}
 
 
 class Bypass(StandIn):

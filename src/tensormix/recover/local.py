@@ -68,7 +68,7 @@ def distill_blocks(
         targets = theirs.pass_on("dense")
         if index in learning:
             (block,) = ours.modules
-            data = _Block(ours.calls[index], entering[inputs], targets, entering["dense"])
+            data = _Block(ours.calls["dense"][index], entering[inputs], targets, entering["dense"])
             groups = parameter_groups(block, trained, learning_rate, core_rate)
             train = partial(data.train, block, groups, warmup=warmup, weight_decay=weight_decay, autocast=autocast)
             found = _once(folder / f"block-{index:04d}.safetensors", block, train)

@@ -3,13 +3,13 @@
 from tensormix.sites.costs import cost_of, macs_per_token, num_parameters
 from tensormix.sites.families import FUSED, ROLES, head_counts, is_conv1d, is_dense, role_of
 from tensormix.sites.installing import check_shape, dense_at, fill_dense, install, is_replacement
+from tensormix.sites.seen import returns_of
 from tensormix.sites.sites import (
     Site,
     blocks,
     find_sites,
     locate_blocks,
     opened,
-    returns_tuple,
     takes_turns,
 )
 
@@ -32,7 +32,7 @@ __all__ = [
     "macs_per_token",
     "num_parameters",
     "opened",
-    "returns_tuple",
+    "returns_of",
     "role_of",
     "takes_turns",
 ]

@@ -5,8 +5,9 @@ Shape letters: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensormix.sites.sites import blocks, returns_tuple
+from tensormix.operators import Bypass
+from tensormix.sites.locate import blocks
+from tensormix.sites.seen import returns_of, seen_in
+from tensormix.sites.twin import call_model
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         out = block(hidden, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
     def run_in_its_dtype(self, block: nn.Module, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         """With all that is passed beside `hidden` in its dtype."""
@@ -48,9 +52,10 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 class _Recorder(nn.Module):
     """Stands in for a block: notes how the model calls it, computes nothing."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, returns: str) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not a submodule: the model must not see it
+        self.pass_by = Bypass(returns=returns)
         self.calls: list[Call] = []
 
     def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, e.g. attention_type
@@ -59,16 +64,16 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls.append(Call(hidden_states, args, kwargs))
-        return (hidden_states, None) if returns_tuple(self.__dict__["block"]) else hidden_states
+        return self.pass_by(hidden_states)
 
 
 @torch.no_grad()
 def record_calls(
     model: nn.Module, batches: Iterable[Tensor], keep: Callable[[Tensor], Tensor] = lambda hidden: hidden
 ) -> list[list[Call]]:  # (B, T) each
-    """Per block, per batch: how the model itself calls it.
+    """Per block, per batch: how the model itself calls it. A block that text does not reach has no calls.
 
     Masks, positions and caches differ between the blocks of one model, so one block's arguments do not serve another.
     Those that are the same for several batches are there once.
@@ -76,11 +81,12 @@ def record_calls(
     Args:
         keep: `hidden` is what it returns for what enters the first block, in all calls of a batch.
 
-    Raises ValueError if a batch is not (B, T) token ids.
+    Raises ValueError if a batch is not (B, T) token ids, or blocks need more of each other than hidden states.
     """
     layers = blocks(model)
     real = list(layers)
-    recorders = [_Recorder(block) for block in real]
+    _check_alone(model)
+    recorders = [_Recorder(block, returns_of(model, index)) for index, block in enumerate(real)]
     device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     without_head = getattr(model, "base_model", model)  # of transformers: logits are of no use here, and large
     try:
@@ -90,15 +96,27 @@ def record_calls(
             if batch.dim() != 2 or batch.is_floating_point():
                 shape = tuple(batch.shape)
                 raise ValueError(f"a calibration batch must be token ids of shape (B, T), got {batch.dtype} {shape}")
-            without_head(batch.to(device), use_cache=False)
-            hidden = keep(recorders[0].calls[-1].hidden)
-            for call, known in ((recorder.calls[-1], recorder.calls[-2:][0]) for recorder in recorders):
+            call_model(without_head, batch.to(device))
+            reached = [recorder for recorder in recorders if recorder.calls]
+            hidden = keep(reached[0].calls[-1].hidden)
+            for call, known in ((recorder.calls[-1], recorder.calls[-2:][0]) for recorder in reached):
                 call.hidden = hidden
                 call.args, call.kwargs = _once(call.args, known.args), _once(call.kwargs, known.kwargs)
         return [recorder.calls for recorder in recorders]
     finally:
         for index, block in enumerate(real):
             layers[index] = block
+
+
+def _check_alone(model: nn.Module) -> None:
+    """Raise ValueError if a block reads more of the one before than its hidden states."""
+    for index, seen in enumerate(seen_in(model) or ()):
+        if seen is not None and seen.hands_on:
+            raise ValueError(
+                f"block {index} ({type(blocks(model)[index]).__name__}) hands more to the next block than hidden "
+                "states, so the blocks cannot be run one by one; methods without calibration, such as svd and mixt, "
+                "work there"
+            )
 
 
 def _once(new: Any, known: Any) -> Any:
@@ -108,11 +126,29 @@ def _once(new: Any, known: Any) -> Any:
     if isinstance(new, Tensor):
         same = new.dtype == known.dtype and new.device == known.device and torch.equal(new, known)
         return known if same else new
-    if type(new) is dict:
+    if type(new) is dict and new:  # an empty one is for blocks to leave something in
         return {key: _once(value, known.get(key)) for key, value in new.items()}
     if type(new) is tuple and len(new) == len(known):
         return tuple(_once(a, b) for a, b in zip(new, known, strict=True))
     return new
+
+
+def apart(calls: list[list[Call]]) -> list[list[Call]]:
+    """The same calls for another stream: what blocks leave to each other, such as keys and values, stays in each."""
+    copies: dict[int, Any] = {}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, MutableMapping) and not (type(value) is dict and value):
+            return copies.setdefault(id(value), copy.copy(value))
+        return value
+
+    return [
+        [
+            Call(call.hidden, tuple(map(own, call.args)), {key: own(value) for key, value in call.kwargs.items()})
+            for call in of_block
+        ]
+        for of_block in calls
+    ]
 
 
 class Activations:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -16,26 +17,34 @@ from torch import Tensor, nn
 
 # What a role is made of, for the architectures that multiply several projections at once.
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-ROLES = ("q", "k", "v", "o", "gate", "up", "down", *FUSED)
-READS = frozenset({"q", "k", "v", "qkv", "gate", "up", "gate_up"})  # the residual stream, through a norm
-WRITES = frozenset({"o", "down"})  # and add to it
+# "in" and "out" are the layers into and out of what mixes tokens without attention: convolutions, state spaces.
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "in", "out", *FUSED)
+READS = frozenset({"q", "k", "v", "qkv", "gate", "up", "gate_up", "in"})  # the residual stream, through a norm
+WRITES = frozenset({"o", "down", "out"})  # and add to it
 
 # Matched against the end of a matrix's name, in this order.
+_ATTENTION = r"(attn|attention|self_att\w*|multi_head_attention)"
 _ROLE_NAMES = (
-    (r"\bq_proj", "q"),
-    (r"\bk_proj", "k"),
-    (r"\bv_proj", "v"),
+    (r"\b(q_proj(\.linear)?|query_proj|project_q|q_lin|attention\.self\.query|Wq)", "q"),
+    (r"\b(k_proj(\.linear)?|key_proj|project_k|k_lin|attention\.self\.key|Wk)", "k"),
+    (r"\b(v_proj(\.linear)?|value_proj|project_v|v_lin|attention\.self\.value|Wv)", "v"),
     (r"\b(qkv_proj|c_attn|query_key_value|Wqkv)", "qkv"),
-    (r"\b(o_proj|out_proj|(attn|attention)\.c_proj|(self_)?attention\.dense)", "o"),
-    (r"\bgate_up_proj", "gate_up"),
-    (r"\bgate_proj", "gate"),
-    (r"\b(up_proj|fc1|fc_in|c_fc|dense_h_to_4h)", "up"),
-    (r"\b(down_proj|fc2|fc_out|mlp\.c_proj|dense_4h_to_h)", "down"),
+    # What leaves a convolution, a state space or linear attention is called out_proj too.
+    (rf"\b(o_proj(\.linear)?|out_lin|attention_out|{_ATTENTION}\.(out_proj|c_proj|dense|output\.dense|Wo))", "o"),
+    (r"\b(gate_up_proj|mlp\.Wi|shared_mlp\.input_linear)", "gate_up"),
+    (r"\b(gate_proj|feed_forward\.w1|w_in\.w_0)", "gate"),
+    (r"\b(up_proj|fc1|fc_in|c_fc|dense_h_to_4h|feed_forward\.(w3|intermediate)|w_in\.w_1)", "up"),
+    (r"\b(ff\.layer_1|ffn\.0|intermediate\.dense)", "up"),
+    (r"\b(down_proj|fc2|fc_out|mlp\.(c_proj|Wo)|dense_4h_to_h|feed_forward\.(w2|output)|w_out)", "down"),
+    (r"\b(ff\.layer_2|ffn\.2|output\.dense|shared_mlp\.output_linear)", "down"),
+    (r"\b(in_proj(_\w+)?|linear_[xy])", "in"),
+    (r"\b(out_proj|linear_out)", "out"),
 )
+_INSIDE_ATTENTION = re.compile(r"(attn|attention)\.(\w+\.)*(gate|up|down)_proj$")  # gates of its own, not of an MLP
 # How the rows of a fused qkv lie: head by head in turns, or all of q, then of k, then of v.
 _QKV_TAKES_TURNS = {"query_key_value": True, "qkv_proj": False, "c_attn": False, "Wqkv": False}
-# What decides where a token goes is small, and a small error there sends the token elsewhere.
-_ROUTER = re.compile(r"router\b|\bshared_expert_gate$")
+# What decides where a token goes is small, and a small error there sends the token elsewhere. It stands beside experts.
+_ROUTER = re.compile(r"router|(^|_)gate$|^gate(_|$)(?!up|proj)|^wg$")
 _HEAD_NORM = re.compile(r"(q|k|query|key)_?(layer_?)?norm$")
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f")
 EXPERT_WEIGHTS = {"gate_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}  # stack -> parameter, where fused
@@ -55,14 +64,12 @@ class Family:
             the names of the layers begin that read what it hands on: its residual stream can be turned.
         pairs: how rotary positions pair the channels of a head: the first half with the second, each with its
             neighbour, or not at all. Without it, queries and keys stay as they are.
-        returns_tuple: whether a block returns (hidden, attention weights) instead of the hidden state alone.
         mixes_qkv: whether the rows of its fused qkv lie in an order of their own.
     """
 
     halves: tuple[tuple[str, str], ...] = ()
     norms: Mapping[str, tuple[str, ...]] | None = None
     pairs: Literal["halves", "neighbours", "none"] | None = None
-    returns_tuple: bool = False
     mixes_qkv: bool = False
 
     @property
@@ -83,15 +90,11 @@ FAMILIES: dict[str, Family] = {
         norms={"self_attn_layer_norm": ("self_attn.",), "final_layer_norm": ("fc1",)}, pairs="none"
     ),
     "GPT2Block": Family(norms={"ln_1": ("attn.",), "ln_2": ("mlp.",)}, pairs="none"),
-    "GPTJBlock": Family(norms={"ln_1": ("attn.", "mlp.")}, pairs="neighbours", returns_tuple=True),
+    "GPTJBlock": Family(norms={"ln_1": ("attn.", "mlp.")}, pairs="neighbours"),
     "GPTNeoXLayer": Family(
         norms={"input_layernorm": ("attention.",), "post_attention_layernorm": ("mlp.",)}, pairs="halves"
     ),
-    "BloomBlock": Family(returns_tuple=True),
-    "CodeGenBlock": Family(returns_tuple=True, mixes_qkv=True),
-    "FalconDecoderLayer": Family(returns_tuple=True),
-    "GPTNeoBlock": Family(returns_tuple=True),
-    "MptBlock": Family(returns_tuple=True),
+    "CodeGenBlock": Family(mixes_qkv=True),
 }
 
 
@@ -102,11 +105,21 @@ def family_of(block: nn.Module) -> Family:
 
 def role_of(name: str) -> str | None:
     """The role of the matrix called `name`; None if the name is not one we know."""
+    if _INSIDE_ATTENTION.search(name):
+        return None
     return next((role for pattern, role in _ROLE_NAMES if re.search(pattern + "$", name)), None)
 
 
-def is_router(name: str) -> bool:
-    return _ROUTER.search(name) is not None
+def routers_in(block: nn.Module) -> tuple[str, ...]:
+    """How the names begin of what decides where tokens go: children called router or gate of a module with experts."""
+    found = []
+    for name, part in block.named_modules():
+        children = dict(part.named_children())
+        if any("experts" in child for child in children):
+            found += [f"{name}.{child}".lstrip(".") for child in children if _ROUTER.search(child)]
+        if "router" in name.rpartition(".")[2]:
+            found.append(name)
+    return tuple(f"{name}." for name in found)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -115,8 +128,30 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_dense(module: nn.Module) -> bool:
-    # Subclasses of nn.Linear (packed 4-bit weights, adapters) do not hold a plain (O, I) matrix.
-    return type(module) is nn.Linear or is_conv1d(module)
+    """Whether it multiplies by its (O, I) matrix and adds its bias, and does nothing else."""
+    return type(module) is nn.Linear or is_conv1d(module) or (isinstance(module, nn.Linear) and _is_plain(type(module)))
+
+
+@cache
+def _is_plain(kind: type[nn.Linear]) -> bool:
+    """Whether a subclass of nn.Linear does what nn.Linear does, seen on an object that has nothing but a matrix.
+
+    Routers, packed and scaled weights and adapters do not: they return something else, or need more than a matrix.
+    """
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = 5, 3
+    layer.weight = nn.Parameter(torch.linspace(-1, 2, 15).view(3, 5), requires_grad=False)
+    x = torch.linspace(-2, 1, 20).view(1, 4, 5)
+    for bias in (None, nn.Parameter(torch.linspace(0, 1, 3), requires_grad=False)):
+        layer.register_parameter("bias", bias)
+        try:
+            out = layer(x)
+        except Exception:
+            return False
+        if not isinstance(out, Tensor) or not torch.allclose(out, nn.functional.linear(x, layer.weight, bias)):
+            return False
+    return True
 
 
 def qkv_takes_turns(block: nn.Module, name: str) -> bool:

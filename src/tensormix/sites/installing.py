@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tensormix.operators import DenseStack, Experts, Operator, Owner, StackedLinear, StandIn, View, outermost
 from tensormix.operators.shared_calls import stop_sharing
 from tensormix.sites.fused_experts import dense_stack, is_fused, open_experts, stack_names
-from tensormix.sites.sites import Site, is_conv1d, is_dense, locate_blocks
+from tensormix.sites.locate import locate_blocks
+from tensormix.sites.sites import Site, is_conv1d, is_dense
 
 
 def install(model: nn.Module, name: str, operator: nn.Module, *, move_bias: bool = True) -> None:
@@ -141,7 +142,13 @@ def _count_tokens(index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: 
     """Give the cache one number per token for block `index`, so that lengths, positions and masks stay right."""
     hidden = args[0] if args else kwargs["hidden_states"]
     cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past", args[1] if len(args) > 1 else None))
-    if hasattr(cache, "update"):
+    layers = getattr(cache, "layers", ())
+    own: Any = layers[index] if index < len(layers) else None
+    # States of convolutions and linear attention: there are none, but tokens have passed.
+    if hasattr(own, "has_previous_state"):
+        own.has_previous_state = dict.fromkeys(own.has_previous_state, True)
+    # Layers of a cache that hold no keys have no length either, and take none.
+    if hasattr(cache, "update") and (own is None or hasattr(own, "get_seq_length")):
         cache.update(*hidden.new_zeros(2, len(hidden), 1, hidden.shape[1], 1), index)
 
 

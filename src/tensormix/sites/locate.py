@@ -42,4 +42,6 @@ def _decoder_of(model: nn.Module) -> str:
     """How the names of what makes text begin; an empty string if the model does not say."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else None
-    return next((name for name, part in model.named_modules() if part is decoder), "")
+    names = [name for name, part in model.named_modules() if part is decoder]
+    holds = decoder is not None and any(isinstance(part, nn.ModuleList) for part in decoder.modules())
+    return names[0] if names and holds else ""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from tensormix.operators import Cost, DenseStack, Experts, SlicedBlock, StandIn
 from tensormix.sites.costs import cost_of
-from tensormix.sites.families import family_of, is_conv1d, is_dense, is_router, qkv_takes_turns, role_of
+from tensormix.sites.families import is_conv1d, is_dense, qkv_takes_turns, role_of, routers_in
 from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
 from tensormix.sites.locate import blocks, locate_blocks
+from tensormix.sites.seen import Seen, seen_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +90,23 @@ class Site:
 def find_sites(model: nn.Module) -> list[Site]:
     """Every site that is still dense: each block, followed by the linear layers and stacks of experts inside it.
 
-    Embeddings, the head, norms and routers are never sites; what is compressed already is no longer one.
+    Embeddings, the head, norms and routers are never sites, nor is what text does not reach, or multiplies by hand
+    (`seen_in`); what is compressed already is no longer one.
     """
     root, layers = locate_blocks(model)
-    sites = []
+    sites, seen = [], seen_in(model)
     for index, block in enumerate(layers):
-        if isinstance(block, StandIn):
+        found = Seen() if seen is None else seen[index]
+        if isinstance(block, StandIn) or found is None:
             continue
+        no_layers = found.no_layers
+        routers = routers_in(block)
         prefix = f"{root}.{index}"
         if not isinstance(block, SlicedBlock):  # without it the channels of the next block would be missed
             sites.append(Site(prefix, "block", None, index, block))
         for name, module in block.named_modules(prefix=prefix):
-            if is_dense(module) and not is_router(name):
+            inside = name[len(prefix) + 1 :]
+            if is_dense(module) and inside not in no_layers and not f"{inside}.".startswith(routers):
                 sites.append(Site(name, "linear", role_of(name), index, module))
             elif is_fused(module) or isinstance(module, Experts):
                 sites += _stacks(name, index, module)
@@ -137,11 +143,6 @@ def opened(model: nn.Module, sites: Collection[Site]) -> Iterator[dict[str, nn.M
     finally:
         for name, experts in fused.items():
             model.set_submodule(name, experts)
-
-
-def returns_tuple(block: nn.Module) -> bool:
-    """Whether a decoder block returns (hidden, ...) instead of the hidden state alone."""
-    return block.returns == "tuple" if isinstance(block, StandIn) else family_of(block).returns_tuple
 
 
 def takes_turns(model: nn.Module, site: Site) -> bool:

@@ -14,7 +14,7 @@ from tensormix.operators import SlicedBlock, SlicedNorm
 from tensormix.sites.calls import Call
 from tensormix.sites.families import FAMILIES, READS, WRITES, eps_of, family_of, final_norm_of, role_of
 from tensormix.sites.installing import mark_replacement
-from tensormix.sites.sites import locate_blocks
+from tensormix.sites.locate import locate_blocks
 
 
 def check_sliceable(model: nn.Module) -> int:

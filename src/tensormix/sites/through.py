@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tensormix.sites.calls import Call, record_calls
-from tensormix.sites.sites import locate_blocks
+from tensormix.sites.calls import Call, apart, record_calls
+from tensormix.sites.locate import locate_blocks
 
 Keep = Callable[[Tensor], Tensor]  # puts hidden states where they stay until the next block; see `Activations.keep`
 Run = Callable[[Call, Tensor], Tensor]
@@ -39,12 +39,13 @@ class Blocks:
 class Part:
     """Consecutive blocks of a pass, which are in memory together, and what enters the first of them.
 
-    `hidden` has one list of states (B, T, D), one for each batch, for every stream of the pass. A stream that leaves
+    `calls` says how the model calls each block of it, batch by batch, in every stream of the pass. `hidden` has one
+    list of states (B, T, D), one for each batch, for every stream. A stream that leaves
     the blocks takes the place of what entered them, batch by batch.
     """
 
     def __init__(
-        self, home: Blocks, layers: nn.ModuleList, span: range, calls: Sequence[list[Call]],
+        self, home: Blocks, layers: nn.ModuleList, span: range, calls: dict[str, list[list[Call]]],
         hidden: dict[str, list[Tensor]], keep: Keep,
     ) -> None:  # fmt: skip
         self.span, self.calls, self.hidden = span, calls, hidden
@@ -70,7 +71,8 @@ class Part:
         self.enter()
         for number, states in enumerate(self.hidden[stream]):
             for index, block in zip(self.span, self.modules, strict=True):
-                states = self.calls[index][number].run(block, states)
+                if self.calls[stream][index]:  # text reaches it
+                    states = self.calls[stream][index][number].run(block, states)
             yield states
             self._home.tidy()
 
@@ -79,7 +81,8 @@ class Part:
         """Let the stream leave the blocks, or what `run` says in their place: what enters the next block."""
         hidden = self.hidden[stream]
         self._passed.add(stream)
-        leaving = self.run(stream) if run is None else map(run, self.calls[self.span[0]], hidden)
+        calls = self.calls[stream][self.span[0]]
+        leaving = self.run(stream) if run is None or not calls else map(run, calls, hidden)
         for number, states in enumerate(leaving):
             hidden[number] = self._keep(states)
         return hidden
@@ -115,16 +118,17 @@ def through(
 
     with home.rest():
         calls = record_calls(model, batches, keep_first)
-    if not (calls and calls[0]):
+    start = [call.hidden for call in next((of_block for of_block in calls if of_block), ())]
+    if not start:
         raise ValueError("there are no calibration batches: the iterable is empty")
-    start = [call.hidden for call in calls[0]]
     for call in (call for of_block in calls for call in of_block):
         call.hidden = start[0]  # does not hold the others on
     hidden = {stream: list(start) for stream in sorted(streams)}
+    of_stream = {stream: apart(calls) if number else calls for number, stream in enumerate(hidden)}
     del start
     spans = [range(index, index + 1) for index in range(len(layers))] if spans is None else spans
     for span in spans:
-        part = Part(home, layers, span, calls, hidden, keep)
+        part = Part(home, layers, span, of_stream, hidden, keep)
         part.is_last = span is spans[-1]
         yield part
         part.advance()

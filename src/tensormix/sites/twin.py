@@ -8,8 +8,9 @@ Shape letters: B sequences, T tokens, D hidden size, O out_features, I in_featur
 
 from __future__ import annotations
 
+import inspect
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tensormix.sites.locate import locate_blocks
+from tensormix.sites.quiet import quiet
 
 Edit = Callable[[int, nn.Module], None]  # changes the weights of a block, which is called with its index
 
@@ -34,17 +36,22 @@ class Twin:
 
     Attributes:
         kinds: for each block the index of the first one of its kind.
+        read: for each of these the settings of the block that the model read in the last pass.
+        at: the block that ran last, where a pass failed perhaps.
     """
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = deepcopy(model.config)
         vars(config).pop("quantization_config", None)
-        with torch.device("meta"):
+        with torch.device("meta"), quiet():
             self.model: Any = type(model)._from_config(config, dtype=torch.float32).eval()  # type: ignore[attr-defined]
         self.root, self.layers = locate_blocks(self.model)
-        fill_buffers(self.model)
-        _fill(self.model, "", skip=self.root)
+        with torch.device("cpu"):  # whatever the device is on which a model is just being made
+            fill_buffers(self.model)
+            _fill(self.model, "", skip=self.root)
         kinds: dict[object, int] = {}
+        self.read: dict[int, dict[str, Any]] = {}
+        self.at = 0
         self.kinds = [kinds.setdefault(_kind(block), index) for index, block in enumerate(self.layers)]
 
     @cached_property
@@ -55,29 +62,33 @@ class Twin:
         size = self.model.get_input_embeddings().num_embeddings
         plain = [token for token in range(min(size, 512)) if token not in special] or [0]
         chosen = torch.randint(len(plain), (_SEQUENCES, _TOKENS), generator=_generator("tokens"))
-        return torch.tensor(plain)[chosen]
+        return torch.tensor(plain, device="cpu")[chosen]
 
     @torch.no_grad()
     def run(
         self, edit: Edit | None = None, watch: Callable[[int, nn.Module], Any] | None = None,
-        every: tuple[int, ...] = (), **options: Any,
+        leave: Callable[[int, Any], Any] | None = None, every: tuple[int, ...] = (),
+        put: Mapping[int, nn.Module] | None = None, **options: Any,
     ) -> Tensor:  # fmt: skip # (B, T, D)
         """What leaves the last block, and the norm after it, for `tokens`; the same at every call without `edit`.
 
         Args:
             edit: is called with each block before it runs, filled; what it changes holds for this pass.
             watch: likewise; returns a context manager that is open while the block runs.
+            leave: is called with what a block returns, and returns what leaves it.
             every: blocks that run although one of their kind ran before.
+            put: modules that stand in the place of blocks.
             options: for the model, such as a cache.
         """
         real, before = list(self.layers), dict[int, Any]()
         try:
             for index, block in enumerate(real):
                 runs = self.kinds[index] == index or index in every
-                self.layers[index] = _Stage(self, index, block, runs, edit, watch, before)
+                stage = _Stage(self, index, block, runs, edit, watch, leave, before)
+                self.layers[index] = (put or {}).get(index, stage)
             base = getattr(self.model, "base_model", self.model)  # without the head
-            found = base(self.tokens, **{"use_cache": False, **options})
-            return found[0]
+            with torch.device("cpu"), quiet():
+                return call_model(base, self.tokens, **options)[0]
         finally:
             for index, block in enumerate(real):
                 self.layers[index] = block
@@ -90,19 +101,23 @@ class _Stage(nn.Module):
         super().__init__()
         self.__dict__["block"] = block  # not a submodule: the model must not see it
         self.twin, self.index, self.runs = twin, index, runs
-        self.edit, self.watch, self.before = callbacks
+        self.edit, self.watch, self.leave, self.before = callbacks
 
     def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, e.g. attention_type
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["block"], name)
+            value = getattr(self.__dict__["block"], name)
+            if isinstance(value, bool | int | float | str):
+                self.twin.read.setdefault(self.twin.kinds[self.index], {})[name] = value
+            return value
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         block, kind = self.__dict__["block"], self.twin.kinds[self.index]
+        self.twin.at = self.index
         if not self.runs and kind in self.before:
             left = self.before[kind]
-            return (hidden, *left[1:]) if isinstance(left, tuple) else hidden
+            return (hidden, *left[1:]) if isinstance(left, tuple | list) else hidden
         _fill(block, f"block {kind}")
         try:
             if self.edit is not None:
@@ -114,8 +129,18 @@ class _Stage(nn.Module):
                     left = block(hidden, *args, **kwargs)
         finally:
             _empty(block)
+        if self.leave is not None:
+            left = self.leave(self.index, left)
         self.before[kind] = left
         return left
+
+
+def call_model(model: nn.Module, tokens: Tensor, **options: Any) -> Any:  # (B, T)
+    """The outputs of a model without a cache, where it knows of one."""
+    known = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    cache = {"use_cache": False} if anything or "use_cache" in known else {}
+    return model(tokens, **{**cache, **options})
 
 
 _twins: dict[tuple[type, str], Twin] = {}  # the last ones made: they hold no weights of blocks
@@ -140,19 +165,23 @@ def _generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
 
+def _normal(name: str, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=_generator(name), dtype=torch.float32, device="cpu")
+
+
 def random_like(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Random numbers of a size that keeps what passes them as large as it is; the same for the same name."""
     if not dtype.is_floating_point:
         return torch.zeros(shape, dtype=dtype)
     if len(shape) < 2:
         around = 0.0 if name.endswith("bias") else 1.0
-        return (around + 0.3 * torch.randn(shape, generator=_generator(name))).to(dtype)
+        return (around + 0.3 * _normal(name, *shape)).to(dtype)
     scale = shape[-1] ** -0.5
     if shape.numel() <= _LARGEST:
-        return (scale * torch.randn(shape, generator=_generator(name))).to(dtype)
+        return (scale * _normal(name, *shape)).to(dtype)
     steps = [1] * len(shape)
     needed = sum(shape) - len(shape) + 1
-    return (scale * torch.randn(needed, generator=_generator(name))).to(dtype).as_strided(shape, steps)
+    return (scale * _normal(name, needed)).to(dtype).as_strided(shape, steps)
 
 
 def _fill(module: nn.Module, name: str, skip: str | None = None) -> None:

@@ -1,8 +1,7 @@
-"""transformers without its progress bars and warnings, and with its errors in one sentence."""
+"""The errors of transformers in one sentence."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,21 +27,3 @@ def _strict_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
 
     return (StrictDataclassError,)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without progress bars and warnings; both come back afterwards."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -1,0 +1,219 @@
+"""What a few tokens through a twin show of each block: what it returns, and which of its matrices are layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tensormix.operators import StandIn
+from tensormix.sites.families import is_dense
+from tensormix.sites.locate import blocks
+from tensormix.sites.twin import Twin, twin_of
+
+
+@dataclass
+class Seen:
+    """What was seen of a block.
+
+    Attributes:
+        returns: "tensor", "tuple" (two, of which the hidden states are the first), or "tuple of N".
+        hands_on: whether the model needs what a block returns beside the hidden states: the next one reads it.
+        attributes: strings, numbers and truth values that the model reads of the block.
+        by_hand: names of layers inside the block whose weight is multiplied by something else than the layer.
+        idle: names of layers that text never reaches.
+    """
+
+    returns: str = "tensor"
+    attributes: dict[str, Any] = field(default_factory=dict)
+    hands_on: bool = False
+    by_hand: set[str] = field(default_factory=set)
+    idle: set[str] = field(default_factory=set)
+
+    @property
+    def no_layers(self) -> set[str]:
+        """What must stay as it is."""
+        return self.by_hand | self.idle
+
+
+def seen_in(model: nn.Module) -> list[Seen | None] | None:
+    """What was seen of each block: None for one that text never reaches, or if nothing could be seen at all."""
+    twin = twin_of(model)
+    if twin is None:
+        return None
+    if not hasattr(twin, "seen"):
+        vars(twin)["seen"] = _look(twin)
+    return vars(twin)["seen"]
+
+
+def returns_of(model: nn.Module, index: int) -> str:
+    """What block `index` returns, as `Seen.returns`; a tensor if nothing could be seen."""
+    block = blocks(model)[index]
+    if isinstance(block, StandIn):
+        return block.returns
+    seen = seen_in(model)
+    found = None if seen is None else seen[index]
+    return "tensor" if found is None else found.returns
+
+
+def prepare_stand_in(model: nn.Module, index: int, stand_in: nn.Module) -> None:
+    """Give what stands in for block `index` the attributes that the model reads there."""
+    seen = seen_in(model)
+    found = None if seen is None else seen[index]
+    if isinstance(stand_in, StandIn) and found is not None:
+        stand_in.keep(found.attributes)
+
+
+def check_left_out(model: nn.Module, stand_ins: Mapping[int, nn.Module]) -> None:
+    """Raise ValueError, naming the blocks, if the model cannot do without those that `stand_ins` replace.
+
+    Some blocks leave keys and values to later ones, or hand on more than hidden states.
+    """
+    twin = twin_of(model)
+    if twin is None or seen_in(model) is None or not stand_ins:
+        return
+    seen = seen_in(model) or []
+    root = twin.root
+    for index in stand_ins:
+        found = seen[index]
+        if found is not None and found.hands_on:
+            raise ValueError(
+                f"{root}.{index}: the next block needs more of it than hidden states, so it cannot be left out; "
+                "compress its layers instead"
+            )
+    try:
+        twin.run(put=stand_ins)
+    except Exception as error:
+        reader = twin.at
+        alone = [index for index in stand_ins if index < reader and _fails(twin, {index: stand_ins[index]})]
+        needed = alone[-1] if alone else min(stand_ins)
+        raise ValueError(
+            f"{root}.{needed}: block {reader} needs what it leaves to later blocks (such as keys and values), so it "
+            f"cannot be left out; leave out block {reader} and those like it, or compress its layers"
+        ) from error
+
+
+def _fails(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> bool:
+    try:
+        twin.run(put=stand_ins)
+    except Exception:
+        return True
+    return False
+
+
+def _look(twin: Twin) -> list[Seen | None] | None:
+    found: dict[int, Seen] = {}
+    called: dict[int, set[str]] = {}
+
+    @contextmanager
+    def watch(index: int, block: nn.Module) -> Iterator[None]:
+        watcher = _Watcher(block)
+        with watcher.listening(), watcher:
+            yield
+        seen = found.setdefault(index, Seen())
+        seen.by_hand |= watcher.by_hand
+        called.setdefault(index, set()).update(watcher.called)
+
+    def leave(index: int, left: Any) -> Any:
+        if isinstance(left, tuple | list):
+            found[index].returns = "tuple" if len(left) == 2 else f"tuple of {len(left)}"
+        return left
+
+    try:
+        whole = twin.run(watch=watch, leave=leave)
+        for index, read in twin.read.items():
+            if index in found:
+                found[index].attributes = read
+    except Exception:  # whatever a model may not like about a few tokens, nothing was seen then
+        return None
+    _look_in_training(twin, watch)
+    for index, seen in found.items():
+        seen.idle = _idle(twin.layers[index], called[index] | seen.by_hand)
+        seen.hands_on = seen.returns not in ("tensor", "tuple of 1") and _is_read(twin, index, whole)
+    return [found.get(kind) for kind in twin.kinds]
+
+
+def _look_in_training(twin: Twin, watch: Any) -> None:
+    """Some models multiply weights by hand in training alone. One that does not train on a few tokens shows nothing."""
+    twin.model.train()
+    try:
+        twin.run(watch=watch)
+    except Exception:
+        pass
+    finally:
+        twin.model.eval()
+
+
+def _is_read(twin: Twin, kind: int, whole: Tensor) -> bool:
+    """Whether the model notices that blocks of this kind return nothing beside the hidden states."""
+
+    def leave(index: int, left: Any) -> Any:
+        alike = twin.kinds[index] == kind
+        return (left[0], *(None for _ in left[1:])) if alike and isinstance(left, tuple | list) else left
+
+    try:
+        return not torch.equal(twin.run(leave=leave), whole)
+    except Exception:
+        return True
+
+
+def _idle(block: nn.Module, reached: set[str]) -> set[str]:
+    """The dense layers that were not reached, and do not stand in a list where a layer of that name was reached.
+
+    Such lists hold experts, of which a few tokens do not visit all.
+    """
+    shapes = {_in_any_list(name) for name in reached}
+    dense = {name for name, part in block.named_modules() if is_dense(part)}
+    return {name for name in dense - reached if _in_any_list(name) not in shapes}
+
+
+def _in_any_list(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+class _Watcher(TorchDispatchMode):
+    """While open, notes which dense layers of a block are called, and whose weights are used outside their calls."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.layers = {name: part for name, part in block.named_modules() if is_dense(part)}
+        self.names = {_place(part.get_parameter("weight")): name for name, part in self.layers.items()}
+        self.open: list[str] = []
+        self.called: set[str] = set()
+        self.by_hand: set[str] = set()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        handles = []
+        for name, part in self.layers.items():
+            handles.append(part.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
+            handles.append(part.register_forward_hook(lambda *_, name=name: self._leave(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str) -> None:
+        self.open.append(name)
+        self.called.add(name)
+
+    def _leave(self, name: str) -> None:
+        self.open.remove(name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            name = self.names.get(_place(leaf)) if isinstance(leaf, Tensor) and not leaf.is_meta else None
+            if name is not None and name not in self.open:
+                self.by_hand.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
