@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tensormix.allocation.one_keep import STEPS, at_keep, costs, is_joint, largest_keep
+from tensormix.allocation.one_width import allocate_width
 from tensormix.allocation.outcome import (
     Allocation,
     ImpossibleBudget,
@@ -68,17 +69,15 @@ def allocate(
             what is not there.
     """
     model, plan = ModelSource.of(model), Plan.of(plan)
+    if plan.whole is not None:
+        return allocate_width(model, plan, budget, partial(skeleton, model, dtype=dtype))
     joint, bare = is_joint(plan), skeleton(model, dtype=dtype)
     if joint and budget.by != "uniform":
         name = plan.root[0].method.name
         raise ValueError(f"budget: {name} divides its keep within each block by itself: only by 'uniform' among blocks")
     way, batches = WAYS[budget.by], None if batches is None else list(batches_of(bare, batches, tokenizer) or ())
-    options: dict[str, Any] = {
-        "of": budget.of,
-        "errors": way.errors,
-        "levels": budget.levels,
-        "with_inputs": batches is not None,
-    }
+    options: dict[str, Any] = {"of": budget.of, "errors": way.errors, "levels": budget.levels}
+    options["with_inputs"] = batches is not None
     if way.needs_whole_model:
         whole: Any = load_model(model, dtype=dtype)
         make_survey = partial(Survey, whole.to(device), plan, _Counted(model, dtype), progress, **options)

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tensormix.cli.tables import show_check, show_prediction, show_recovery, show_results, show_rows
+from tensormix.cli.tables import show_check, show_growth, show_prediction, show_recovery, show_results, show_rows
 from tensormix.rows import Row
 from tensormix.storage.locks import LOCK
 
@@ -66,6 +66,7 @@ def run(
     from tensormix.cli.progress import stage_bars
     from tensormix.recipe import Recipe
     from tensormix.run import run_recipe, stage_rows
+    from tensormix.storage.files import read_json
 
     loaded, folder = Recipe.load(recipe), out or Path("runs") / recipe.stem
     check_out(folder, "recipe.json", overwrite)
@@ -75,6 +76,8 @@ def run(
         run_recipe(
             loaded, folder, progress=progress, workers=workers, say=cache(lambda line: console.print(escape(line)))
         )
+    if loaded.plan.root:
+        show_growth(console, read_json(folder / "compress.json").get("larger"))
     show_results(console, measured_in(folder))
     if loaded.recover is not None:
         show_recovery(console, stage_rows(folder, "recover"))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tensormix.allocation.growth import growth
 from tensormix.allocation.resolvers import foresee
 from tensormix.compression.choosing import assume
 from tensormix.compression.fitting import row_of
@@ -29,6 +30,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
         it could choose are counted then, or sizes that a budget decides from weights or inputs, where those of
         "uniform" are shown in their place, or what a search finds, where every site has its smallest candidate}. With
         a budget also "budget": the rows of `allocate`; with a search "search": how many candidates and evaluations.
+        Where the compressed model is larger than the dense one, "larger" is a sentence about it.
         MACs are those of `macs_per_token`; bytes are parameters times the size of the dtype. "num_experts" in a row
         is None unless the site is a stack of experts.
 
@@ -40,8 +42,11 @@ def check(recipe: Recipe) -> dict[str, Any]:
     dense, foreseen = counts(model), foresee(recipe, source, model)
     sites = replace_empty(model, foreseen.plan)
     compressed = counts(model)
+    larger = growth(dense["parameters"], compressed["parameters"], sites)
+    beside = {} if larger is None else {"larger": larger}
     return {
         "dense": dense, "sites": sites, "compressed": compressed, "assumed": foreseen.is_assumed, **foreseen.beside,
+        **beside,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
+from tensormix.allocation.growth import growth_of
 from tensormix.allocation.resolvers import Data, resolve
 from tensormix.compression.checkpoint import compress_checkpoint
 from tensormix.data import understood_by, windows_of
@@ -192,6 +193,8 @@ class Stages:
             overwrite=True,  # it lies in the run's own folder
         )
         shutil.rmtree(self.folder / "rewritten", ignore_errors=True)
+        larger = growth_of(rows)
+        self._beside = {"larger": larger} if larger else {}
         return rows
 
     def _direct(self) -> list[Row]:
