@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -226,7 +226,7 @@ def few_imports() -> Iterator[None]:
     """
     was_enabled = gc.isenabled()
     gc.disable()
-    import transformers.utils as has
+    has: Any = import_module("transformers.utils")
 
     given = has.is_scipy_available
     if "transformers.loss" not in sys.modules:
