@@ -22,6 +22,7 @@ from tensormix.reparameterise.heads import Attention, attentions
 from tensormix.reparameterise.residual import find_stream, ones_and_last, rotate_residual
 from tensormix.reparameterise.values import check_values, map_values
 from tensormix.sites import Site, blocks, find_sites
+from tensormix.sites.batches import batches_of
 from tensormix.sites.families import WRITES
 from tensormix.statistics import Gram
 
@@ -127,7 +128,7 @@ def _grams(model: Any, sites: Mapping[str, Site], batches: Iterable[Tensor]) -> 
     with ExitStack() as hooks:
         for name, site in sites.items():
             hooks.enter_context(_watching(site.module, grams[name]))
-        for batch in batches:
+        for batch in batches_of(model, batches) or ():
             model(batch.to(next(iter(sites.values())).weight.device), use_cache=False)
     if not all(gram.num_tokens for gram in grams.values()):
         raise ValueError("learn_bases: there are no calibration batches: the iterable is empty")

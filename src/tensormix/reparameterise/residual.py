@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tensormix.methods.slice_gpt import principal_basis
 from tensormix.reparameterise.layers import set_values
 from tensormix.sites import Site, is_dense, locate_blocks, role_of
+from tensormix.sites.batches import batches_of
 from tensormix.sites.families import FAMILIES, WRITES, eps_of, family_of, final_norm_of, has_norms_behind
 from tensormix.sites.sliced import ends
 from tensormix.sites.turning import check_turns
@@ -126,7 +127,7 @@ def residual_basis(
         for norm in stream.norms:
             if norm.block in wanted:
                 hooks.enter_context(_watching(norm, gram))
-        for batch in batches:
+        for batch in batches_of(model, batches) or ():
             model(batch.to(weight.device), use_cache=False)
     if not gram.num_tokens:
         raise ValueError("residual_basis: there are no calibration batches: the iterable is empty")
