@@ -37,8 +37,8 @@ class SharedTucker(JointMethod):
         default=None, gt=0, le=1
     )  # fraction of the dense numbers; 1 leaves the layers as they are
     ranks: tuple[int, int, int] | None = Field(default=None, strict=False)  # of the hidden size, channels, parts
-    steps: int = Field(default=50, ge=0)  # of HOOI, at most
-    tolerance: float = Field(default=1e-5, ge=0, allow_inf_nan=False)  # stops where a step gains less of the energy
+    steps: int = Field(default=10, ge=0)  # of HOOI, at most
+    tolerance: float = Field(default=1e-4, ge=0, allow_inf_nan=False)  # stops where a step gains less of the energy
 
     @model_validator(mode="after")
     def _one_of_both(self) -> SharedTucker:

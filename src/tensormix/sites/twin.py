@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,8 @@ def call_model(model: nn.Module, tokens: Tensor, **options: Any) -> Any:  # (B, 
 
 _twins: dict[tuple[type, str], Twin] = {}  # the last ones made: they hold no weights of blocks
 _MOST_TWINS = 8
+# Of each model the settings that its twin was found for: to write a whole config out takes a millisecond.
+_found: WeakKeyDictionary[nn.Module, tuple[object, Twin]] = WeakKeyDictionary()
 
 
 def twin_of(model: nn.Module) -> Twin | None:
@@ -152,12 +155,17 @@ def twin_of(model: nn.Module) -> Twin | None:
     config: Any = getattr(model, "config", None)
     if not hasattr(type(model), "_from_config") or config is None:
         return None
+    settings = id(config), tuple(_scalars(config))
+    known = _found.get(model)
+    if known is not None and known[0] == settings:
+        return known[1]
     key = type(model), config.to_json_string(use_diff=False)
     if key not in _twins:
         made = Twin(model)
         while len(_twins) >= _MOST_TWINS:
             del _twins[next(iter(_twins))]
         _twins[key] = made
+    _found[model] = settings, _twins[key]
     return _twins[key]
 
 
