@@ -148,6 +148,23 @@ def test_generation_without_a_block_is_the_same_with_a_cache(kind):
     assert refused == ({0, 1} if kind.startswith("gemma") else set())
 
 
+def test_blocks_that_the_model_reaches_into_cannot_be_left_out():
+    """BigBird tells its blocks how to attend."""
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["big_bird"](**LLAMA, is_decoder=True)).eval()
+    with pytest.raises(ValueError, match="set_attention_type"):
+        tensormix.compress(model, Plan.model_validate([{"blocks": 1, "method": {"name": "drop_blocks"}}]))
+    tensormix.compress(model, Plan.model_validate([{"blocks": 1, "method": {"name": "svd", "keep": 0.5}}]))
+
+
+def test_what_a_model_fills_in_its_blocks_when_it_is_loaded_has_a_place(tmp_path):
+    model, x = make("falcon_h1"), tokens()
+    tensormix.compress(model, Plan.model_validate([{"blocks": 1, "method": {"name": "drop_blocks"}}]))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, model(x).logits)
+
+
 def test_blocks_that_read_and_those_they_read_are_left_out_together():
     """Without the readers nobody misses the keys and values."""
     model = make("gemma4_text")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class StandIn(Operator):
         sentinel: the dotted name of the zero-size buffer. Named like a parameter of the block, it stops a loader that
             does not know this operator and would else draw a random block (shape mismatch).
         attributes: what else the model reads of its blocks: strings, numbers and truth values.
+        buffers: name -> shape of what the model fills inside its blocks when it is loaded; nothing here uses it.
 
     Raises:
         ValueError: `returns` is none of these.
@@ -32,7 +33,7 @@ class StandIn(Operator):
 
     def __init__(
         self, *, returns: str = "tensor", attention_type: str | None = None, sentinel: str = "weight",
-        attributes: Mapping[str, Any] | None = None,
+        attributes: Mapping[str, Any] | None = None, buffers: Mapping[str, Sequence[int]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         found = _RETURNS.fullmatch(returns) if isinstance(returns, str) else None
@@ -46,15 +47,25 @@ class StandIn(Operator):
             self.attention_type = attention_type
         self.attributes: dict[str, Any] = {}
         self.keep(attributes or {})
-        *path, leaf = sentinel.split(".")
-        owner: nn.Module = self
-        for name in path:
-            owner.add_module(name, nn.Module())
-            owner = owner.get_submodule(name)
-        owner.register_buffer(leaf, torch.empty(0))
+        self._register(sentinel, torch.empty(0))
+        self.buffer_shapes: dict[str, list[int]] = {}
+        self.keep({}, buffers or {})
 
-    def keep(self, attributes: Mapping[str, Any]) -> None:
-        """Have these attributes too, unless there are some of these names."""
+    def _register(self, path: str, value: Tensor, persistent: bool = True) -> None:
+        *names, leaf = path.split(".")
+        owner: nn.Module = self
+        for name in names:
+            if name not in owner._modules:
+                owner.add_module(name, nn.Module())
+            owner = owner.get_submodule(name)
+        owner.register_buffer(leaf, value, persistent=persistent)
+
+    def keep(self, attributes: Mapping[str, Any], buffers: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Have these attributes and buffers too, unless there are some of these names."""
+        for path, shape in (buffers or {}).items():
+            if path not in self.buffer_shapes:
+                self.buffer_shapes[path] = list(shape)
+                self._register(path, torch.zeros(*shape), persistent=False)
         for name, value in attributes.items():
             if not hasattr(self, name):
                 self.attributes[name] = value
@@ -79,7 +90,8 @@ class StandIn(Operator):
     @property
     def _place(self) -> dict[str, Any]:
         attention_type = getattr(self, "attention_type", None)
-        more = {"attributes": self.attributes} if self.attributes else {}
+        more: dict[str, Any] = {"attributes": self.attributes} if self.attributes else {}
+        more |= {"buffers": self.buffer_shapes} if self.buffer_shapes else {}
         return {"returns": self.returns, "attention_type": attention_type, "sentinel": self.sentinel, **more}
 
 

@@ -5,7 +5,7 @@ Shape letters (this file): D hidden size, M hidden units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class ResidualMLP(StandIn):
     Args:
         hidden_size: D.
         width: M.
-        returns, attention_type, sentinel, attributes: as of `Bypass`.
+        returns, attention_type, sentinel, attributes, buffers: as of `Bypass`.
 
     Raises:
         ValueError: a size is below 1, or `returns` is not known.
@@ -32,8 +32,11 @@ class ResidualMLP(StandIn):
     def __init__(
         self, hidden_size: int, width: int, *, returns: str = "tensor", attention_type: str | None = None,
         sentinel: str = "weight", attributes: Mapping[str, Any] | None = None,
+        buffers: Mapping[str, Sequence[int]] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(returns=returns, attention_type=attention_type, sentinel=sentinel, attributes=attributes)
+        super().__init__(
+            returns=returns, attention_type=attention_type, sentinel=sentinel, attributes=attributes, buffers=buffers
+        )
         if hidden_size < 1 or width < 1:
             raise ValueError(f"ResidualMLP: hidden_size and width must be at least 1, got {hidden_size}, {width}")
         self.hidden_size, self.width = hidden_size, width

@@ -26,12 +26,16 @@ class Seen:
         returns: "tensor", "tuple" (two, of which the hidden states are the first), or "tuple of N".
         hands_on: whether the model needs what a block returns beside the hidden states: the next one reads it.
         attributes: strings, numbers and truth values that the model reads of the block.
+        buffers: name -> shape of what the model fills inside the block when it is loaded.
+        reached_into: names of parts and functions of the block that the model uses without calling the block.
         by_hand: names of layers inside the block whose weight is multiplied by something else than the layer.
         idle: names of layers that text never reaches.
     """
 
     returns: str = "tensor"
     attributes: dict[str, Any] = field(default_factory=dict)
+    buffers: dict[str, list[int]] = field(default_factory=dict)
+    reached_into: set[str] = field(default_factory=set)
     hands_on: bool = False
     by_hand: set[str] = field(default_factory=set)
     idle: set[str] = field(default_factory=set)
@@ -67,7 +71,7 @@ def prepare_stand_in(model: nn.Module, index: int, stand_in: nn.Module) -> None:
     seen = seen_in(model)
     found = None if seen is None else seen[index]
     if isinstance(stand_in, StandIn) and found is not None:
-        stand_in.keep(found.attributes)
+        stand_in.keep(found.attributes, found.buffers)
 
 
 def check_left_out(model: nn.Module, stand_ins: Mapping[int, nn.Module]) -> None:
@@ -82,11 +86,10 @@ def check_left_out(model: nn.Module, stand_ins: Mapping[int, nn.Module]) -> None
     root = twin.root
     for index in stand_ins:
         found = seen[index]
-        if found is not None and found.hands_on:
-            raise ValueError(
-                f"{root}.{index}: the next block needs more of it than hidden states, so it cannot be left out; "
-                "compress its layers instead"
-            )
+        if found is not None and (found.hands_on or found.reached_into):
+            uses = f"the model uses {', '.join(sorted(found.reached_into))} of its blocks"
+            reason = "the next block needs more of it than hidden states" if found.hands_on else uses
+            raise ValueError(f"{root}.{index}: {reason}, so it cannot be left out; compress its layers instead")
     try:
         twin.run(put=stand_ins)
     except Exception as error:
@@ -97,6 +100,27 @@ def check_left_out(model: nn.Module, stand_ins: Mapping[int, nn.Module]) -> None
             f"{root}.{needed}: block {reader} needs what it leaves to later blocks (such as keys and values), so it "
             f"cannot be left out; leave out block {reader} and those like it, or compress its layers"
         ) from error
+
+
+def _loading_buffers(twin: Twin) -> dict[int, dict[str, list[int]]]:
+    """For each kind the buffers inside a block that the model fills when it is loaded, with their shapes."""
+    holder = twin.model.get_submodule(twin.root.rpartition(".")[0])
+    twin.read = {}
+    with twin.watched(), torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        if hasattr(holder, "_init_weights"):
+            holder._init_weights(holder)
+    found: dict[int, dict[str, list[int]]] = {}
+    for kind, read in twin.read.items():
+        parts = {name: part for name, part in read.items() if isinstance(part, nn.Module)}
+        buffers = [(f"{name}.{leaf}", b) for name, part in parts.items() for leaf, b in _unsaved(part)]
+        found[kind] = {path: list(buffer.shape) for path, buffer in buffers}
+    return found
+
+
+def _unsaved(part: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers that no checkpoint holds."""
+    saved = part.state_dict()
+    return [(name, buffer) for name, buffer in part.named_buffers() if name not in saved]
 
 
 def _fails(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> bool:
@@ -129,9 +153,12 @@ def _look(twin: Twin) -> list[Seen | None] | None:
         whole = twin.run(watch=watch, leave=leave)
         for index, read in twin.read.items():
             if index in found:
-                found[index].attributes = read
+                plain = {name: value for name, value in read.items() if isinstance(value, bool | int | float | str)}
+                found[index].attributes, found[index].reached_into = plain, set(read) - set(plain)
     except Exception:  # whatever a model may not like about a few tokens, nothing was seen then
         return None
+    for index, buffers in _loading_buffers(twin).items():
+        found[index].buffers = buffers
     _look_in_training(twin, watch)
     for index, seen in found.items():
         seen.idle = _idle(twin.layers[index], called[index] | seen.by_hand)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property
 from typing import Any
@@ -37,7 +38,7 @@ class Twin:
 
     Attributes:
         kinds: for each block the index of the first one of its kind.
-        read: for each of these the settings of the block that the model read in the last pass.
+        read: for each of these what the model read of the block, by name.
         at: the block that ran last, where a pass failed perhaps.
     """
 
@@ -94,6 +95,18 @@ class Twin:
             for index, block in enumerate(real):
                 self.layers[index] = block
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While open, `read` gathers what the model reads of its blocks."""
+        real = list(self.layers)
+        for index, block in enumerate(real):
+            self.layers[index] = _Stage(self, index, block, False, None, None, None, {})
+        try:
+            yield
+        finally:
+            for index, block in enumerate(real):
+                self.layers[index] = block
+
 
 class _Stage(nn.Module):
     """One block of a twin: filled, run and emptied again; or passed by, if one of its kind ran."""
@@ -109,8 +122,7 @@ class _Stage(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(self.__dict__["block"], name)
-            if isinstance(value, bool | int | float | str):
-                self.twin.read.setdefault(self.twin.kinds[self.index], {})[name] = value
+            self.twin.read.setdefault(self.twin.kinds[self.index], {})[name] = value
             return value
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
