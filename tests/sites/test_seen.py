@@ -213,6 +213,15 @@ def test_the_language_model_is_compressed_and_not_the_vision_tower(depth):
     assert torch.isfinite(model(input_ids=text).logits).all()
 
 
+def test_blocks_are_those_of_the_text_where_the_model_names_no_decoder():
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "image_size": 8, "patch_size": 4}  # fmt: skip
+    config = CONFIG_MAPPING["git"](**LLAMA, vision_config=tower)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert all("image" not in site.name for site in find_sites(model))
+
+
 @pytest.mark.parametrize(
     ("kind", "roles"),
     [

@@ -30,12 +30,26 @@ def locate_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no list of decoder blocks; tensormix needs a transformer that keeps its "
             "blocks in an nn.ModuleList, such as model.layers or transformer.h"
         )
-    return max(outer, key=lambda item: len(item[1]))
+    of_text = [(name, layers) for name, layers in outer if _is_of_text(model, name)]
+    return max(of_text or outer, key=lambda item: len(item[1]))
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks, in the order in which they are called."""
     return locate_blocks(model)[1]
+
+
+def _is_of_text(model: nn.Module, name: str) -> bool:
+    """Whether the part that holds this list has the config for text, and not one of its own for images or sound."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return True
+    while name:
+        name = name.rpartition(".")[0]
+        own = vars(model.get_submodule(name)).get("config")
+        if own is not None:
+            return type(own) is type(config.get_text_config())
+    return True
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
