@@ -35,10 +35,9 @@ def values_pass(
     """
     H, G, C = counts
     generator = torch.Generator().manual_seed(0)
-    maps = torch.linalg.qr(torch.randn(G, C, C, generator=generator)).Q
-    if not orthogonal:
-        maps = maps * (1 + 2 * torch.rand(G, 1, C, generator=generator))
-    back = torch.linalg.inv(maps).repeat_interleave(H // G, dim=0)  # (H, C, C)
+    turns = torch.linalg.qr(torch.randn(G, C, C, generator=generator)).Q
+    scales = torch.ones(G, 1, C) if orthogonal else 1 + 2 * torch.rand(G, 1, C, generator=generator)
+    maps, back = turns * scales, (turns / scales).mT.repeat_interleave(H // G, dim=0)  # (G, C, C), (H, C, C)
 
     def turned(out: Tensor) -> Tensor:  # (..., O)
         parts = out[..., v.rows].unflatten(-1, (G, C))
