@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
 BASE ?= HEAD~1
-.PHONY: help setup demo test test-fast real check same mutate clean
+.PHONY: help setup demo test test-fast real check same mutate tables clean
 
 help:
 	@echo "make demo    set up and run the sweep on the embedded model; ends with the path of the report"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-fast  the tests of the rooms that everything stands on, in a minute"
 	@echo "make real    set up, fetch SmolLM2-135M-Instruct and run the tests on it (10 minutes)"
 	@echo "make check   ruff, the type checker and the import directions"
+	@echo "make tables  write down anew what tensormix list shows, after a method or operator is added"
 	@echo "make mutate  break the code line by line and demand that the tests notice"
 	@echo "make same    compare what the working tree makes with what a commit made (BASE=$(BASE)), to the bit"
 
@@ -43,15 +44,17 @@ test-fast: setup
 	$(BIN)/python -m pytest -q $(FAST)
 
 real: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
 	$(BIN)/python -W ignore tools/smollm2.py build/smollm2
-	TENSORMIX_REAL=$(CURDIR)/build/smollm2 $(BIN)/python -m pytest -q tests/real
+	TENSORMIX_REAL=$(CURDIR)/build/smollm2 TENSORMIX_REAL_GGUF=$(CURDIR)/build/smollm2.gguf $(BIN)/python -m pytest -q tests/real
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+tables: setup
+	$(BIN)/python tools/tables.py
 
 mutate: setup
 	$(BIN)/python tools/mutate.py

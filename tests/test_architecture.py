@@ -33,7 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reparameterise": {"fitting", "methods", "operators", "plan", "sites", "statistics"},
     "hf": {"operators", "sites", "storage"},
     "models": {"hf", "sites", "storage"},
-    "plan": {"methods", "sites"},
+    "explain": set(),
+    "reading": {"explain"},
+    "plan": {"methods", "reading", "sites"},
     # what is done to a model: compressed by a plan, or measured by stages that never know of one
     "compression": {
         "fitting", "hf", "methods", "models", "operators", "plan", "reparameterise", "sites", "statistics", "storage",
@@ -44,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profile": FACTS | {"clock"},
     "diagnose": FACTS | {"evaluate"},
     # what is asked for, and carried out
-    "recipe": {"diagnose", "methods", "plan", "settings"},
+    "recipe": {"diagnose", "methods", "plan", "reading", "settings"},
 }  # fmt: skip
 for part in set(MAY_IMPORT) - {"kernels", "exam", "settings"}:
     MAY_IMPORT[part].add("rows")

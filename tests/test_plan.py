@@ -210,3 +210,33 @@ def test_a_method_of_your_own():
     plan = Plan((Rule(method=Mine()),))
     assert isinstance(plan.root[0].method, Mine)
     assert plan.model_dump(mode="json")[0]["method"] == {"name": "mine"}
+
+
+def test_a_plan_is_made_of_plain_data(tmp_path):
+    plain = {"method": {"name": "svd", "keep": 0.5}}
+    expected = Plan.model_validate([plain])
+    (tmp_path / "rules.yaml").write_text(json.dumps([plain]))
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"model": "x", "plan": [plain]}))
+    method = Svd(keep=0.5)
+    for data in ([plain], (plain,), plain, plain["method"], method, [method], Rule(method=method), {"plan": [plain]}):
+        assert Plan.of(data) == expected
+    for path in (tmp_path / "rules.yaml", str(tmp_path / "recipe.yaml")):
+        assert Plan.of(path) == expected
+    assert Plan.of(expected) is expected and Plan.of([]) == Plan(())
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ([{"method": {"name": "svd", "kep": 0.5}}], r"plan\[0\]\.method: unknown key 'kep', did you mean 'keep'\?"),
+        ({"method": {"name": "svdd", "keep": 0.5}}, r"plan\[0\]\.method: unknown name 'svdd', did you mean 'svd'\?"),
+        ([{"methods": {"name": "svd", "keep": 0.5}}], r"plan\[0\]: unknown key 'methods', did you mean 'method'\?"),
+        ([3], r"plan\[0\]: must be keys and values, got 3"),
+        ("absent.yaml", r"there is no file absent\.yaml"),
+        ({"plan": [], "budget": {"keep": 0.5}}, r"a budget or a search decides this plan; run its recipe"),
+    ],
+)
+def test_what_is_no_plan_is_one_sentence(data, sentence):
+    with pytest.raises(ValueError, match=sentence) as refused:
+        Plan.of(data)
+    assert not isinstance(refused.value, ValidationError)

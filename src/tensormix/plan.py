@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, RootModel, WrapValidator, field_validator
@@ -14,6 +15,7 @@ from pydantic import ValidatorFunctionWrapHandler as Handler
 
 from tensormix.methods import METHODS
 from tensormix.methods.base import Method
+from tensormix.reading import read_any_yaml, validated
 from tensormix.sites import FUSED, ROLES, Site
 
 _COUNTED = re.compile(r"(last|first) +(\d+)")
@@ -46,8 +48,8 @@ class Rule(BaseModel):
         blocks: "last 17", "first 5", "3-7", "2", "1,4,6", "all", or an integer or a list of integers, from 0.
         sites: a list of roles (q, k, v, o, gate, up, down, or the fused qkv, gate_up), or one regular expression
             for the whole name of a site; without it every linear layer and every stack of experts of the blocks (of
-            a method that changes layers together, those whose role it knows). Not for a method that works on whole
-            blocks.
+            a method that changes layers together, those whose role it knows; v and o, up and down only where a module
+            has both). Not for a method that works on whole blocks.
         method: a mapping with the `name` of a method and its settings, or a method.
     """
 
@@ -163,6 +165,24 @@ class Plan(RootModel[tuple[Rule, ...]]):
                 )
         return rules
 
+    @classmethod
+    def of(cls, value: Any) -> Plan:
+        """A plan from plain data: rules in a list, one rule, one method, or the path of a YAML file with any of them.
+
+        Of a recipe, as data or as a file, the plan is taken. Raises ValueError in one sentence if it is none.
+        """
+        if isinstance(value, Plan):
+            return value
+        if isinstance(value, str | Path):
+            value = read_any_yaml(Path(value))
+        if isinstance(value, dict) and "plan" in value:
+            if value.get("budget") is not None or value.get("search") is not None:
+                raise ValueError("plan: a budget or a search decides this plan; run its recipe, or write the sizes out")
+            value = value["plan"]
+        rules = value if isinstance(value, list | tuple) else [value]
+        named = [{"method": rule} if _is_method(rule) else rule for rule in rules]
+        return validated(cls, named, "plan")
+
     @property
     def whole(self) -> Any:
         """The method that changes the whole model, if the plan is such a one."""
@@ -197,7 +217,24 @@ class Plan(RootModel[tuple[Rule, ...]]):
     @staticmethod
     def _matched(rule: Rule, sites: Sequence[Site], num_blocks: int) -> list[Site]:
         indices = rule.block_indices(num_blocks)
-        return [site for site in sites if site.block in indices and rule.matches(site)]
+        matched = [site for site in sites if site.block in indices and rule.matches(site)]
+        if rule.sites is None and rule.method.takes == "layers":
+            matched = [site for site in matched if _has_partner(site, sites)]
+        return matched
+
+
+_PARTNERS = {"v": "o", "o": "v", "qkv": "o", "up": "down", "gate": "down", "gate_up": "down", "down": "up"}
+
+
+def _has_partner(site: Site, sites: Sequence[Site]) -> bool:
+    """Whether the module that holds a layer has what it is changed with: the o of a Mamba has no values."""
+    wanted, holder = _PARTNERS.get(site.role or ""), site.name.rpartition(".")[0]
+    beside = [other.role or "" for other in sites if other.name.rpartition(".")[0] == holder]
+    return wanted is None or any(wanted in (role, *FUSED.get(role, ())) for role in beside)
+
+
+def _is_method(value: Any) -> bool:
+    return isinstance(value, Method) or (isinstance(value, dict) and "name" in value and "method" not in value)
 
 
 def _parse_blocks(text: str) -> tuple[str, list[int]]:

@@ -16,13 +16,16 @@ class Settings(BaseModel):
 class Source(Settings):
     """A source of text: exactly one of `file`, `hub`, `exam` and `facts`."""
 
-    file: str | None = None  # .txt or .raw, .json with a list, .jsonl; relative to the recipe
+    # .txt, .json, .jsonl, .csv, .tsv, .parquet, each also packed (.gz ...), or a folder; relative to the recipe
+    file: str | None = None
     hub: str | None = None  # a dataset on the Hugging Face Hub
     config: str | None = None  # of the Hub dataset, where it has several
     split: str = "train"  # of the Hub dataset
     exam: bool = False  # questions of the built-in exam with their answers
     facts: bool = False  # the facts that the built-in exam asks for, as prose
-    field: str = "text"  # where the text is in a record of .json, .jsonl or the Hub
+    # Where the text is in a record: a name, with dots for nested ones, or several joined by +. Records without a "text"
+    # are told by their fields: messages, or a question with its answer.
+    field: str = "text"
     # Records as conversations in the words of the tokenizer's own chat template: the field that holds the messages, or
     # a field for each role, in the order in which they speak.
     chat: str | dict[Literal["system", "user", "assistant"], str] | None = None

@@ -69,7 +69,7 @@ def group(model, method=None):
 def test_heads_that_the_config_does_not_tell():
     model = make("llama")
     model.config.num_attention_heads = 8
-    with pytest.raises(ValueError, match=r"q_proj: flat_llm needs 64 features there, for 8 heads \(2 of .* has 32"):
+    with pytest.raises(ValueError, match=r"o_proj: flat_llm needs 64 features there, for 8 heads \(2 of .* has 32"):
         group(model)
     model.config = None
     with pytest.raises(ValueError, match=r"the config of the model does not say how many heads it has"):

@@ -54,12 +54,21 @@ def test_a_conversation_is_packed_with_one_bos(tmp_path, speaking):
     assert speaking(PLAIN).decode(ids) == "<s><user>how?\n<assistant>so\n" * 2
 
 
+def test_what_a_template_refuses_is_named(tmp_path, speaking):
+    own = speaking("{{ raise_exception('say so') }}")
+    with pytest.raises(ValueError, match=r"item 1 of .* does not fit the tokenizer's chat template: say so"):
+        packed_source(own, talk_file(tmp_path, ["how?", "so"]))
+
+
 @pytest.mark.parametrize(
     ("item", "sentence"),
     [
         ({"text": "x"}, r"item 1 of .*a\.json has no list of messages 'talk'; each message is an object with role and"),
         ({"talk": [{"role": "user"}]}, r"item 1 of .*a\.json has no list of messages 'talk'"),
-        ({"talk": [{"role": "user", "content": 3}]}, r"item 1 of .* does not fit the tokenizer's chat template: "),
+        (
+            {"talk": [{"role": "user", "content": 3}]},
+            r"the content of message 1 of item 1 of .*a\.json is a number, not text",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_named(tmp_path, speaking, item, sentence):

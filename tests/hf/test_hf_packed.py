@@ -213,12 +213,12 @@ def test_the_config_without_a_pack_does_not_mention_it():
 def test_other_packs(read, method, tmp_path):
     save_packed(tmp_path, "llama")
     rewrite(tmp_path / "plain", load_file(tmp_path / "plain" / "model.safetensors"), {"quant_method": method})
-    with pytest.raises(ValueError, match=f"packed as '{method}'; plain weights, 'fp8' and 'mxfp4' can be read"):
+    with pytest.raises(ValueError, match=f"packed as '{method}'; plain weights, 'fp8', 'mxfp4', and of"):
         read(tmp_path / "plain")
 
 
 def test_a_compressed_checkpoint_of_another_pack():
-    with pytest.raises(ValueError, match="packed as 'awq'; plain weights, 'fp8' and 'mxfp4' can be read"):
+    with pytest.raises(ValueError, match="packed as 'awq'; plain weights, 'fp8', 'mxfp4', and of"):
         StructuredConfig(packed={"quant_method": "awq"})
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tensormix.compression import compress
+from tensormix.explain import explain
 from tensormix.methods import METHODS, LinearMethod, MeanOutput, Mixt, Rtn, Svd, ZeroMethod
 from tensormix.operators import Dense, LowRank, MixT, Quantized
 from tensormix.plan import Plan
-from tensormix.recipe.explain import explain
 from tensormix.statistics import InputMean
 from zoo import make, token_ids
 

@@ -162,7 +162,7 @@ def test_a_model_type_that_nobody_knows(dense):
 def test_no_weights(dense):
     for file in dense.glob("*.safetensors*"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"model has a config.json but no weights \(\*.safetensors\)"):
+    with pytest.raises(ValueError, match=r"model has a config.json but no weights \(\*.safetensors, \*.gguf\)"):
         load_model(dense)
 
 
@@ -206,7 +206,7 @@ def test_compressed_weights_that_do_not_fit_the_config(small):
     config = json.loads((small / "config.json").read_text())
     config["quantization_config"]["operators"]["model.layers.0.mlp.up_proj"]["num_branches"] = 3
     (small / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"small (could not be loaded: .*size mismatch|could not be loaded|.*lack)"):
+    with pytest.raises(ValueError, match=r"small(: the weights lack .*core_2| could not be loaded)"):
         load_model(small)
 
 

@@ -52,7 +52,7 @@ def quantized():
 
 def tucker():
     """Heads of 8 channels: 4 of them, 2, and 6."""
-    parts = {name: (O // 8, True) for name, (O, _) in SHAPES.items()}
+    parts = [(name, O // 8, True) for name, (O, _) in SHAPES.items()]
     made = TuckerHeads(hidden_size=I, head_dim=8, parts=parts, ranks=(5, 3, 1))
     with torch.no_grad():
         for parameter in made.parameters():

@@ -45,7 +45,8 @@ def test_every_stage_leaves_rows_with_settings_and_environment(finished):
         assert content["rows"]
         assert content["environment"]["versions"]["torch"]
         assert content["seed"] == 0
-        assert set(content) == {"stage", "key", "settings", "seed", "rows", "environment", "seconds", "finished"}
+        names = {"stage", "key", "settings", "seed", "texts", "rows", "environment", "seconds", "finished"}
+        assert set(content) == names
     assert Recipe.model_validate(read_json(finished / "recipe.json")).plan.root[0].blocks == "last 2"
 
 

@@ -95,8 +95,10 @@ def test_a_new_name_is_on_the_disk_before_anything_goes_on(tmp_path, monkeypatch
 
 def test_the_digest_of_a_file_follows_its_content(tmp_path):
     file = tmp_path / "a.txt"
-    assert content_digest(file) is None and content_digest(tmp_path) is None
+    assert content_digest(file) is None
+    of_folder = content_digest(tmp_path)
     file.write_text("one")
+    assert content_digest(tmp_path) != of_folder  # of all files of a folder
     before = content_digest(file)
     file.write_text("two")
     os.utime(file, ns=(1, 1))

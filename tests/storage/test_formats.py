@@ -26,6 +26,7 @@ class Npy:
 
     file_patterns = ("*.npy",)
     index_patterns = ()
+    described = None
 
     def __init__(self, folder, file=None):
         self.folder, self.files = folder, sorted(folder.glob("*.npy")) if file is None else [file]

@@ -59,10 +59,25 @@ FAULTS = (
     Fault("sites/sliced.py", "loaded.config.tie_word_embeddings = False", "pass", "compression/test_slicing.py"),
     Fault(
         "storage/assembly.py",
-        "            if entry.shape != expected:",
-        "            if False:",
+        "                if shape not in (None, expected):",
+        "                if False:",
         "storage/test_assembly.py",
     ),
+    Fault(
+        "storage/assembly.py",
+        "                if holds_codes(entry):",
+        "                if False:",
+        "models/test_codes.py",
+    ),
+    Fault("storage/gguf/layouts.py", "return tensor - 1", "return tensor", "storage/test_gguf.py"),
+    Fault("storage/gguf/layouts.py", "pairs.swapaxes(1, 2)", "pairs", "storage/test_gguf.py"),
+    Fault("storage/gguf/numbers.py", 'bitorder="little"', 'bitorder="big"', "storage/test_gguf.py"),
+    Fault(
+        "storage/gguf/configs.py", "if prefix == self.name and rest not in known:", "if False:", "storage/test_gguf.py"
+    ),
+    Fault("storage/foreign.py", "_NIBBLES = (0, 4, 1, 5,", "_NIBBLES = (0, 1, 4, 5,", "storage/test_foreign.py"),
+    Fault("storage/foreign.py", "+ self.above", "+ 0", "storage/test_foreign.py"),
+    Fault("models/places.py", "        refuse_adapter(folder)\n", "        pass\n", "models/test_places.py"),
     Fault(
         "storage/assembly.py",
         "in making.converter.source_patterns if",

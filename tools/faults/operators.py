@@ -71,7 +71,7 @@ FAULTS = (
     Fault("operators/base.py", 'if name != "bias")', ")", CONTRACT),
     Fault("operators/bypass.py", "out if self._beside is None else", "", "operators/test_bypass.py"),
     Fault("operators/chain.py", "places % self.shuffle", "places // self.shuffle", CONTRACT),
-    Fault("operators/concat.py", "y = y + part.multiply(piece)", "y = part.multiply(piece)", CONTRACT),
+    Fault("operators/concat.py", "y = y + part(piece)", "y = part.multiply(piece)", CONTRACT),
     Fault("operators/concat.py", "matrix.chunk(self.groups)", "matrix.chunk(1)", CONTRACT),
     Fault("operators/low_rank.py", "self.rank}", "self.rank - 1}", CONTRACT),
     Fault("operators/mixt.py", "[core.to(dtype) for core in cores]", "cores", KERNEL),

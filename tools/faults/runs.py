@@ -42,7 +42,7 @@ FAULTS = (
     ),
     Fault("allocation/survey.py", "/ probed.error, LEAST)", ", LEAST)", "allocation/test_budget.py"),
     Fault("allocation/survey.py", "setattr(holder, child, old)", "pass", "allocation/test_budget.py"),
-    Fault("recipe/reading.py", "(folder / model).exists()", "False", "recipe/test_recipe.py"),
+    Fault("reading.py", "(folder / model).exists()", "False", "recipe/test_recipe.py"),
     Fault("recipe/recipe.py", "placed[key] = placed_path(placed[key], folder)", "pass", "recipe/test_recipe.py"),
     Fault("report/boundary.py", "item.depth == min(past)", "item.depth == max(past)", "report/test_report_sweep.py"),
     Fault("report/chart.py", 'tabindex="0",', "", BROWSER),

@@ -5,16 +5,17 @@ The outcome is plain data: `compress` knows nothing of budgets, and a plan that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import floor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tensormix.allocation.one_keep import STEPS, at_keep, costs, is_joint, largest_keep
+from tensormix.allocation.one_width import allocate_width
 from tensormix.allocation.outcome import (
     Allocation,
     ImpossibleBudget,
@@ -30,21 +31,24 @@ from tensormix.allocation.survey import Found, Survey
 from tensormix.allocation.ways import WAYS, Chosen, train_ranks
 from tensormix.compression import Calibration, Home, Progress
 from tensormix.compression.from_files import Source
+from tensormix.compression.kinds import planned_units
 from tensormix.models import ModelSource, fill_buffers, load_model, skeleton
 from tensormix.plan import Plan
 from tensormix.settings import Budget
 from tensormix.sites import Site, find_sites
+from tensormix.sites.batches import batches_of
 from tensormix.sites.calls import Activations
 from tensormix.storage.assembly import Assembly
 
 
 def allocate(
     model: ModelSource | str | Path,
-    plan: Plan,
+    plan: Plan | Any,
     budget: Budget,
-    batches: Iterable[Tensor] | None = None,
+    batches: Any = None,
     progress: Progress | None = None,
     *,
+    tokenizer: Any = None,
     dtype: str = "auto",
     precision: torch.dtype = torch.float64,
     spill: Path | None = None,
@@ -56,7 +60,7 @@ def allocate(
     "learned", for the ranks of dobi_svd, trains all of them together (see `tensormix.allocation.learned`).
 
     Args:
-        batches: token ids (B, T) for calibration; with them the errors of "greedy" are those on the inputs.
+        plan, batches, tokenizer: as in `compress`; with batches the errors of "greedy" are those on the inputs.
         dtype: that the compressed model will have; "auto" is that of the checkpoint.
         spill: a folder for the activations between blocks.
 
@@ -65,22 +69,20 @@ def allocate(
         ValueError: a weight or an input is not finite or all zero (it names the site), or the way to divide needs
             what is not there.
     """
-    model, joint = ModelSource.of(model), is_joint(plan)
+    model, plan = ModelSource.of(model), Plan.of(plan)
+    if plan.whole is not None:
+        return allocate_width(model, plan, budget, partial(skeleton, model, dtype=dtype))
+    joint, bare = is_joint(plan), skeleton(model, dtype=dtype)
     if joint and budget.by != "uniform":
         name = plan.root[0].method.name
         raise ValueError(f"budget: {name} divides its keep within each block by itself: only by 'uniform' among blocks")
-    way, batches = WAYS[budget.by], None if batches is None else list(batches)
-    options: dict[str, Any] = {
-        "of": budget.of,
-        "errors": way.errors,
-        "levels": budget.levels,
-        "with_inputs": batches is not None,
-    }
+    way, batches = WAYS[budget.by], None if batches is None else list(batches_of(bare, batches, tokenizer) or ())
+    options: dict[str, Any] = {"of": budget.of, "errors": way.errors, "levels": budget.levels}
+    options["with_inputs"] = batches is not None
     if way.needs_whole_model:
         whole: Any = load_model(model, dtype=dtype)
         make_survey = partial(Survey, whole.to(device), plan, _Counted(model, dtype), progress, **options)
         return _measured_whole(make_survey, whole, Calibration(batches, "dense", precision), budget, model)
-    bare: Any = skeleton(model, dtype=dtype)
     home = _home(bare, model, device)
     if joint:
         return _joint(bare, home, plan, budget, model)
@@ -144,6 +146,7 @@ def _decided(
 
 def _joint(model: nn.Module, home: Home, plan: Plan, budget: Budget, source: ModelSource) -> Allocation:
     """One `keep` for all blocks. Where ranks depend on the data, the costs are those of equal spectra."""
+    planned_units(model, at_keep(plan, 1 / STEPS))  # a method that keeps everything relies on nothing
     dense = costs(model, home, at_keep(plan, 1.0), budget.of)
     sites = sum(before for _, before, _ in dense.values())
     whole = sites if budget.over == "sites" else cost_of_model(model, budget.of, source)

@@ -13,7 +13,13 @@ from tensormix.rows import Row
 
 
 def show_check(console: Console, result: dict[str, Any]) -> None:
-    """What each kind of site becomes, what a budget or a search has to say, and the whole model before and after."""
+    """What each kind of site becomes, what a budget or a search has to say, and the whole model before and after.
+
+    First of all that it becomes larger, if it does.
+    """
+    show_growth(console, result.get("larger"))
+    for note in result.get("notes", ()):
+        console.print(f"Note: {note}.", markup=False)
     if result["sites"]:
         console.print(_sites_table(result["sites"]))
         if "search" in result:
@@ -29,6 +35,12 @@ def show_check(console: Console, result: dict[str, Any]) -> None:
     if "budget" in result:
         show_budget(console, result["budget"][0], result["assumed"])
     console.print(_model_table(result["dense"], result["compressed"]))
+
+
+def show_growth(console: Console, sentence: str | None) -> None:
+    """That a compressed model is larger than its source, if it is."""
+    if sentence:
+        console.print(f"[yellow]{escape(sentence)}[/yellow]", soft_wrap=True)
 
 
 def _sites_table(sites: list[dict[str, Any]]) -> Table:

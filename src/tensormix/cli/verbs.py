@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -9,7 +10,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tensormix.cli.tables import show_check, show_prediction, show_recovery, show_results, show_rows
+from tensormix.cli.tables import show_check, show_growth, show_prediction, show_recovery, show_results, show_rows
 from tensormix.rows import Row
 from tensormix.storage.locks import LOCK
 
@@ -39,10 +41,11 @@ THINGS = ("methods", "operators", "statistics", "diagnostics", "stages", "subjec
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], as_json: Json = False) -> None:
     """Say what a recipe would do, from the model's config alone: sites, sizes, parameters, MACs, bytes. No weights."""
-    from tensormix.recipe import Recipe
-    from tensormix.run.check import check as check_recipe
+    with few_imports():
+        from tensormix.recipe import Recipe
+        from tensormix.run.check import check as check_recipe
 
-    result = check_recipe(Recipe.load(recipe))
+        result = check_recipe(Recipe.load(recipe))
     if as_json:
         print(json.dumps(result, indent=1))
     else:
@@ -63,13 +66,18 @@ def run(
     from tensormix.cli.progress import stage_bars
     from tensormix.recipe import Recipe
     from tensormix.run import run_recipe, stage_rows
+    from tensormix.storage.files import read_json
 
     loaded, folder = Recipe.load(recipe), out or Path("runs") / recipe.stem
     check_out(folder, "recipe.json", overwrite)
     if threads is not None:
         torch.set_num_threads(threads)
     with resumable(), stage_bars(console) as progress:
-        run_recipe(loaded, folder, progress=progress, workers=workers)
+        run_recipe(
+            loaded, folder, progress=progress, workers=workers, say=cache(lambda line: console.print(escape(line)))
+        )
+    if loaded.plan.root:
+        show_growth(console, read_json(folder / "compress.json").get("larger"))
     show_results(console, measured_in(folder))
     if loaded.recover is not None:
         show_recovery(console, stage_rows(folder, "recover"))
@@ -170,22 +178,12 @@ def list_things(
 
 
 def listing(what: str) -> list[dict[str, Any]]:
-    """The rows of one table of the package.
+    """The rows of one table of the package, as `make tables` wrote them down: importing the package takes seconds.
 
     Raises:
         ValueError: there is no such table.
     """
-    if what == "methods":
-        from tensormix.run.check import list_methods
-
-        return list_methods()
-    tables: dict[str, Callable[[], Any]] = {
-        "operators": lambda: __import__("tensormix.operators", fromlist=["OPERATORS"]).OPERATORS,
-        "statistics": lambda: __import__("tensormix.statistics", fromlist=["STATISTICS"]).STATISTICS,
-        "diagnostics": lambda: __import__("tensormix.diagnose", fromlist=["DIAGNOSTICS"]).DIAGNOSTICS,
-        "stages": lambda: __import__("tensormix.rows", fromlist=["STAGES"]).STAGES,
-        "subjects": lambda: __import__("tensormix.exam", fromlist=["SUBJECTS"]).SUBJECTS,
-    }
+    tables = json.loads(resources.files("tensormix.cli").joinpath("tables.json").read_text("utf-8"))
     if what not in tables:
         from difflib import get_close_matches
 
@@ -194,10 +192,7 @@ def listing(what: str) -> list[dict[str, Any]]:
             f"list: there is no table {what!r}{f', did you mean {near[0]!r}?' if near else '.'} "
             f"Known: {', '.join(THINGS)}."
         )
-    table = tables[what]()
-    if not isinstance(table, dict):
-        return [{"name": name} for name in table]
-    return [{"name": name, "summary": (item.__doc__ or "").strip().splitlines()[0]} for name, item in table.items()]
+    return tables[what]
 
 
 def measured_in(folder: Path) -> Mapping[str, Sequence[Row]]:
@@ -222,6 +217,27 @@ def check_out(folder: Path, ours: str, overwrite: bool) -> None:
     there = {file.name for file in folder.iterdir()} - {LOCK} if folder.exists() else set()
     if there and ours not in there and not overwrite:
         raise ValueError(f"{folder} holds something else (no {ours}); choose another --out, or add --overwrite")
+
+
+@contextmanager
+def few_imports() -> Iterator[None]:
+    """While open, importing transformers takes half the time: it makes millions of objects, among which the garbage
+    collector finds nothing, and its losses for finding things in images are left without scipy.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    has: Any = import_module("transformers.utils")
+
+    given = has.is_scipy_available
+    if "transformers.loss" not in sys.modules:
+        has.is_scipy_available = lambda: False
+    try:
+        yield
+    finally:
+        has.is_scipy_available = given
+        gc.freeze()  # not looked at again, not even at the end of the process
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,10 +18,10 @@ from tensormix.compression.to_files import Disk
 from tensormix.models import ModelSource, fill_buffers, load_model, quiet, skeleton
 from tensormix.plan import Plan
 from tensormix.rows import Row
+from tensormix.sites.batches import batches_of
 from tensormix.sites.calls import Activations
-from tensormix.storage.assembly import Assembly
 from tensormix.storage.files import whole_folder
-from tensormix.storage.formats import files_beside
+from tensormix.storage.gguf import Gguf
 from tensormix.storage.locks import only_writer
 from tensormix.version import code_version
 
@@ -31,10 +30,11 @@ from tensormix.version import code_version
 def compress_checkpoint(
     source: ModelSource | str | Path,
     out: Path,
-    plan: Plan,
-    batches: Iterable[Tensor] | None = None,
+    plan: Plan | Any,
+    batches: Any = None,
     progress: Progress | None = None,
     *,
+    tokenizer: Any = None,
     dtype: str = "auto",
     inputs: Stream = "propagated",
     precision: torch.dtype = torch.float64,
@@ -52,7 +52,7 @@ def compress_checkpoint(
 
     Args:
         source: a folder with config.json and weights, a Hub id, one file of weights, or a source that is open.
-        batches, inputs, precision: as in `compress`.
+        plan, batches, tokenizer, inputs, precision: as in `compress`.
         dtype: "auto" leaves every tensor in its own; another one converts those that the model knows.
         spill: keep the activations between blocks in files beside `out` instead of in memory.
         workers: blocks at a time, where no method needs inputs.
@@ -69,15 +69,17 @@ def compress_checkpoint(
             written by another process, or the disk is too small. What was finished before an error or a kill is used
             by the next call.
     """
-    source, out = ModelSource.of(source).local, Path(out).resolve()
+    source, out, plan = ModelSource.of(source).local, Path(out).resolve(), Plan.of(plan)
     _check_request(source.folder, out, workers, inputs)
+    if source.is_alone and isinstance(source.weights, Gguf) and source.weights.has_tokenizer:
+        source.tokenizer()  # one that cannot be made is said now, not after hours
     with only_writer(out):
         if plan.whole is not None:
             _check_free(out, overwrite)
-            return _in_memory(source, out, plan, batches, progress, dtype, inputs, precision, device)
+            return _in_memory(source, out, plan, batches, tokenizer, progress, dtype, inputs, precision, device)
         model: Any = skeleton(source, dtype=dtype)
-        home = Disk(model, Assembly(model, source.weights), out, convert=dtype != "auto", device=device)
-        calibration = Calibration(batches, inputs, precision)
+        home = Disk(model, source, out, convert=dtype != "auto", device=device)
+        calibration = Calibration(batches_of(model, batches, tokenizer), inputs, precision)
         with _room(home):
             names, notes = _named(model, plan, home, calibration, spill)
         walk = Walk(model, names, home, progress, notes)
@@ -171,7 +173,8 @@ def _in_memory(
     source: ModelSource,
     out: Path,
     plan: Plan,
-    batches: Iterable[Tensor] | None,
+    batches: Any,
+    tokenizer: Any,
     progress: Progress | None,
     dtype: str,
     inputs: Stream,
@@ -181,10 +184,9 @@ def _in_memory(
     """For a method that changes all blocks at once: the whole model is loaded, and nothing is continued."""
     model: Any = load_model(source, dtype=dtype)
     model.to(device)
-    rows = compress(model, plan, batches, progress, inputs=inputs, precision=precision)
+    rows = compress(model, plan, batches, progress, tokenizer=tokenizer, inputs=inputs, precision=precision)
     with whole_folder(out) as part, quiet():
-        for file in files_beside(source.folder):
-            shutil.copyfile(file, part / file.name)
+        source.write_beside(part)
         model.save_pretrained(part)
     return rows
 

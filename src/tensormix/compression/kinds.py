@@ -147,6 +147,8 @@ class _Blocks(Unit):
 
     def left_out(self) -> dict[int, StandIn]:
         """Index -> what stands in for a block, as far as its place in the model goes."""
+        if not hasattr(self.model, "config"):  # there is no twin to ask
+            return {}
         found = {site.block or 0: part for site, part in zip(self.sites, self.empty().values(), strict=True)}
         return {index: part.as_bypass() for index, part in found.items() if isinstance(part, StandIn)}
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensormix.compression.between import check_symmetries
 from tensormix.compression.units import Fitted, Statistics, Unit, at_sites, not_finite
 from tensormix.methods.base import Heads, Layer, RoleError
 from tensormix.operators import Concat, StructuredLinear
 from tensormix.sites import FUSED, Site, head_counts, takes_turns
+from tensormix.sites.trials import is_as_built
 from tensormix.statistics import is_finite
 
 _SAME_INPUTS = {"k": "q", "v": "q", "up": "gate"}
@@ -25,16 +27,16 @@ class LayersUnit(Unit):
     """Layers that come to their method by role: "q" of one block, "0.q" and "1.q" of two.
 
     Raises:
-        ValueError: a site has no role that the method knows, two have the same, or the heads are not known or do not
-            fit the shapes.
+        ValueError: a site has no role that the method knows, two have the same, the heads are not known or do not
+            fit the shapes, or what lies between the layers does not let pass what the method changes in them.
     """
 
     moves_bias = False  # the biases that the method gives are the final ones
 
     def __init__(self, model: nn.Module, method: Any, sites: Iterable[Site]) -> None:
         super().__init__(model, method, sites)
-        counts = head_counts(model)
-        self.heads = None if counts is None else Heads(*counts)
+        counts = head_counts(model, self.first_block)
+        self.heads = None if counts is None else _as_built(Heads(*counts), model, self.sites)
         self.groups: dict[str, int] = {}  # site name -> of a fused one: in how many pieces its parts take turns
         self.holder: dict[str, Site] = {}  # role, of several blocks with the number of the block -> its site
         for site in self.sites:
@@ -51,6 +53,7 @@ class LayersUnit(Unit):
                     )
                 self.holder[key] = site
         self._check_heads()
+        check_symmetries(self)
 
     def needs(self) -> dict[str, tuple[type, ...]]:
         """Site name -> the statistics of its inputs; where several sites have the same inputs, at the first of them."""
@@ -60,7 +63,7 @@ class LayersUnit(Unit):
         return {name: tuple(kinds) for name, kinds in found.items() if kinds}
 
     def empty(self) -> dict[str, Any]:
-        shapes = {role: (count, site.in_features) for role, site, count in self._counts()}
+        shapes = {role: (count, site.in_features) for role, site, count in self.counts()}
         with self.named():
             operators = self._joined(self.method.empty(shapes, self.heads))
         dtypes = {site.name: site.weight.dtype for site in self.sites}
@@ -87,7 +90,7 @@ class LayersUnit(Unit):
     def _watched(self, role: str) -> Site:
         return next(self.holder[other] for other in self.holder if _inputs(other) == _inputs(role))
 
-    def _counts(self) -> list[tuple[str, Site, int]]:
+    def counts(self) -> list[tuple[str, Site, int]]:
         """Every role with its site and its number of rows."""
         found = []
         for role, site in self.holder.items():
@@ -103,13 +106,14 @@ class LayersUnit(Unit):
     def _part(self, role: str) -> tuple[Tensor, Tensor | None]:  # (O, I), (O,)
         """What belongs to the role: views, unless the parts take turns."""
         site = self.holder[role]
+        return self.cut(role, site.weight), None if site.bias is None else self.cut(role, site.bias)
+
+    def cut(self, role: str, whole: Tensor) -> Tensor:  # (O, ...) of its site -> (O, ...)
+        """The rows that belong to the role."""
+        site = self.holder[role]
         roles, groups = self._keys(site), self.groups[site.name]
-        counts = [count // groups for _, holder, count in self._counts() if holder is site]
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(0, (groups, -1)).split(counts, dim=1)[roles.index(role)].flatten(0, 1)
-
-        return cut(site.weight), None if site.bias is None else cut(site.bias)
+        counts = [count // groups for _, holder, count in self.counts() if holder is site]
+        return whole.unflatten(0, (groups, -1)).split(counts, dim=1)[roles.index(role)].flatten(0, 1)
 
     def _joined(self, operators: Mapping[str, StructuredLinear]) -> dict[str, StructuredLinear]:
         """By role -> by site, the parts of a fused layer put together again."""
@@ -144,7 +148,7 @@ class LayersUnit(Unit):
         """The shapes must be what the config says, or the heads would be cut at the wrong places."""
         for key, site in self.holder.items():
             role = _bare(key)
-            if role not in ("q", "k", "v", "o"):
+            if role not in self.method.roles_of_heads and not (site.role == "qkv" and role in ("q", "k", "v")):
                 continue
             heads = self._known_heads(site)
             width = heads.head_dim * (heads.num_kv_heads if role in ("k", "v") else heads.num_heads)
@@ -166,6 +170,22 @@ class LayersUnit(Unit):
         except ValueError as reason:
             last = "" if self.first_block == self.last_block else f" to {self.last_block}"
             raise ValueError(f"block {self.first_block}{last}: {reason}") from None
+
+
+def _as_built(heads: Heads, model: nn.Module, sites: Iterable[Site]) -> Heads:
+    """As the config says, or as an attention of another kind says of itself, if that is how its layers are built."""
+    by_role = {site.role: site for site in sites}
+    v, o = by_role.get("v"), by_role.get("o")
+    if v is None or o is None:
+        return heads
+    own = getattr(model.get_submodule(o.name.rpartition(".")[0]), "head_dim", None)
+    fits = (o.in_features, v.out_features) == (heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim)
+    block = o.block or 0
+    shown = is_as_built(model, block, o.name, "inputs") and is_as_built(model, block, v.name, "outputs")
+    if fits or not shown or not isinstance(own, int) or o.in_features % own or v.out_features % own:
+        return heads
+    built = Heads(o.in_features // own, v.out_features // own, own)
+    return heads if built.num_heads % built.num_kv_heads else built
 
 
 def _bare(key: str) -> str:

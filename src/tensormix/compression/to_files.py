@@ -17,31 +17,35 @@ from typing import Any
 from tensormix.compression import Walk
 from tensormix.compression.from_files import Source, inside
 from tensormix.hf import attach, fitted_blocks, install_empty, operators_of
+from tensormix.models import ModelSource
 from tensormix.operators import Owner, StandIn, outermost
 from tensormix.rows import Row
 from tensormix.sites import Site
 from tensormix.sites.installing import mark_replacement, owners_closed_by
 from tensormix.storage.assembly import Assembly, Making, packed_config
 from tensormix.storage.entries import Entry, Piece
-from tensormix.storage.files import new_file, put_in_place, read_json, write_json
-from tensormix.storage.formats import files_beside, passed_on
+from tensormix.storage.files import put_in_place, write_json
+from tensormix.storage.formats import passed_on
 from tensormix.storage.journal import Journal, Line
 from tensormix.storage.memory import check_space, set_weight
 from tensormix.storage.safetensors import file_hash, read_header, write_index, write_shard
 
 
 class Disk(Source):
-    """The home of the blocks of `model` (a skeleton on meta) that go from the files of `assembly` into new ones.
+    """The home of the blocks of `model` (a skeleton on meta) that go from the files of `origin` into new ones.
 
     Args:
+        origin: the model that is compressed, with its files on this machine.
         out: the folder of the compressed checkpoint.
         convert: write the tensors that the model knows in the dtype of the skeleton, where theirs is another.
         device: where the weights of an entered block are.
     """
 
-    def __init__(self, model: Any, assembly: Assembly, out: Path, *, convert: bool, device: str = "cpu") -> None:
-        super().__init__(model, assembly, device)
+    def __init__(self, model: Any, origin: ModelSource, out: Path, *, convert: bool, device: str = "cpu") -> None:
+        super().__init__(model, Assembly(model, origin.weights), device)
+        self.origin = origin
         self.out, self.convert = out, convert
+        self.unpacks = convert or (self.assembly.pack is not None and not self.assembly.pack.is_kept)
         self.part = out.with_name(f".{out.name}.part")
         self.journal = Journal(out.with_name(f"{out.name}.journal.jsonl"))
         self._compressed_before = operators_of(model)
@@ -65,7 +69,7 @@ class Disk(Source):
         """
         self._lines = self._intact(self.part, self.journal.read(request)) if self.part.exists() else {}
         missing = [number for number, shard in enumerate(self.shards) if shard.file not in self._lines]
-        beside = sum(file.stat().st_size for file in self._files_beside())
+        beside = sum(file.stat().st_size for file in self.origin.beside() if file.name != self.journal.path.name)
         check_space(self.out.parent, meanwhile + beside + sum(self._bytes_of(number, walk) for number in missing))
         self.part.mkdir(parents=True, exist_ok=True)
         for file in self.part.iterdir():
@@ -77,10 +81,6 @@ class Disk(Source):
         """The lines whose files are in `folder` as they were written."""
         there = {file: line for file, line in lines.items() if (folder / file).exists()}
         return {file: line for file, line in there.items() if file_hash(folder / file) == line["sha256"]}
-
-    def _files_beside(self) -> list[Path]:
-        """What lies beside the weights of the source and goes along: the tokenizer and the like."""
-        return [file for file in files_beside(self.assembly.weights.folder) if file.name != self.journal.path.name]
 
     def _bytes_of(self, number: int, walk: Walk) -> int:
         """What the file of one shard will hold, without its header: units are asked for empty operators."""
@@ -156,9 +156,7 @@ class Disk(Source):
             self._mark(index, line)
         write_index([self.part / shard.file for shard in self.shards], self.part)
         self._write_config()
-        for file in self._files_beside():
-            with file.open("rb") as source, new_file(self.part / file.name) as copy:
-                shutil.copyfileobj(source, copy)
+        self.origin.write_beside(self.part, but=self.journal.path.name)
         shutil.rmtree(self.part / "activations", ignore_errors=True)
         shutil.rmtree(self.out, ignore_errors=True)
         put_in_place(self.part, self.out)
@@ -189,7 +187,7 @@ class Disk(Source):
 
     def _copies(self, making: Making) -> dict[str, Piece | Entry]:
         """The tensors on disk of a making as they are, or in the dtype of the model where that was asked for."""
-        if not self.convert:
+        if not self.unpacks:
             return {name: self._copy(name) for name in making.sources}
         return self.assembly.converted(making)
 
@@ -198,13 +196,13 @@ class Disk(Source):
 
     def _write_config(self) -> None:
         """The config of the source, with the operators in it."""
-        config = read_json(self.assembly.weights.folder / "config.json")
+        config = dict(self.origin.config)
         packed = packed_config(self.assembly.config)
-        if packed is not None and self.convert:
+        if packed is not None and self.unpacks:
             config.pop("quantization_config")  # nothing is packed any more
         if operators_of(self.model) or fitted_blocks(self.model):
             attach(self.model)
-            made = {**self.model.config.quantization_config.to_dict(), "packed": None if self.convert else packed}
+            made = {**self.model.config.quantization_config.to_dict(), "packed": None if self.unpacks else packed}
             config["quantization_config"] = {key: value for key, value in made.items() if value is not None}
         if self.convert or not (config.get("dtype") or config.get("torch_dtype")):
             config.pop("torch_dtype", None)

@@ -5,24 +5,28 @@ The walk asks a `Home` for one block at a time: the blocks may stay in the model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tensormix.compression.choosing import Notes, chooses, settle
 from tensormix.compression.fitting import replace
 from tensormix.compression.home import Home
 from tensormix.compression.kinds import parts_of, units_of
+from tensormix.compression.plain import check_plain
 from tensormix.compression.slicing import slice_model
 from tensormix.compression.streams import Calibration, Stream, observe_part, streams_of
 from tensormix.compression.units import Statistics, Unit
 from tensormix.plan import Plan
 from tensormix.rows import Row
 from tensormix.sites import blocks, find_sites
+from tensormix.sites.batches import batches_of
+from tensormix.sites.locate import unwrapped
 from tensormix.sites.through import through
 
 Progress = Callable[[int, int, str], None]  # sites done, sites planned, the name of the last one
@@ -31,10 +35,11 @@ Progress = Callable[[int, int, str], None]  # sites done, sites planned, the nam
 @torch.no_grad()
 def compress(
     model: nn.Module,
-    plan: Plan,
-    batches: Iterable[Tensor] | None = None,
+    plan: Plan | Any,
+    batches: Any = None,
     progress: Progress | None = None,
     *,
+    tokenizer: Any = None,
     inputs: Stream = "propagated",
     precision: torch.dtype = torch.float64,
 ) -> list[Row]:
@@ -43,8 +48,10 @@ def compress(
     Args:
         model: any decoder that keeps its blocks in a ModuleList; a transformers model can be saved with
             `save_pretrained` afterwards.
-        plan: which site gets which method.
-        batches: token ids (B, T) for calibration; needed, and read, only if a method needs them.
+        plan: which site gets which method, also as plain data or as the path of a YAML file (`Plan.of`).
+        batches: token ids (B, T) for calibration, in any form of `tensormix.sites.batches.batches_of`: padded ones with
+            their mask, text with a tokenizer; needed, and read, only if a method needs them.
+        tokenizer: of batches that are strings.
         progress: called after each site with the number of sites done, the number planned, and the site's name.
         inputs: "propagated" measures what the compressed part feeds a block, "dense" what the dense model does.
         precision: of the statistics, float64 or float32.
@@ -55,9 +62,13 @@ def compress(
         for layers that are fitted together.
 
     Raises:
-        ValueError: the plan does not fit the model, a method needs batches and there are none, or a weight or an
-            activation is not finite. The block where that was found is unchanged, those before it are compressed.
+        ValueError: the plan does not fit the model, an adapter or codes stand in the place of its weights, a method
+            needs batches and there are none, or a weight or an activation is not finite. The block where that was found
+            is unchanged, those before it are compressed.
     """
+    model = unwrapped(model)
+    check_plain(model)
+    plan, batches = Plan.of(plan), batches_of(model, batches, tokenizer)
     calibration = Calibration(batches, inputs, precision)
     if plan.whole is not None:
         with _evaluating(model):

@@ -22,6 +22,7 @@ from tensormix.compression.fitting import replace
 from tensormix.compression.units import Unit
 from tensormix.hf import attach, refuse_tensor_parallelism, unmark
 from tensormix.plan import Plan
+from tensormix.storage.codes import is_code
 
 NAME = "tensormix_plan"
 
@@ -78,6 +79,10 @@ class CompressingQuantizer(HfQuantizer):
     def take(self, model: nn.Module, parameter: str, value: Tensor) -> None:
         """Put a tensor where it belongs; when it was the last one of its module, fit what is planned there."""
         name = self._modules[parameter]
+        if self._error is None and is_code(value.dtype):
+            self._error = ValueError(
+                f"{parameter} is stored as {value.dtype}, and nothing says how it is scaled: codes are no weights"
+            )
         if self._error is not None or name not in self._planned:
             return
         site = self._held[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tensormix.data.documents import Document, describe, read_documents
+from tensormix.data.documents import Document, describe, read_documents, understood_by
 from tensormix.data.windows import (
     IGNORED,
     Mixture,
@@ -25,5 +25,6 @@ __all__ = [
     "packed_source",
     "read_documents",
     "separator_of",
+    "understood_by",
     "windows_of",
 ]

@@ -15,6 +15,8 @@ from itertools import pairwise
 from typing import Any
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+WORD = re.compile(r"[A-Za-z0-9]+")
+WRITTEN = ("system", "user", "assistant")  # the roles that every template knows, or refuses by itself
 MARKS = [chr(code) for code in range(0xE000, 0xE100)]  # of Unicode's private use: texts are not written in them
 
 Message = dict[str, Any]
@@ -31,6 +33,7 @@ class Conversations:
         special |= set(tokenizer.all_special_tokens)
         longest_first = sorted(map(re.escape, special), key=len, reverse=True)
         self.special = re.compile("|".join(longest_first) or r"(?!)")
+        self.takes_parts: bool | None = None  # whether content is a list of parts; known when something was said
         self.end: str | None = None  # what ends a turn of the assistant; known when one was seen
 
     def write(self, messages: Sequence[Message], name: str) -> str:
@@ -41,6 +44,42 @@ class Conversations:
             raise ValueError(
                 f"data: {name} does not fit the tokenizer's chat template: {_first_line(error)}"
             ) from error
+
+    def written(self, messages: Sequence[Message], name: str) -> tuple[Sequence[Message], str]:
+        """The messages in the form in which the template takes them, and the text of the conversation.
+
+        Templates of models that see images know only lists of parts, and write nothing of a plain text.
+
+        Raises:
+            ValueError: as `write`, and if the template leaves out a message whose role it does not know, or tool calls.
+        """
+        said = [message for message in messages if message["content"].strip()]
+        if self.takes_parts is None and said:
+            plain = self._tried(messages)
+            parts = None if plain is not None and _says(plain, said[0]) else self._tried(_in_parts(messages))
+            self.takes_parts = parts is not None and _says(parts, said[0])
+        messages = _in_parts(messages) if self.takes_parts else messages
+        text = self.write(messages, name)
+        for number, message in enumerate(messages, 1):
+            role, calls = message["role"], message.get("tool_calls") or ()
+            if role not in WRITTEN and not _says(text, message):
+                raise ValueError(
+                    f"data: message {number} of {name} has the role {role!r}, which the tokenizer's chat template does "
+                    f"not write; known to every template: {', '.join(WRITTEN)}."
+                )
+            named = [call["function"].get("name") for call in calls if isinstance(call.get("function"), dict)]
+            if any(str(tool) not in text for tool in named):
+                raise ValueError(
+                    f"data: message {number} of {name} calls tools ({', '.join(map(str, named))}), which the "
+                    "tokenizer's chat template does not write; leave such conversations out of the file."
+                )
+        return messages, text
+
+    def _tried(self, messages: Sequence[Message]) -> str | None:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # said by `write`, if the other form does no better
+            return None
 
     def answers(self, messages: Sequence[Message], text: str, name: str) -> list[Span]:
         """Where in `text`, the conversation as it was written, the assistant speaks: each span is what one message
@@ -78,7 +117,7 @@ class Conversations:
     def _said(self, messages: Sequence[Message], place: int, text: str, name: str) -> Span:
         """What depends on one message. (0, 0) if the template writes nothing of it."""
         mark = next((mark for mark in MARKS if mark not in text), MARKS[0])
-        marked = self._marked([*messages[:place], _saying(mark), *messages[place + 1 :]], place, name)
+        marked = self._marked([*messages[:place], self._saying(mark), *messages[place + 1 :]], place, name)
         if marked == text:
             return 0, 0
         before, found, after = marked.partition(mark)
@@ -91,7 +130,7 @@ class Conversations:
         """What the template writes behind the last message of the assistant: as far as the first special token, or all
         of it but the white space at its end, unless it is nothing else.
         """
-        _, _, after = self._marked([*before, _saying(MARKS[0])], len(before), name).rpartition(MARKS[0])
+        _, _, after = self._marked([*before, self._saying(MARKS[0])], len(before), name).rpartition(MARKS[0])
         special = self.special.search(after)
         return after[: special.end()] if special else after.rstrip() or after
 
@@ -104,6 +143,10 @@ class Conversations:
         special = self.special.match(text, last)
         return special.end() if special else last
 
+    def _saying(self, content: str) -> Message:
+        message = {"role": "assistant", "content": content}
+        return _in_parts([message])[0] if self.takes_parts else message
+
     def _marked(self, messages: Sequence[Message], place: int, name: str) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
@@ -111,8 +154,14 @@ class Conversations:
             raise _hidden(name, f"it refuses another message {place + 1}: {_first_line(error)}") from error
 
 
-def _saying(content: str) -> Message:
-    return {"role": "assistant", "content": content}
+def _in_parts(messages: Sequence[Message]) -> list[Message]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _says(text: str, message: Message) -> bool:
+    """Whether all words of a message stand in a text, however it is quoted there."""
+    content = message["content"] if isinstance(message["content"], str) else message["content"][0]["text"]
+    return content.strip() in text or all(word in text for word in WORD.findall(content))
 
 
 def _hidden(name: str, reason: str) -> ValueError:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tensormix.data.documents import Document, describe, exam_documents, read_documents
+from tensormix.data.documents import Document, Understood, describe, exam_documents, read_documents
 from tensormix.exam import facts
 from tensormix.settings import Source
 
@@ -96,11 +96,14 @@ def packed_source(tokenizer: Any, source: Source) -> Tensor:  # (N,)
 
 def _packed(tokenizer: Any, source: Source, answers_only: bool) -> Packed:
     endless = (source.exam or source.facts) and source.num_documents is None
-    found = read_documents(source, tokenizer, answers_only)
+    understood = Understood(source)
+    found = read_documents(source, tokenizer, answers_only, understood)
     packed = pack(tokenizer, islice(found, ENDLESS_DOCUMENTS if endless else None))
     if len(packed.ids) == 0:
         skipped = f" after its first {source.skip_documents} documents" if source.skip_documents else ""
-        raise ValueError(f"data: {describe(source)} holds no text{skipped}.")
+        empty = f"; of its records {understood.empty} are empty" if understood.empty else ""
+        raise ValueError(f"data: {describe(source)} holds no text{skipped}{empty}.")
+    understood.say(len(packed.ids))
     return packed
 
 

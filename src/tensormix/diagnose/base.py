@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from tensormix.evaluate.forward import device_of, options_of, quiet
 from tensormix.rows import Row
 from tensormix.settings import Settings
+from tensormix.sites.batches import batches_of
 
 Batches = Sequence[Tensor]  # token ids (B, T) each
 Compress = Callable[[nn.Module, int], None]  # compresses one block of a model in place, by its index
@@ -43,7 +44,7 @@ class Diagnostic(Settings, ABC):
     def __call__(
         self,
         model: nn.Module,
-        batches: Batches = (),
+        batches: Any = (),
         *,
         reference: nn.Module | None = None,
         compress: Compress | None = None,
@@ -51,13 +52,15 @@ class Diagnostic(Settings, ABC):
         """The rows about `model`.
 
         Args:
-            batches: token ids; diagnostics of weights alone do not read them.
+            batches: token ids in any form of `tensormix.sites.batches.batches_of`; diagnostics of weights alone do not
+                read them.
             reference: the dense model, for a diagnostic that looks at a pair.
             compress: how one block is compressed, for a diagnostic that tries it.
 
         Raises:
             ValueError: it was not given what it needs, or what its docstring names.
         """
+        batches = list(batches_of(model, batches) or ())
         given: dict[str, Any] = {"batches": batches or None, "reference": reference, "compress": compress}
         for part in self.needs:
             if given[part] is None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from tensormix.data.files import read_text
 from tensormix.evaluate.choices import ChoicePrompt
 from tensormix.settings import Benchmark
 
@@ -142,7 +143,7 @@ def read_docs(path: str, name: str) -> list[Doc]:
     docs = []
     wanted = {"query": str, "choices": list, "gold": int} | ({"subject": str} if name in LETTERED else {})
     # split("\n"), as questions hold other characters that splitlines takes for the end of a line
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:

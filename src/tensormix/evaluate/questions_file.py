@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tensormix.data.files import read_text
 from tensormix.evaluate.benchmarks import LETTERED, choice_prompts
 from tensormix.evaluate.choices import LETTERS, ChoicePrompt
 from tensormix.exam import exam, prompt, worked_examples
@@ -65,7 +66,7 @@ def read_prompts(path: str, num_questions: int | None = None) -> list[ChoiceProm
     if not file.is_file():
         raise ValueError(f"exam: there is no file {path}; give a .jsonl with text and gold on each line")
     prompts: list[ChoicePrompt] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if line.strip() and (num_questions is None or len(prompts) < num_questions):
             prompts.append(_prompt(line, f"{path}, line {number}", str(number)))
     if num_questions is not None and len(prompts) < num_questions:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,11 +13,34 @@ from tensormix.operators import Owner, SlicedBlock, StandIn, build, connect, out
 from tensormix.sites import dense_at, install, locate_blocks
 
 
+def names_in(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Each name of a checkpoint -> the name of the same module in this model.
+
+    A checkpoint of a causal model is read by its bare model, by a classifier or by a model of images and text too: what
+    stands before the blocks, such as `model.`, differs between them.
+    """
+    names, root = list(names), locate_blocks(model)[0]
+    ours, _, blocks = root.rpartition(".")
+    inside = re.compile(rf"((?P<base>.+)\.)?{re.escape(blocks)}\.\d+(\.|$)")
+    matches = [found for found in map(inside.match, names) if found]
+    theirs = (matches[0]["base"] or "") if matches else ours
+
+    def here(name: str) -> str:
+        if theirs == ours or not (name == theirs or f"{name}.".startswith(f"{theirs}.") or not theirs):
+            return name
+        rest = name[len(theirs) :].lstrip(".")
+        return f"{ours}.{rest}".strip(".")
+
+    return {name: here(name) for name in names}
+
+
 def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
     """Put an empty operator, on meta, at every module named in `operators`: module name -> spec with "bias".
 
     Raises ValueError if a name is not in the model, or a spec cannot be built or does not fit there.
     """
+    here = names_in(model, operators)
+    operators = {here[name]: entry for name, entry in operators.items()}
     with torch.device("meta"):
         made = {name: build({k: v for k, v in entry.items() if k != "bias"}) for name, entry in operators.items()}
     # Owners first: their dtype is that of the dense layers around which they stand.

@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensormix.sites.families import EXPERT_WEIGHTS
+from tensormix.storage.foreign import Foreign
 from tensormix.storage.packed import Pack
 
 # By pack, what is stored for a parameter: ends of names.
@@ -22,7 +23,10 @@ _STORED = {
     },
 }
 # Dtypes, as safetensors and torch name them, that are no weights without scales.
-_CODES = ("F8_E4M3", "F8_E5M2", "U8", "I8", torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8)
+_CODES = (
+    "F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "I8", "I16", "I32",
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.uint8, torch.int8, torch.int16, torch.int32,
+)  # fmt: skip
 
 
 class Unpacking(WeightConverter):
@@ -72,7 +76,9 @@ class PackedQuantizer(HfQuantizer):
     Raises ValueError while loading, naming the parameter, if a tensor cannot be unpacked.
     """
 
-    def __init__(self, quantization_config: QuantizationConfigMixin, pack: Pack | None, **kwargs: Any) -> None:
+    def __init__(
+        self, quantization_config: QuantizationConfigMixin, pack: Pack | Foreign | None, **kwargs: Any
+    ) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pack = pack
         self._conversions: list[tuple[Any, Any]] = []  # of transformers for this model, and what they became here
@@ -84,6 +90,11 @@ class PackedQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         if self.pack is None:
             return super().update_weight_conversions(weight_conversions, model)
+        if not isinstance(self.pack, Pack):
+            raise ValueError(
+                f"weights packed as {self.pack.name} are read by tensormix.models.load_model, or compressed from their "
+                "folder; transformers alone does not make plain weights of them"
+            )
         self._conversions = [(conversion, _unpacking(conversion, self.pack)) for conversion in weight_conversions]
         rest = [
             Unpacking(list(stored), [name], [_IdentityOp()], self.pack)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensormix.hf.contents import check_connected, fitted_blocks, install_empty, operators_of, record_bypassed
+from tensormix.hf.contents import check_connected, fitted_blocks, install_empty, names_in, operators_of, record_bypassed
 from tensormix.hf.packed import PackedQuantizer
 from tensormix.operators import Experts, Owner, StructuredLinear, outermost
 from tensormix.sites import fill_dense
@@ -202,6 +202,18 @@ def read_packed(config: Any) -> None:
         config.dtype = config.dtype or torch.bfloat16  # the first tensor on disk may be fp8
 
 
+def forget_pack(model: Any) -> None:
+    """Of a model whose weights were unpacked one by one: it is saved as one of plain weights."""
+    found = _as_dict(getattr(model.config, "quantization_config", None))
+    if not found.pop("packed", None):
+        return
+    config = StructuredConfig(**found)
+    if config.is_plain:
+        del model.config.quantization_config
+    else:
+        model.config.quantization_config = config
+
+
 def _as_dict(quantization_config: Any) -> dict[str, Any]:
     found = quantization_config or {}
     return found if isinstance(found, dict) else found.to_dict()
@@ -217,7 +229,7 @@ def install_all(model: nn.Module, config: StructuredConfig) -> None:
         shrink(model, config.sliced)
     install_empty(model, config.operators)
     check_connected(model)
-    for name in config.fitted or ():
+    for name in names_in(model, config.fitted or ()).values():
         mark_replacement(model.get_submodule(name))
 
 

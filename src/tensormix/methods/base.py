@@ -196,6 +196,9 @@ class SpanMethod(Method):
         """
 
 
+Symmetry = Literal["turned values", "mapped values", "neurons"]
+
+
 class Heads(NamedTuple):
     """How the outputs of q (num_heads of them), k and v (num_kv_heads) and the inputs of o are divided."""
 
@@ -241,7 +244,14 @@ class JointMethod(Method):
 
     takes = "layers"
     roles = ("q", "k", "v", "o", "gate", "up", "down")
+    roles_of_heads: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o")  # that must be divided as `Heads` says
     largest: ClassVar[Any] = 1.0
+
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        """What it relies on: that values may be turned between v and o, or mapped in any invertible way, and that
+        neurons may be put in another order between gate, up and down. It is asked only where that is so."""
+        return ("turned values", "neurons")
 
     def needs_at(self, role: str) -> tuple[type, ...]:
         """The statistics that it needs of the inputs of this role; those of q, k, v of a block are the same, and of

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tensormix.fitting.ranks import rank_for
 from tensormix.fitting.whitening import check_inputs, gram_root, output_basis, refitted, widened
-from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, about
+from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, Symmetry, about
 from tensormix.methods.neurons import check_parts, dense, neuron_bias, neuron_roles, unchanged, value_bias, with_bias
 from tensormix.operators import Dense, PerHead, Placed, StructuredLinear
 from tensormix.statistics import Gram
@@ -38,11 +38,16 @@ class FlatLlm(JointMethod):
     summary = "Principal components of the heads, and the least replaceable neurons with a refitted down projection."
     needs = (Gram,)
 
+    roles_of_heads = ("v", "o")
     size = "keep"
 
     name: Literal["flat_llm"] = "flat_llm"
     keep: float = Field(gt=0, le=1)  # fraction of the dense parameters that stays; 1 leaves the layers as they are
     ridge: float = Field(default=1e-6, gt=0, allow_inf_nan=False)  # in the scores, times the mean squared input
+
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        return () if self.keep == 1 else ("turned values", "neurons")
 
     def needs_at(self, role: str) -> tuple[type, ...]:
         return (Gram,) if role in ("q", "k", "o", "down") else ()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tensormix.fitting.ranks import rank_for
 from tensormix.fitting.whitening import best_on_inputs, check_inputs, gram_root, refit_left, refitted, widened
-from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, about
+from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, Symmetry, about
 from tensormix.methods.neurons import check_parts, dense, neuron_bias, neuron_roles, unchanged, value_bias, with_bias
 from tensormix.operators import Dense, LowRank, Placed, StructuredLinear
 from tensormix.statistics import Gram
@@ -39,6 +39,7 @@ class Narrow(JointMethod):
     summary = "Dense cores between the leading coordinates of the residual stream, the values and the neurons."
     needs = (Gram,)
 
+    roles_of_heads = ("v", "o")
     size = "keep"
 
     name: Literal["narrow"] = "narrow"
@@ -53,6 +54,10 @@ class Narrow(JointMethod):
                 f"are; the smallest width is {self.keep}, the largest 1"
             )
         return self
+
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        return () if self.keep == 1 else ("mapped values", "neurons")
 
     def needs_at(self, role: str) -> tuple[type, ...]:
         return (Gram,)

@@ -29,7 +29,7 @@ def check_together(method: str, roles: Iterable[str], belonging: tuple[str, ...]
     if missing and len(missing) < len(belonging):
         raise ValueError(
             f"{method} changes {', '.join(belonging)} together, but {', '.join(missing)} is not among its sites "
-            "(or is no longer dense); give it all of them or none"
+            "(or is no longer dense); give it all of them or none: svd_llm takes each alone"
         )
 
 

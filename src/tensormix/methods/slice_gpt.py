@@ -33,6 +33,8 @@ class SliceGpt(ModelMethod):
         "The residual stream of the whole model, projected onto its principal components and stored without the rest."
     )
     needs = (Gram,)
+    size = "keep_channels"
+    largest = 1.0
 
     name: Literal["slice_gpt"] = "slice_gpt"
     keep_channels: float = Field(gt=0, le=1)  # fraction of the channels of the residual stream, not of the parameters

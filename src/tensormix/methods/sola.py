@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tensormix.fitting.divide import SiteOptions, by_spectrum, low_rank
 from tensormix.fitting.whitening import best_on_inputs, gram_root, whitened_spectrum
-from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, about
+from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, Symmetry, about
 from tensormix.methods.neurons import check_together, dense, neuron_roles, with_bias
 from tensormix.operators import Concat, Dense, LowRank, StructuredLinear
 from tensormix.statistics import Gram, InputMagnitudes
@@ -58,6 +58,7 @@ class Sola(JointMethod):
     summary = "The most active neurons stay dense, all else but v becomes low rank, the ranks shared out in each block."
     needs = (Gram, InputMagnitudes)
 
+    roles_of_heads = ()
     size = "keep"
 
     name: Literal["sola"] = "sola"
@@ -72,6 +73,10 @@ class Sola(JointMethod):
         if (self.keep is None) == (self.ranks is None):
             raise ValueError("sola needs either keep (a fraction, shared out by spectrum) or ranks (one for each role)")
         return self
+
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        return ("neurons",)
 
     def needs_at(self, role: str) -> tuple[type, ...]:
         return {"v": (), "down": (Gram, InputMagnitudes)}.get(role, (Gram,))

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tensormix.fitting.hooi import Tucker, full_hosvd, held_by, hooi
-from tensormix.methods.base import Heads, JointMethod, Layer, Statistics
+from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, Symmetry
 from tensormix.methods.neurons import unchanged, with_bias
 from tensormix.operators import Dense, StructuredLinear, TuckerHeads
 from tensormix.operators.tucker_heads import Part, checked_ranks, groups_of, num_params
@@ -46,6 +46,10 @@ class SharedTucker(JointMethod):
             raise ValueError(f"{self.name} needs either keep (a fraction) or ranks (of hidden size, channels, parts)")
         return self
 
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        return ()  # every matrix stays in its own bases
+
     @abstractmethod
     def layout(self, shapes: Shapes, heads: Heads | None) -> tuple[dict[str, Part], int, int]:
         """The parts by role, the hidden size and the channels of a head. Raises ValueError if they do not fit."""
@@ -58,7 +62,7 @@ class SharedTucker(JointMethod):
                 return {role: Dense(I, O) for role, (O, I) in shapes.items()}
             even = torch.ones(D, C, device="cpu").cumsum(0).cumsum(1)
             ranks = self._ranks(parts, D, C, [even * q for q in _numbers(parts)])
-            return self._views(TuckerHeads(hidden_size=D, head_dim=C, parts=parts, ranks=ranks))
+            return self._views(_operator(parts, D, C, ranks))
 
     def fit(
         self, layers: Mapping[str, Layer], stats: Mapping[str, Statistics], heads: Heads | None
@@ -70,8 +74,7 @@ class SharedTucker(JointMethod):
         cut = {name: _head_tensor(layers[name].weight, part, C) for name, part in parts.items()}
         whole = full_hosvd([torch.stack([cut[name] for name in names], dim=-1) for names in groups_of(parts)])
         ranks = self._ranks(parts, D, C, [held_by(whole, q) for q in _numbers(parts)])
-        owner = TuckerHeads(hidden_size=D, head_dim=C, parts=parts, ranks=ranks)
-        owner = owner.to(next(iter(layers.values())).weight)
+        owner = _operator(parts, D, C, ranks).to(next(iter(layers.values())).weight)
         fill(owner, hooi(whole, ranks, self.steps, self.tolerance))
         return {role: with_bias(view, layers[role].bias) for role, view in self._views(owner).items()}
 
@@ -110,6 +113,11 @@ class SharedTucker(JointMethod):
 
     def _views(self, owner: TuckerHeads) -> dict[str, Any]:
         return dict(owner.views(self.name))
+
+
+def _operator(parts: dict[str, Part], D: int, C: int, ranks: tuple[int, int, int]) -> TuckerHeads:
+    named = [(name, *part) for name, part in parts.items()]
+    return TuckerHeads(hidden_size=D, head_dim=C, parts=named, ranks=ranks)
 
 
 def _numbers(parts: dict[str, Part]) -> range:

@@ -3,7 +3,7 @@
 No code that a checkpoint brings along is ever run.
 """
 
-from tensormix.models.loading import DTYPES, load_model, load_tokenizer, skeleton
+from tensormix.models.loading import DTYPES, load_model, load_tokenizer, notes_on, skeleton
 from tensormix.models.source import ModelSource, Sources, fingerprint, local_folder
 from tensormix.sites.quiet import quiet
 from tensormix.sites.twin import fill_buffers
@@ -17,6 +17,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "local_folder",
+    "notes_on",
     "quiet",
     "skeleton",
 ]

@@ -16,8 +16,10 @@ from tensormix.models.source import ModelSource
 from tensormix.sites.quiet import quiet
 from tensormix.sites.twin import fill_buffers
 from tensormix.storage.assembly import Assembly
+from tensormix.storage.codes import holds_codes
 from tensormix.storage.entries import main_dtype
 from tensormix.storage.memory import set_weight
+from tensormix.storage.packed import pack_of
 from tensormix.storage.safetensors import Safetensors
 
 if TYPE_CHECKING:
@@ -40,20 +42,25 @@ def load_model(source: ModelSource | str | Path, dtype: str | None = None) -> Pr
             cannot be reached.
     """
     _check_dtype(dtype)
-    source = ModelSource.of(source)
-    if isinstance(source.location, Path):  # finds what is wrong with the files before a minute has passed
-        if source.file is not None or not isinstance(source.weights, Safetensors):
-            return _assembled(source, dtype)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    source = ModelSource.of(source).local
+    # Opening the weights finds what is wrong with the files before a minute has passed.
+    if source.file is not None or not isinstance(source.weights, Safetensors) or _is_foreign(source):
+        return _assembled(source, dtype)
+    if any(map(holds_codes, source.entries.values())) and not _is_packed(source):
+        Assembly(skeleton(source, dtype), source.weights)  # transformers would take codes for weights
     hf = _register()
-    with quiet(), explained(source.location):
-        config = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
-        hf.read_packed(config)
-        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.location, config=config, dtype=dtype or "auto", **options
-        )
+    config = source.hf_config()
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    try:
+        with quiet(), explained(source.location):
+            hf.read_packed(config)
+            loaded: Any = hf.class_of(config).from_pretrained(
+                source.location, config=config, dtype=dtype or "auto", **options
+            )
+    except ValueError:
+        if not _is_packed(source):
+            Assembly(skeleton(source, dtype), source.weights)  # it may name the tensor, which transformers does not
+        raise
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -76,7 +83,8 @@ def _assembled(source: ModelSource, dtype: str | None) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     fill_buffers(model)
-    if (source.folder / "generation_config.json").exists():
+    _register().forget_pack(model)
+    if not source.is_alone and (source.folder / "generation_config.json").exists():
         with quiet(), explained(source.location):
             model.generation_config = type(model.generation_config).from_pretrained(source.folder)
     return model
@@ -102,15 +110,14 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
     """
     _check_dtype(dtype)
     source = ModelSource.of(source)
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     hf = _register()
+    config: Any = source.hf_config()
     with quiet(), explained(source.location):
-        config = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
         hf.read_packed(config)
         wanted = _dtype_of(config, source) if dtype in (None, "auto") else getattr(torch, str(dtype))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=wanted)
+            model = hf.model_from(config, dtype=wanted)
         _keep_wide(model, wanted)
         compressed: Any = getattr(config, "quantization_config", None)
         if compressed is not None:
@@ -120,9 +127,46 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
     return model.eval()
 
 
+def _is_foreign(source: ModelSource) -> bool:
+    """Whether its weights are stored in a layout of another program that becomes plain once and for all."""
+    found = source.config.get("quantization_config") or {}
+    pack = None if found.get("quant_method") == "tensormix" else pack_of(found)
+    return pack is not None and not pack.is_kept
+
+
+def _is_packed(source: ModelSource) -> bool:
+    """Whether the config says how codes are packed: then the loader holds every one of them to that."""
+    found = source.config.get("quantization_config") or {}
+    return bool(found) and (found.get("quant_method") != "tensormix" or bool(found.get("packed")))
+
+
+def notes_on(source: ModelSource, model: Any) -> list[str]:
+    """What has to be known of a source before anything is made of it, from its headers; `model` is its skeleton.
+
+    Raises ValueError as `Assembly` does, if its weights are not those of the model.
+    """
+    if isinstance(source.location, str):
+        return []
+    if not source.has_weights:
+        if source.config.get("dtype") or source.config.get("torch_dtype"):
+            return []
+        return ["config.json says no dtype, and there are no weights to ask: float32 is assumed"]
+    unknown = Assembly(model, source.weights).unknown
+    if not unknown:
+        return []
+    named = ", ".join(unknown[:3]) + (" and others" if len(unknown) > 3 else "")
+    return [
+        f"the checkpoint holds {len(unknown)} tensors that a {type(model).__name__} does not know ({named}): a "
+        "compressed folder carries them on as they are, and a model in memory does not have them"
+    ]
+
+
 def _dtype_of(config: Any, source: ModelSource) -> torch.dtype:
-    """The dtype that `from_pretrained` takes by itself: that of the config, else of the first weight."""
-    if config.dtype is not None or isinstance(source.location, str):
+    """The dtype that `from_pretrained` takes by itself: that of the config, else of the first weight.
+
+    Where nothing says it, as in a folder with a config alone, it is float32.
+    """
+    if config.dtype is not None or isinstance(source.location, str) or not source.has_weights:
         return config.dtype or torch.float32
     return main_dtype(source.entries.values()) or torch.float32
 

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensormix.models.explained import explained
+from tensormix.models.places import fetched, located, refuse_adapted
+from tensormix.models.tokens import tokenizer_of
 from tensormix.sites.quiet import quiet
 from tensormix.storage.entries import Entry
-from tensormix.storage.files import read_json
-from tensormix.storage.formats import FORMATS, Format, format_of, open_weights, weight_files
+from tensormix.storage.files import new_file, read_json
+from tensormix.storage.formats import Format, files_beside, open_weights, weight_files
+from tensormix.storage.gguf import Gguf
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+_KINDS = {"llama": ("llama", "mistral", "deci")}  # of the architectures of a GGUF file, those that share one name
 _SAMPLES, _SAMPLE = 256, 1 << 18  # a fingerprint reads at most this many pieces of this many bytes of each file
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class ModelSource:
     """A folder with config.json and weights, a Hub id, or one file of weights (or an index) beside its config.json.
+
+    A GGUF file, alone in its folder or named, needs no config.json: then its config, its tokenizer and its chat
+    template are those in the file, and nothing that lies beside it belongs to it.
 
     To open it reads config.json alone; everything else is read when it is first asked for, and only once.
 
@@ -37,8 +43,8 @@ class ModelSource:
 
     def __init__(self, id_or_path: str | Path) -> None:
         self.asked = id_or_path
-        self.location, self.file = _located(id_or_path)
-        if isinstance(self.location, Path):
+        self.location, self.file = located(id_or_path)
+        if isinstance(self.location, Path) and not self.is_alone:
             if not (self.location / "config.json").exists():
                 beside = "is not a model folder: it" if self.file is None else f"holds {self.file.name}, but"
                 raise ValueError(f"{self.location} {beside} has no config.json")
@@ -58,15 +64,13 @@ class ModelSource:
 
         Raises ValueError if it cannot be reached, or is no model.
         """
-        if isinstance(self.location, Path):
-            return self
-        from huggingface_hub import snapshot_download
+        return self if isinstance(self.location, Path) else ModelSource(fetched(self.location))
 
-        wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-        wanted += [pattern for one in FORMATS.values() for pattern in one.file_patterns]
-        with quiet(), explained(self.location):
-            folder = Path(snapshot_download(self.location, allow_patterns=wanted))
-        return ModelSource(folder)
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is a file that describes itself, with no config.json beside it."""
+        is_described = self.file is not None and self.file.suffix == ".gguf"
+        return is_described and not (Path(self.location) / "config.json").exists()
 
     @property
     def folder(self) -> Path:
@@ -75,18 +79,54 @@ class ModelSource:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What config.json says."""
-        return read_json(self.folder / "config.json")
+        """What config.json says, or the file itself if it is alone."""
+        if not self.local.is_alone:
+            return read_json(self.folder / "config.json")
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+
+        described = dict(self.weights.described or {})
+        return {"architectures": [names[described["model_type"]]], **described}
+
+    def hf_config(self) -> PreTrainedConfig:
+        """The same as an object of transformers, anew at each call. Raises ValueError if it cannot be one."""
+        from transformers import AutoConfig
+
+        if isinstance(self.location, str) and not self.location.endswith(".gguf"):
+            try:
+                with quiet(), explained(self.location):
+                    return AutoConfig.from_pretrained(self.location, trust_remote_code=False)
+            except ValueError:
+                if not self.local.is_alone:  # as a repository of nothing but GGUF is
+                    raise
+        source = self.local
+        described = source.config if source.is_alone else None
+        with quiet(), explained(source.location):
+            if described is not None:
+                return AutoConfig.for_model(**described)
+            return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
 
     @property
     def has_weights(self) -> bool:
         """Whether there are files of weights; a folder with nothing but a config is enough to count."""
-        return self.file is not None or bool(weight_files(self.folder))
+        return self.local.file is not None or bool(weight_files(self.folder))
 
     @cached_property
     def weights(self) -> Format:
-        """All tensors, of which only the headers are read. Raises ValueError, naming the file, if one is damaged."""
-        return open_weights(self.folder, self.local.file)
+        """All tensors, of which only the headers are read.
+
+        Raises ValueError, naming the file, if one is damaged, or the tensor, if one is an adapter's.
+        """
+        weights = open_weights(self.folder, self.local.file)
+        if weights.described is not None and not self.local.is_alone:
+            beside, inside = self.config["model_type"], weights.described["model_type"]
+            if beside.removesuffix("_text") not in _KINDS.get(inside, (inside.removesuffix("_text"),)):
+                raise ValueError(
+                    f"{self.folder / 'config.json'} describes a {beside}, and {weights.files[0].name} holds a "
+                    f"{inside}: move one of them into a folder of its own"
+                )
+        if weights.described is None:
+            refuse_adapted(weights.entries, self.folder)
+        return weights
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -104,12 +144,53 @@ class ModelSource:
         Raises ValueError if there is none, or it is out of reach.
         """
         folder = self.location
-        if isinstance(folder, Path) and not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").exists():
-            raise ValueError(f"{folder} has no tokenizer (no tokenizer.json); copy the one of the original model there")
+        if isinstance(folder, str) and folder.endswith(".gguf"):
+            return self.local.tokenizer()
+        if isinstance(folder, Path) and not self._has_tokenizer_beside():
+            if self.has_weights and isinstance(self.weights, Gguf) and self.weights.has_tokenizer:
+                return tokenizer_of(self.weights)
+            what = folder if self.file is None else self.file
+            raise ValueError(f"{what} has no tokenizer (no tokenizer.json); copy the one of the original model there")
         from transformers import AutoTokenizer
 
-        with quiet(), explained(folder):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            with quiet(), explained(folder):
+                return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ValueError:
+            if isinstance(folder, Path) or not self.local.is_alone:  # as a repository of nothing but GGUF is
+                raise
+        return self.local.tokenizer()
+
+    def _has_tokenizer_beside(self) -> bool:
+        """Whether there are files of a tokenizer that belong to the model: of a file that was named none may."""
+        folder = Path(self.location)
+        there = any(folder.glob("tokenizer*")) or (folder / "vocab.json").exists()
+        return there and not (self.is_alone and Path(self.asked).is_file())
+
+    def beside(self) -> list[Path]:
+        """The files that belong to the model beside its weights and its config, and go where it goes."""
+        return [] if self.local.is_alone else files_beside(self.folder)
+
+    def write_beside(self, folder: Path, but: str | None = None) -> None:
+        """Write what belongs to the model beside its weights and its config: copies, or what its one file holds.
+
+        A file of the name `but` stays where it is.
+        """
+        for file in self.beside():
+            if file.name != but:
+                with file.open("rb") as old, new_file(folder / file.name) as copy:
+                    shutil.copyfileobj(old, copy)
+        weights = self.weights
+        if not isinstance(weights, Gguf):
+            return
+        if not (folder / "generation_config.json").exists():
+            from transformers import GenerationConfig
+
+            tokens = {name: self.config.get(name) for name in ("bos_token_id", "pad_token_id")}
+            GenerationConfig(**tokens, eos_token_id=weights.ends or None).save_pretrained(folder)
+        if weights.has_tokenizer and not any(folder.glob("tokenizer*")):
+            with quiet():
+                self.tokenizer().save_pretrained(folder)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,7 +203,7 @@ class ModelSource:
             return f"hub:{self.location}"
         digest = hashlib.blake2b(digest_size=8)
         files = weight_files(self.location) if self.file is None else self.weights.files
-        for file in [self.location / "config.json", *files]:
+        for file in [*([] if self.is_alone else [self.location / "config.json"]), *files]:
             size = file.stat().st_size
             digest.update(f"{file.name} {size} ".encode())
             with file.open("rb") as handle:
@@ -168,24 +249,6 @@ def fingerprint(source: ModelSource | str | Path) -> str:
     Raises ValueError if it is no model.
     """
     return ModelSource.of(source).fingerprint
-
-
-def _located(id_or_path: str | Path) -> tuple[Path | str, Path | None]:
-    """The folder and the file in it that was named, or a Hub id."""
-    path = Path(id_or_path).expanduser()
-    if path.is_dir():
-        return path, None
-    if path.exists():
-        if format_of(path) is None:
-            raise ValueError(
-                f"{path} is a file of no format that weights are read from; a model is a folder with config.json and "
-                "safetensors, one such file beside its config.json, or a Hub id"
-            )
-        return path.parent, path
-    text = str(id_or_path)
-    if isinstance(id_or_path, Path) or not _HUB_ID.fullmatch(text) or text.startswith("."):
-        raise ValueError(f"{text} is neither a folder or file that exists nor a Hub id such as 'owner/name'")
-    return text, None
 
 
 def _check_config(path: Path) -> None:

@@ -67,11 +67,11 @@ class Chain(StructuredLinear):
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         first, *others = reversed(self.as_list())
-        y = first.multiply(x)
+        y = first(x)
         for factor in others:
             if self.shuffle > 1:
                 y = y.unflatten(-1, (self.shuffle, -1)).transpose(-1, -2).flatten(-2)
-            y = factor.multiply(y)
+            y = factor(y)
         return y
 
     def to_dense(self) -> Tensor:  # (O, I)

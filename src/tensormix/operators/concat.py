@@ -66,14 +66,12 @@ class Concat(StructuredLinear):
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         parts = self._parts()
         if self.axis == "out":
-            outputs = [
-                part.multiply(x).unflatten(-1, (self.groups, part.out_features // self.groups)) for part in parts
-            ]
+            outputs = [part(x).unflatten(-1, (self.groups, part.out_features // self.groups)) for part in parts]
             return torch.cat(outputs, dim=-1).flatten(-2)
         pieces = x.split([part.in_features for part in parts], dim=-1)
-        y = parts[0].multiply(pieces[0])
+        y = parts[0](pieces[0])
         for part, piece in zip(parts[1:], pieces[1:], strict=True):
-            y = y + part.multiply(piece)
+            y = y + part(piece)
         return y
 
     def to_dense(self) -> Tensor:  # (O, I)

@@ -161,7 +161,7 @@ class ExpertStack(StackedLinear):
         return cast(StructuredLinear, self.get_submodule(f"expert_{expert}"))
 
     def multiply(self, x: Tensor, expert: int) -> Tensor:  # (..., I) -> (..., O)
-        return self.expert(expert).multiply(x)
+        return self.expert(expert)(x)
 
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
         return self.expert(expert).to_dense()

@@ -40,7 +40,7 @@ class Padded(StructuredLinear):
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         x = F.pad(x, (0, self.inner.in_features - self.in_features))
-        return self.inner.multiply(x)[..., : self.out_features]
+        return self.inner(x)[..., : self.out_features]
 
     def to_dense(self) -> Tensor:  # (O, I)
         return self.inner.to_dense()[: self.out_features, : self.in_features]

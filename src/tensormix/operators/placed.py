@@ -58,7 +58,7 @@ class Placed(StructuredLinear):
         return cls(I, O, inner=inner, in_groups=in_groups, out_groups=out_groups).to(weight)
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        return self._filled(self.inner.multiply(self._picked(x)))
+        return self._filled(self.inner(self._picked(x)))
 
     def _picked(self, x: Tensor) -> Tensor:  # (..., I) -> (..., inner in_features)
         kept = self.inner.in_features // self.in_groups

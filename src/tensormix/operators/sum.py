@@ -40,9 +40,9 @@ class Sum(StructuredLinear):
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         first, *others = self._terms()
-        y = first.multiply(x)
+        y = first(x)
         for term in others:
-            y = y + term.multiply(x)
+            y = y + term(x)
         return y
 
     def to_dense(self) -> Tensor:  # (O, I)

@@ -31,7 +31,7 @@ class TuckerHeads(Owner):
     With as many heads of keys as of queries that is one group of four, the Tucker-4 form of TensorLLM.
 
     Args:
-        parts: name -> how many heads it has, and whether it reads the hidden size.
+        parts: of each its name, how many heads it has, and whether it reads the hidden size.
         ranks: (R, S, Q); a group has at most as many Q as parts.
 
     Raises:
@@ -39,11 +39,11 @@ class TuckerHeads(Owner):
     """
 
     def __init__(
-        self, *, hidden_size: int, head_dim: int, parts: Mapping[str, Sequence[Any]], ranks: Sequence[int]
+        self, *, hidden_size: int, head_dim: int, parts: Sequence[Sequence[Any]], ranks: Sequence[int]
     ) -> None:
         super().__init__()
         self.hidden_size, self.head_dim = hidden_size, head_dim
-        self.parts = {name: Part(*part) for name, part in parts.items()}
+        self.parts = {name: Part(*part) for name, *part in parts}
         self.groups = groups_of(self.parts)
         R, S, Q = self.ranks = checked_ranks(ranks, hidden_size, head_dim, max(map(len, self.groups)))
         self.hidden = nn.Parameter(torch.empty(R, hidden_size))
@@ -63,7 +63,7 @@ class TuckerHeads(Owner):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        parts = {name: list(part) for name, part in self.parts.items()}
+        parts = [[name, *part] for name, part in self.parts.items()]
         ends = {"hidden_size": self.hidden_size, "head_dim": self.head_dim}
         return {**ends, "parts": parts, "ranks": list(self.ranks)}
 

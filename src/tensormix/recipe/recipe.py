@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from tensormix.diagnose.table import Diagnose
 from tensormix.methods import METHODS, with_sizes
 from tensormix.plan import Plan
-from tensormix.recipe.reading import Model, is_path, placed_files, placed_path, read_yaml, validated
+from tensormix.reading import Model, is_path, placed_files, placed_path, read_yaml, validated
 from tensormix.settings import (
     Budget,
     Calibration,

@@ -11,8 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from tensormix.methods import Method
 from tensormix.plan import AnyMethod
+from tensormix.reading import validated
 from tensormix.recipe.cell import Cell, Direction, schedule
-from tensormix.recipe.reading import validated
 from tensormix.recipe.recipe import Recipe, load_with_recipe
 from tensormix.settings import Settings
 

@@ -20,8 +20,9 @@ from tensormix.plan import Plan
 from tensormix.reparameterise.equality import check_equal
 from tensormix.reparameterise.heads import Attention, attentions
 from tensormix.reparameterise.residual import find_stream, ones_and_last, rotate_residual
-from tensormix.reparameterise.values import map_values
+from tensormix.reparameterise.values import check_values, map_values
 from tensormix.sites import Site, blocks, find_sites
+from tensormix.sites.batches import batches_of
 from tensormix.sites.families import WRITES
 from tensormix.statistics import Gram
 
@@ -62,6 +63,8 @@ def learn_bases(
     rotate_residual(model, torch.eye(stream.width, dtype=torch.float64))  # the gains of the norms into the layers
     grams = _grams(model, sites, batches)
     layers = {attention.out.block: attention for attention in attentions(model)}
+    for attention in layers.values():
+        check_values(model, attention, orthogonal=True)
     heads = {
         block: torch.zeros(a.num_kv_heads, a.head_dim, a.head_dim, device=a.out.weight.device)
         for block, a in layers.items()
@@ -76,7 +79,7 @@ def learn_bases(
     facts = _lower(learned, lambda: torch.stack([term(turn(free)) for term in terms]).mean(), steps, progress)
     rotate_residual(model, turn(free.double()))
     maps = {block: orthogonal(head.double()) for block, head in heads.items()}
-    map_values(model, lambda attention: [(one, one.T) for one in maps[attention.out.block]])
+    map_values(model, lambda attention: [(one, one.T) for one in maps[attention.out.block]], orthogonal=True)
     return facts
 
 
@@ -125,7 +128,7 @@ def _grams(model: Any, sites: Mapping[str, Site], batches: Iterable[Tensor]) -> 
     with ExitStack() as hooks:
         for name, site in sites.items():
             hooks.enter_context(_watching(site.module, grams[name]))
-        for batch in batches:
+        for batch in batches_of(model, batches) or ():
             model(batch.to(next(iter(sites.values())).weight.device), use_cache=False)
     if not all(gram.num_tokens for gram in grams.values()):
         raise ValueError("learn_bases: there are no calibration batches: the iterable is empty")

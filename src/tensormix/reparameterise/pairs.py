@@ -14,6 +14,7 @@ from tensormix.reparameterise.heads import Attention, attentions
 from tensormix.reparameterise.values import balance, gram_of
 from tensormix.sites import locate_blocks
 from tensormix.sites.families import FAMILIES, family_of, norm_of_heads, rotary_channels
+from tensormix.sites.symmetries import Rows, pairs_pass
 
 
 @torch.no_grad()
@@ -36,7 +37,10 @@ def rotate_pairs(model: nn.Module, grams: Mapping[str, Tensor]) -> list[str]:
             site has no Gram matrix. Nothing was changed then.
     """
     pairs = _pairs(model)
-    chosen = [(attention, _maps(attention, pairs, grams)) for attention in attentions(model)]
+    found = list(attentions(model))
+    for attention in found:
+        _check(model, attention, pairs)
+    chosen = [(attention, _maps(attention, pairs, grams)) for attention in found]
     done: dict[str, None] = {}
     for attention, maps in chosen:
         attention.q.turn(attention.per_query_head(maps))
@@ -59,6 +63,17 @@ def _pairs(model: nn.Module) -> Tensor:  # (P, 2), channels of a head
         known = ", ".join(name for name, family in FAMILIES.items() if family.pairs is not None)
         raise ValueError(f"{root}.0 is a {kind}: how it pairs channels for its positions is not known; known: {known}")
     return rotary_channels(model, pairs)
+
+
+def _check(model: nn.Module, attention: Attention, pairs: Tensor) -> None:  # (P, 2)
+    q, k = (Rows(part.site.name, part.rows) for part in (attention.q, attention.k))
+    counts = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    found = pairs_pass(model, attention.out.block or 0, q, k, counts, pairs)
+    if found is not None:
+        raise ValueError(
+            f"{q.name}, {k.name}: pairs of queries and keys cannot be turned without changing the model: "
+            f"{found.reason()}; nothing was changed"
+        )
 
 
 def _maps(attention: Attention, pairs: Tensor, grams: Mapping[str, Tensor]) -> list[Tensor]:  # (D, D) of each kv head

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from tensormix.methods.slice_gpt import principal_basis
 from tensormix.reparameterise.layers import set_values
 from tensormix.sites import Site, is_dense, locate_blocks, role_of
+from tensormix.sites.batches import batches_of
 from tensormix.sites.families import FAMILIES, WRITES, eps_of, family_of, final_norm_of, has_norms_behind
 from tensormix.sites.sliced import ends
+from tensormix.sites.turning import check_turns
 from tensormix.statistics import Gram
 
 _ORTHOGONAL = 1e-5  # largest entry of R^T R - 1: what a rotation in fp32 is off
@@ -62,7 +64,7 @@ class Stream:
 
     @property
     def subtracts_mean(self) -> bool:
-        return any(isinstance(norm.module, nn.LayerNorm) for norm in self.norms)
+        return _subtract_mean(self.norms)
 
 
 @torch.no_grad()
@@ -125,7 +127,7 @@ def residual_basis(
         for norm in stream.norms:
             if norm.block in wanted:
                 hooks.enter_context(_watching(norm, gram))
-        for batch in batches:
+        for batch in batches_of(model, batches) or ():
             model(batch.to(weight.device), use_cache=False)
     if not gram.num_tokens:
         raise ValueError("residual_basis: there are no calibration batches: the iterable is empty")
@@ -150,7 +152,8 @@ def find_stream(model: nn.Module) -> Stream:
     """What touches the residual stream of a dense model that may be turned.
 
     Raises:
-        ValueError: it is of another kind, or a part of it is no longer dense.
+        ValueError: it is of another kind, or a part of it is no longer dense, or it is seen to do something else with
+            its stream.
     """
     root, layers = locate_blocks(model)
     owner, (embedding, head) = model.get_submodule(root.rpartition(".")[0]), ends(model)
@@ -173,8 +176,21 @@ def find_stream(model: nn.Module) -> Stream:
     names = {module: name for name, module in model.named_modules()}
     of_head = Site(names[head], "linear", None, None, head)
     norms.append(Norm(last, model.get_submodule(last), (of_head,), None))
+    check_turns(model, _by_block(norms), _by_block(writers), last, keeps_mean=_subtract_mean(norms))
     positions = [module for module in owner.children() if isinstance(module, nn.Embedding) and module is not embedding]
     return Stream((embedding, *positions), tuple(norms), tuple(writers))
+
+
+def _subtract_mean(norms: Iterable[Norm]) -> bool:
+    return any(isinstance(norm.module, nn.LayerNorm) for norm in norms)
+
+
+def _by_block(parts: Iterable[Norm] | Iterable[Site]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for part in parts:
+        if part.block is not None:
+            found.setdefault(part.block, []).append(part.name)
+    return found
 
 
 def _check_block(name: str, block: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tensormix.reparameterise.heads import Attention, attentions
 from tensormix.reparameterise.layers import set_values
+from tensormix.sites.symmetries import Rows, values_pass
 
 # Of the largest eigenvalue: what is smaller counts as this much, so that no map has a condition above 1e3.
 FLOOR = 1e-6
@@ -32,7 +33,7 @@ def align_heads(model: nn.Module, grams: Mapping[str, Tensor]) -> list[str]:
         The names of the rewritten sites.
 
     Raises:
-        ValueError: a v site has no Gram matrix.
+        ValueError: a v site has no Gram matrix, or what lies between v and o does not let another basis pass.
     """
 
     def principal(attention: Attention) -> Maps:
@@ -41,7 +42,7 @@ def align_heads(model: nn.Module, grams: Mapping[str, Tensor]) -> list[str]:
         turns = [torch.linalg.eigh(rows @ gram @ rows.T).eigenvectors.flip(1).T for rows in heads]
         return [(turn, turn.T) for turn in turns]
 
-    return map_values(model, principal)
+    return map_values(model, principal, orthogonal=True)
 
 
 @torch.no_grad()
@@ -55,7 +56,8 @@ def whiten_values(model: nn.Module, grams: Mapping[str, Tensor]) -> list[str]:
         grams: Gram matrices (H D, H D) of the inputs of the o sites, by name.
 
     Raises:
-        ValueError: an o site has no Gram matrix, or one that is zero or not finite.
+        ValueError: an o site has no Gram matrix, or one that is zero or not finite, or what lies between v and o does
+            not let another basis pass.
     """
 
     def white(attention: Attention) -> Maps:
@@ -84,13 +86,20 @@ def balance_values(model: nn.Module, grams: Mapping[str, Tensor]) -> list[str]:
 
 
 @torch.no_grad()
-def map_values(model: nn.Module, maps: Callable[[Attention], Maps]) -> list[str]:
+def map_values(
+    model: nn.Module, maps: Callable[[Attention], Maps], *, orthogonal: bool = False
+) -> list[str]:  # fmt: skip
     """Let v be M v and o take M^-1, in place, with the pairs (M, M^-1) that `maps` gives for each key-value head.
 
     The model computes the same. All maps are asked for before any layer changes. Returns the names of the rewritten
     sites.
+
+    Raises ValueError if what lies between v and o does not let such a map, or only an `orthogonal` one, pass.
     """
-    chosen = [(attention, maps(attention)) for attention in attentions(model)]
+    found = list(attentions(model))
+    for attention in found:
+        check_values(model, attention, orthogonal)
+    chosen = [(attention, maps(attention)) for attention in found]
     done: dict[str, None] = {}
     for attention, of_heads in chosen:
         attention.v.turn([into for into, _ in of_heads])
@@ -98,6 +107,19 @@ def map_values(model: nn.Module, maps: Callable[[Attention], Maps]) -> list[str]
         set_values(attention.out, attention.out.weight.double() @ back, None)
         done |= dict.fromkeys((attention.names["v"], attention.names["o"]))
     return list(done)
+
+
+def check_values(model: nn.Module, attention: Attention, orthogonal: bool) -> None:
+    v, out = attention.v, attention.out
+    counts = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    found = values_pass(
+        model, out.block or 0, Rows(v.site.name, v.rows), out.name, counts, orthogonal=orthogonal
+    )  # fmt: skip
+    if found is not None:
+        raise ValueError(
+            f"{v.site.name}, {out.name}: the values of its heads cannot be put into another basis without changing the "
+            f"model: {found.reason()}; nothing was changed"
+        )
 
 
 def balance(moment: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # (D, D), (D, D) -> (D, D), (D, D)

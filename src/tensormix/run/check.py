@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from tensormix.allocation.growth import growth
 from tensormix.allocation.resolvers import foresee
 from tensormix.compression.choosing import assume
 from tensormix.compression.fitting import row_of
 from tensormix.compression.kinds import units_of
 from tensormix.compression.slicing import slice_empty
 from tensormix.compression.units import at_sites
-from tensormix.methods import METHODS
-from tensormix.models import ModelSource, skeleton
+from tensormix.models import ModelSource, notes_on, skeleton
 from tensormix.plan import Plan
 from tensormix.profile import bytes_by_dtype, num_parameters
 from tensormix.recipe import Recipe
@@ -30,6 +30,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
         it could choose are counted then, or sizes that a budget decides from weights or inputs, where those of
         "uniform" are shown in their place, or what a search finds, where every site has its smallest candidate}. With
         a budget also "budget": the rows of `allocate`; with a search "search": how many candidates and evaluations.
+        Where something has to be known of the source, "notes" says it.
+        Where the compressed model is larger than the dense one, "larger" is a sentence about it.
         MACs are those of `macs_per_token`; bytes are parameters times the size of the dtype. "num_experts" in a row
         is None unless the site is a stack of experts.
 
@@ -38,12 +40,32 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """
     source = ModelSource(recipe.model)
     model = skeleton(source)
+    notes = notes_on(source, model) + _long_windows(recipe, model)
     dense, foreseen = counts(model), foresee(recipe, source, model)
     sites = replace_empty(model, foreseen.plan)
     compressed = counts(model)
+    larger = growth(dense["parameters"], compressed["parameters"], sites)
+    beside = {} if larger is None else {"larger": larger}
     return {
         "dense": dense, "sites": sites, "compressed": compressed, "assumed": foreseen.is_assumed, **foreseen.beside,
+        **({"notes": notes} if notes else {}),
+        **beside,
     }  # fmt: skip
+
+
+def _long_windows(recipe: Recipe, model: Any) -> list[str]:
+    """What a recipe wants to read in longer windows than the model has positions for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    windows = {
+        "calibration": recipe.calibration and recipe.calibration.window,
+        "recover": recipe.recover and recipe.recover.window,
+        **{f"evaluate.perplexity[{number}]": one.window for number, one in enumerate(recipe.evaluate.perplexity)},
+    }
+    return [
+        f"{name} reads windows of {window} tokens, and the model was made for {limit}: beyond them it is not itself"
+        for name, window in windows.items()
+        if window and limit and window > limit
+    ]
 
 
 def counts(model: nn.Module) -> dict[str, Any]:
@@ -79,17 +101,3 @@ def _sizes(site: Site | None) -> dict[str, Any]:
         "in_features": site.in_features,
         "out_features": site.out_features,
     }
-
-
-def list_methods() -> list[dict[str, Any]]:
-    """The table of methods as plain data."""
-    return [
-        {
-            "name": name,
-            "source": method.source,
-            "sites": method.takes,
-            "needs": [statistic.__name__ for statistic in method.needs],
-            "summary": method.summary,
-        }
-        for name, method in METHODS.items()
-    ]

@@ -14,8 +14,8 @@ from typing import Any
 from tensormix.evaluate import has_answers
 from tensormix.models import Sources, fingerprint
 from tensormix.plan import Plan
+from tensormix.reading import FILES
 from tensormix.recipe import Recipe
-from tensormix.recipe.reading import FILES
 from tensormix.rows import Row
 from tensormix.storage.files import content_digest, read_json
 from tensormix.version import code_version

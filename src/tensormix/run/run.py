@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from tensormix.allocation.laser_search import check_search
@@ -45,6 +46,7 @@ def run_recipe(
     workers: int = 1,
     teacher_cache: Path | None = None,
     sources: Sources | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Every stage that the recipe asks for, in the order of STAGES; returns `folder`. Finished stages are not repeated.
 
@@ -56,6 +58,8 @@ def run_recipe(
         teacher_cache: a folder for the dense model's logits, shared by the runs of a sweep; without it they are kept
             no longer than the recovery.
         sources: the dense models that are open already; runs that share them read each of them once for their keys.
+        say: called with one line about each text that a stage reads: documents, tokens, fields, chat template. The
+            lines stand in the file of the stage, too, as "texts".
 
     Raises:
         ValueError: another process writes into the folder, or whatever a stage finds wrong with the recipe, the model
@@ -64,7 +68,9 @@ def run_recipe(
     with only_process(folder):
         remove_unfinished(folder)
         write_json(folder / "recipe.json", json.loads(recipe.model_dump_json()))
-        _carry_out(recipe, folder, reference, progress, keep_compressed, workers, teacher_cache, sources or Sources())
+        _carry_out(
+            recipe, folder, reference, progress, keep_compressed, workers, teacher_cache, sources or Sources(), say
+        )
     return folder
 
 
@@ -77,18 +83,19 @@ def _carry_out(
     workers: int,
     teacher_cache: Path | None,
     sources: Sources,
+    say: Callable[[str], None] | None,
 ) -> None:
     if recipe.search is not None and with_allocation(recipe, folder, sources) is None:
         check_search(recipe)  # before the dense model is measured
     if reference is None and len(recipe.plan.root):
-        reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress, sources=sources)
+        reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress, sources=sources, say=say)
     if recipe.evaluate.benchmarks:
         check_installed()  # before hours of work, not after them
     tell = progress or (lambda stage, done, total: None)
     if recipe.is_open:
-        Stages(recipe, folder, reference, tell, workers, sources).finish("allocate")
+        Stages(recipe, folder, reference, tell, workers, sources, say).finish("allocate")
         recipe = with_allocation(recipe, folder, sources) or recipe
-    run = Stages(recipe, folder, reference, tell, workers, sources)
+    run = Stages(recipe, folder, reference, tell, workers, sources, say)
     run.cache = teacher_cache
     for stage in STAGES:
         run.finish(stage)

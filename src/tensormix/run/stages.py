@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import tensormix.hf  # noqa: F401  (a compressed model must be loadable)
+from tensormix.allocation.growth import growth_of
 from tensormix.allocation.resolvers import Data, resolve
 from tensormix.compression.checkpoint import compress_checkpoint
-from tensormix.data import windows_of
+from tensormix.data import understood_by, windows_of
 from tensormix.diagnose.verdict import Verdict, exam_accuracy
 from tensormix.evaluate import exam_prompts, macro_drop_row
 from tensormix.evaluate.forward import dtype_of
@@ -41,13 +42,16 @@ class Stages:
         progress: StageProgress,
         workers: int,
         sources: Sources | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
+        self.say = say
         self.recipe, self.folder, self.reference, self.progress = recipe, folder, reference, progress
         self.workers = workers
         self.cache: Path | None = None
         self.sources = sources or Sources()
         self.keys = stage_keys(recipe, reference, self.sources)
         self._beside: Row = {}  # what the file of a stage says beside its rows
+        self._texts: list[str] = []  # what was understood of each text that the stage read
         self._model: Any = None
         self._dense: Any = None
         self._tokenizer: Any = None
@@ -56,9 +60,10 @@ class Stages:
         work: Callable[[], list[Row]] = getattr(self, f"_{stage}")
         if stage not in self.keys or is_done(self.folder, stage, self.keys):
             return
-        began, self._beside = time.perf_counter(), {}
+        began, self._beside, self._texts = time.perf_counter(), {}, []
         self.progress(stage, 0, 1)
-        rows = work()
+        with understood_by(self._note_text):
+            rows = work()
         write_json(
             self.folder / f"{stage}.json",
             {
@@ -67,6 +72,7 @@ class Stages:
                 "settings": stage_settings(self.recipe, stage),
                 "seed": self.recipe.seed,
                 **self._beside,
+                "texts": self._texts,
                 "rows": rows,
                 "environment": environment(),
                 "seconds": round(time.perf_counter() - began, 3),
@@ -74,6 +80,12 @@ class Stages:
             },
         )
         self.progress(stage, 1, 1)
+
+    def _note_text(self, line: str) -> None:
+        if line not in self._texts:
+            self._texts.append(line)
+            if self.say is not None:
+                self.say(line)
 
     @property
     def source(self) -> ModelSource:
@@ -181,6 +193,8 @@ class Stages:
             overwrite=True,  # it lies in the run's own folder
         )
         shutil.rmtree(self.folder / "rewritten", ignore_errors=True)
+        larger = growth_of(rows)
+        self._beside = {"larger": larger} if larger else {}
         return rows
 
     def _direct(self) -> list[Row]:

@@ -165,10 +165,15 @@ def qkv_takes_turns(block: nn.Module, name: str) -> bool:
     return turns
 
 
-def head_counts(model: nn.Module) -> tuple[int, int, int] | None:
-    """How many heads the attention has for queries, how many for keys and values, and their size; None if unknown."""
+def head_counts(model: nn.Module, block: int | None = None) -> tuple[int, int, int] | None:
+    """How many heads the attention has for queries, how many for keys and values, and their size; None if unknown.
+
+    Some models differ in that from block to block, so it is asked of one.
+    """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if block is not None and getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[block]
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "hidden_size", None)
     if heads is None or width is None:

@@ -38,6 +38,13 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return locate_blocks(model)[1]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that compiling or data parallelism wraps; it holds the same modules under its own names."""
+    parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    inner = model._modules.get("module" if parallel else "_orig_mod")
+    return model if inner is None else unwrapped(inner)
+
+
 def _decoder_of(model: nn.Module) -> str:
     """How the names of what makes text begin; an empty string if the model does not say."""
     get_decoder: Any = getattr(model, "get_decoder", None)

@@ -15,10 +15,11 @@ from tensormix.sites.calls import Call
 from tensormix.sites.families import FAMILIES, READS, WRITES, eps_of, family_of, final_norm_of, role_of
 from tensormix.sites.installing import mark_replacement
 from tensormix.sites.locate import locate_blocks
+from tensormix.sites.turning import check_turns
 
 
-def check_sliceable(model: nn.Module) -> int:
-    """The hidden size D of a model whose residual stream can be turned and sliced.
+def check_sliceable(model: nn.Module, *, look: bool = True) -> int:
+    """The hidden size D of a model whose residual stream can be turned and sliced; with a `look` at its twin.
 
     Raises:
         ValueError: its blocks are of another kind, or a part of it is no longer dense.
@@ -45,7 +46,17 @@ def check_sliceable(model: nn.Module) -> int:
         raise ValueError(
             f"{type(model).__name__}: slice_gpt needs an embedding, a final norm and a head that are the usual ones"
         )
+    if look:
+        _look(model, root, layers)
     return embedding.embedding_dim
+
+
+def _look(model: nn.Module, root: str, layers: nn.ModuleList) -> None:
+    norms, writers = dict[int, list[str]](), dict[int, list[str]]()
+    for index, block in enumerate(layers):
+        norms[index] = [f"{root}.{index}.{norm}" for norm, _ in family_of(block).halves]
+        writers[index] = [f"{root}.{index}.{name}" for name, (_, reads) in block_layers(block).items() if not reads]
+    check_turns(model, norms, writers, final_norm_of(model, root) or "", keeps_mean=False)
 
 
 def width_of(model: nn.Module) -> int | None:
@@ -59,7 +70,7 @@ def shrink(model: nn.Module, width: int) -> None:
 
     Tied embeddings are tied no longer. Raises ValueError as `check_sliceable` does, or if S is not in 1..D.
     """
-    full = check_sliceable(model)
+    full = check_sliceable(model, look=False)
     if not 1 <= width <= full:
         raise ValueError(f"the sliced residual stream must have 1 to {full} channels, got {width}")
     loaded: Any = model

@@ -174,7 +174,7 @@ def random_like(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if not dtype.is_floating_point:
         return torch.zeros(shape, dtype=dtype)
     if len(shape) < 2:
-        around = 0.0 if name.endswith("bias") else 1.0
+        around = 1.0 if name.endswith("weight") else 0.0  # gains of norms; logarithms and the like are small
         return (around + 0.3 * _normal(name, *shape)).to(dtype)
     scale = shape[-1] ** -0.5
     if shape.numel() <= _LARGEST:

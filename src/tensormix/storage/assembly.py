@@ -15,7 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tensormix.storage.codes import codes_of, holds_codes, refusal_of
 from tensormix.storage.entries import Entry, Piece
+from tensormix.storage.foreign import Foreign
 from tensormix.storage.formats import Format, passed_on
 from tensormix.storage.packed import pack_of
 
@@ -50,8 +52,9 @@ class Assembly:
         unknown: the tensors on disk that the model does not know.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor that the model needs, or one has another shape than config.json
-            implies. Only headers have been read then.
+        ValueError: the checkpoint lacks a tensor that the model needs, one has another shape than config.json
+            implies, or holds codes and nothing says how they are scaled, or a file that describes itself holds one that
+            the model does not know. Only headers have been read then.
     """
 
     def __init__(self, model: Any, weights: Format) -> None:
@@ -63,6 +66,8 @@ class Assembly:
         self._made_by = self._match(model)
         self._turn_ties()
         self.makings = list({id(making): making for making in self._made_by.values()}.values())
+        self._check_unknown(type(model).__name__)
+        self._check_codes()
         self._check_missing(type(model).__name__)
         self._check_shapes()
 
@@ -102,8 +107,30 @@ class Assembly:
                 del self.tied[target]
                 self.tied[source] = target
 
+    def _check_unknown(self, model: str) -> None:
+        """What other formats hold beside the model is carried on; files that describe themselves hold the model."""
+        if self.unknown and self.weights.described is not None:
+            name = self.unknown[0]
+            raise ValueError(
+                f"{self.weights.entries[name].file} holds what would be {name}, which {model} has no place for: "
+                "without it the model would be another; take its own folder of safetensors instead"
+            )
+
+    def _check_codes(self) -> None:
+        """Codes are weights only together with their scales, which the pack of the checkpoint declares."""
+        for making in self.makings:
+            if not self.targets[making.targets[0]].is_floating_point():
+                continue
+            for parts in (parts for several in making.parts.values() for parts in several if len(parts) == 1):
+                entry = self.weights.entries[next(iter(parts.values()))]
+                if holds_codes(entry):
+                    raise refusal_of(entry, self.weights.folder)
+
     def _check_missing(self, model: str) -> None:
         missing = [n for n in self.targets if n not in self._made_by and self.tied.get(n) not in self._made_by]
+        for target in missing[:1]:
+            if (entry := codes_of(target, self.unknown, self.weights.entries)) is not None:
+                raise refusal_of(entry, self.weights.folder)
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(
@@ -126,12 +153,27 @@ class Assembly:
                 expected = wanted
             else:
                 continue  # the converter checks what it is given
-            for parts in (parts for several in making.parts.values() for parts in several if "weight" in parts):
-                entry = self.weights.entries[parts["weight"]]
-                if entry.shape != expected:
+            for parts in (parts for several in making.parts.values() for parts in several):
+                entry = self.weights.entries[next(iter(parts.values()))]
+                shape = entry.shape if "weight" in parts else self._packed_shape(parts)
+                if shape not in (None, expected):
                     raise ValueError(
-                        f"{entry.file}: {entry.name} has the shape {entry.shape}, but config.json implies {expected}"
+                        f"{entry.file}: {entry.name} has the shape {shape}, but config.json implies {expected}"
+                        f"{self._about_vocabulary(shape, expected)}"
                     )
+
+    def _packed_shape(self, parts: Parts) -> tuple[int, ...] | None:
+        """Of a weight in the layout of another program; None for the layouts that stay as they are."""
+        if not isinstance(self.pack, Foreign):
+            return None
+        shapes = {role: self.weights.entries[name].shape for role, name in parts.items()}
+        return self.pack.shape(shapes, lambda role: self.weights.read(self.weights.entries[parts[role]]))
+
+    def _about_vocabulary(self, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+        size = self.config.get_text_config().vocab_size if hasattr(self.config, "get_text_config") else None
+        if shape[1:] != expected[1:] or expected[0] != size:
+            return ""
+        return f": the vocabulary was resized, and vocab_size is still {size}; it has to be {shape[0]}"
 
     def make(self, target: str) -> dict[str, Tensor]:
         """The parameter `target`, and those made along with it, in the dtypes that the model wants.
@@ -158,7 +200,7 @@ class Assembly:
             if self.pack is None or len(parts) == 1:
                 pieces[first.name] = passed_on(self.weights, first, wanted.dtype if first.is_float else None)
             else:
-                shape = first.shape if "weight" in parts else tuple(wanted.shape)
+                shape = first.shape if "weight" in parts else self._packed_shape(parts) or tuple(wanted.shape)
                 make = partial(self._read, parts, wanted.dtype)
                 pieces[self.pack.dense_name(first.name)] = Piece.made(make, shape, wanted.dtype)
         return pieces

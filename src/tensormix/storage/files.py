@@ -100,12 +100,19 @@ def remove_unfinished(folder: Path, name: str = "*") -> None:
 
 
 def content_digest(path: Path) -> str | None:
-    """A hash of what a file holds, None where there is no file. A file that did not change is read once a process."""
+    """A hash of what a file holds, or all files of a folder; None where there is nothing.
+
+    A file that did not change is read once a process.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        held = "".join(f"{file.relative_to(path)} {content_digest(file)}\n" for file in files)
+        return hashlib.sha256(held.encode()).hexdigest()
     try:
         known = path.stat()
     except OSError:
         return None
-    return _digest(path.resolve(), known.st_size, known.st_mtime_ns) if path.is_file() else None
+    return _digest(path.resolve(), known.st_size, known.st_mtime_ns)
 
 
 @cache

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from tensormix.storage.entries import DTYPES, Entry, Piece
+from tensormix.storage.gguf import Gguf
 from tensormix.storage.safetensors import Safetensors
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -36,6 +37,11 @@ class Format(Protocol):
     files: list[Path]
     entries: Mapping[str, Entry]
 
+    @property
+    def described(self) -> Mapping[str, Any] | None:
+        """What config.json would say, where the files themselves say it; such files hold nothing but the model."""
+        ...
+
     def __init__(self, folder: Path, file: Path | None = None) -> None:
         """All weights of `folder`, or those in one `file` of it, or those that an index lists.
 
@@ -54,6 +60,7 @@ class Format(Protocol):
 
 FORMATS: dict[str, type[Format]] = {
     "safetensors": Safetensors,
+    "gguf": Gguf,
 }
 
 

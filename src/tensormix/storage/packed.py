@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensormix.storage.foreign import Foreign, foreign_of
+
 FP8 = torch.float8_e4m3fn
 _GROUP = 32  # inputs that share one scale in MXFP4
 _ROWS = 128  # of an fp8 weight that are in fp32 at the same time
@@ -36,6 +38,7 @@ class Pack:
 
     name: str
     block: tuple[int, int] | None = None
+    is_kept = True  # what is not compressed stays as it is
 
     def dense_name(self, stored: str) -> str:
         """The weight that the stored tensor is a part of; its own name if it is a whole one."""
@@ -86,7 +89,7 @@ class Pack:
         return weight.to(dtype) if weight.is_floating_point() else weight
 
 
-def pack_of(config: Mapping[str, Any] | None) -> Pack | None:
+def pack_of(config: Mapping[str, Any] | None) -> Pack | Foreign | None:
     """How the checkpoint with this `quantization_config` is packed; None without one.
 
     Raises:
@@ -102,12 +105,22 @@ def pack_of(config: Mapping[str, Any] | None) -> Pack | None:
         if block is not None and (len(block) != 2 or min(block) < 1):
             raise ValueError(f"quantization_config: weight_block_size must be two numbers from 1 on, got {block!r}")
         return Pack("fp8", None if block is None else (int(block[0]), int(block[1])))
+    if (foreign := foreign_of(config, str(method))) is not None:
+        return foreign
     what = "'fp8' with experts in 'fp4'" if method == "fp8" else repr(method)
     raise ValueError(
-        f"the checkpoint is packed as {what}; plain weights, 'fp8' and 'mxfp4' can be read. Take the model's original "
-        "checkpoint, or convert this one where its own library runs: AutoModelForCausalLM.from_pretrained(folder), "
-        "dequantize(), save_pretrained(new_folder)"
+        f"the checkpoint is packed as {what}{_details(config)}; plain weights, 'fp8', 'mxfp4', and of 'gptq', 'awq', "
+        "'compressed-tensors' and 'modelopt' the usual layouts can be read. Take the model's original checkpoint, or "
+        "convert this one where its own library runs: AutoModelForCausalLM.from_pretrained(folder), dequantize(), "
+        "save_pretrained(new_folder)"
     )
+
+
+def _details(config: Mapping[str, Any]) -> str:
+    """What tells a layout from others of its kind."""
+    keys = ("bits", "checkpoint_format", "version", "zero_point", "quant_algo", "format", "load_in_8bit")
+    found = [f"{key} {config[key]!r}" for key in keys if config.get(key) is not None]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def dequantize_fp8(

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,6 +33,7 @@ class Safetensors:
 
     file_patterns: ClassVar[tuple[str, ...]] = ("*.safetensors",)
     index_patterns: ClassVar[tuple[str, ...]] = ("*.safetensors.index.json",)
+    described: Mapping[str, Any] | None = None
 
     def __init__(self, folder: Path, file: Path | None = None) -> None:
         self.folder = folder

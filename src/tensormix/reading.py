@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tensormix.recipe.explain import explain
+from tensormix.explain import explain
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=BaseModel)
 FILES = ("file", "examples")  # keys of paths that are taken from the recipe's folder
 
 
-def validated(cls: type[Model], data: dict[str, Any], where: str) -> Model:
+def validated(cls: type[Model], data: Any, where: str) -> Model:
     """The settings that `data` are. Raises ValueError in one sentence, which begins with `where`, if they are none."""
     try:
         return cls.model_validate(data)
@@ -57,12 +57,17 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """What a YAML file holds. Raises ValueError if it is missing, is no YAML or no mapping."""
+    data = read_any_yaml(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold keys and values, got {type(data).__name__}")
+    return data
+
+
+def read_any_yaml(path: Path) -> Any:
+    """What a YAML file holds, if only a list. Raises ValueError if it is missing or is no YAML."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(data).__name__}")
-    return data
