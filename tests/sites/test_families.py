@@ -31,7 +31,8 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def table(script) -> dict[str, dict[str, bool]]:
     """What the page says."""
-    rows = [line.strip("| ").split(" | ") for line in script.PAGE.read_text().splitlines() if line.startswith("| ")]
+    first = script.PAGE.read_text().partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in first.splitlines() if line.startswith("| ")]
     return {row[0]: dict(zip(rows[0][2:], (cell == "yes" for cell in row[2:]), strict=True)) for row in rows[1:]}
 
 

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from configs import Tiny, every_class
 from features import FEATURES
+from page import read_rows, section
+from records import PAGE, all_records, page
 from trying import answer, logits
 
 ROWS = Path(__file__).parents[2] / "docs" / "families.jsonl"

@@ -9,22 +9,27 @@ import torch
 from configs import Tiny
 from shown import Same, SameSeen
 from torch import Tensor, nn
-from trying import HALF, Refused, asked, batches, dense, error, logits, plan
+from trying import HALF, NotTried, Refused, asked, batches, dense, error, logits, plan
 
 from tensormix.sites import blocks
 
 
-def written(model: Any, tiny: Tiny, cache: bool) -> Tensor:
+def written(model: Any, tiny: Tiny, cache: bool) -> Tensor:  # (T, V)
+    """The logits of four tokens that it writes."""
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "use_cache": cache}
-    return model.generate(tiny.tokens(1, 8), pad_token_id=0, **options)
+    out = model.generate(tiny.tokens(1, 8), pad_token_id=0, output_logits=True, return_dict_in_generate=True, **options)
+    return torch.cat(out.logits)
+
+
+def gap_of_cache(model: Any, tiny: Tiny) -> float:
+    """How far what is written with a cache is from what is written without."""
+    return error(written(model, tiny, True), written(model, tiny, False))
 
 
 def generate_densely(tiny: Tiny) -> None:
-    def try_it() -> None:
-        model = tiny.make()
-        assert torch.equal(written(model, tiny, True), written(model, tiny, False)), "cache and no cache differ"
-
-    dense(try_it)
+    off = dense(lambda: gap_of_cache(tiny.make(), tiny))
+    if not off < 1e-3:
+        raise NotTried(f"what the dense model writes with a cache is off by {off:.1e}")
 
 
 def generates(tiny: Tiny) -> str:
@@ -32,8 +37,9 @@ def generates(tiny: Tiny) -> str:
     generate_densely(tiny)
     model = tiny.make()
     asked(tiny, model, plan(method=HALF))
-    assert torch.equal(written(model, tiny, True), written(model, tiny, False)), "cache and no cache differ"
-    return "4 tokens"
+    off = gap_of_cache(model, tiny)
+    assert off < 1e-3, f"with a cache it is off by {off:.1e}"
+    return f"off by {off:.0e}"
 
 
 def dropped_blocks(tiny: Tiny) -> str:
@@ -47,9 +53,8 @@ def dropped_blocks(tiny: Tiny) -> str:
         except Refused as refusal:
             refusals.append(str(refusal))
             continue
-        assert torch.isfinite(logits(model, tiny.tokens())).all()
-        same = torch.equal(written(model, tiny, True), written(model, tiny, False))
-        assert same, f"without {chosen} cache and no cache differ"
+        off = gap_of_cache(model, tiny)
+        assert off < 1e-3, f"without {chosen} it is off by {off:.1e} with a cache"
         done += 1
     if not done:
         raise Refused(refusals[0])
@@ -61,8 +66,9 @@ def halves(dtype: torch.dtype) -> Callable[[Tiny], str]:
         model = tiny.make(dtype)
         before = dense(lambda: finite(logits(model, tiny.tokens())))
         asked(tiny, model, plan(method=SameSeen()), batches(tiny))
+        rough = error(before, logits(tiny.make(), tiny.tokens()))  # experts of a token change with the last bit
         off = error(logits(model, tiny.tokens()), before)
-        assert off < 0.1, f"off by {off:.2f}"  # experts of a token change with the last bit
+        assert off < max(0.1, 2 * rough), f"off by {off:.2f}, the dense model by {rough:.2f}"
         model = tiny.make(dtype)
         asked(tiny, model, plan(method={"name": "svd_llm", "keep": 0.9}), batches(tiny))
         finite(logits(model, tiny.tokens()))
