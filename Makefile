@@ -19,6 +19,7 @@ help:
 	@echo "make check   ruff, the type checker and the import directions"
 	@echo "make tables  write down anew what tensormix list shows, after a method or operator is added"
 	@echo "make mutate  break the code line by line and demand that the tests notice"
+	@echo "make families  try every feature on every class of transformers (half an hour; goes on where it stopped)"
 	@echo "make same    compare what the working tree makes with what a commit made (BASE=$(BASE)), to the bit"
 
 setup: $(VENV)/.ready
@@ -61,6 +62,10 @@ mutate: setup
 
 same: setup
 	$(BIN)/python tools/same.py $(BASE)
+
+# One thread: the models are tiny. AGAIN=--again tries once more what has a row.
+families: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/families $(KINDS) $(AGAIN)
 
 clean:
 	rm -rf runs build dist *.egg-info

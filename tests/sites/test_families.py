@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "tensormix"
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The one that writes the page. It is called as the module of the records is, so it is imported by its path."""
-    spec = importlib.util.spec_from_file_location("families_page", ROOT / "tools" / "families.py")
+    spec = importlib.util.spec_from_file_location("families_page", ROOT / "tools" / "families" / "records.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -31,13 +31,14 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def table(script) -> dict[str, dict[str, bool]]:
     """What the page says."""
-    rows = [line.strip("| ").split(" | ") for line in script.PAGE.read_text().splitlines() if line.startswith("| ")]
+    first = script.PAGE.read_text().partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in first.splitlines() if line.startswith("| ")]
     return {row[0]: dict(zip(rows[0][2:], (cell == "yes" for cell in row[2:]), strict=True)) for row in rows[1:]}
 
 
 def test_the_page_has_every_family_and_every_feature_as_the_script_writes_it(script, table):
     assert list(table) == [*ZOO, *MOE]
-    assert script.page(table) == script.PAGE.read_text(), "run python tools/families.py"
+    assert script.PAGE.read_text().startswith(script.page(table)), "run python tools/families"
 
 
 def test_the_page_promises_what_the_records_say(script, table):
@@ -46,7 +47,7 @@ def test_the_page_promises_what_the_records_say(script, table):
         record = FAMILIES.get(script.block_class(family), Family())
         for feature in script.OF_RECORDS:
             _, promised = script.FEATURES[feature]
-            assert found[feature] == promised(record), f"{family}: {feature}; run python tools/families.py"
+            assert found[feature] == promised(record), f"{family}: {feature}; run python tools/families"
         everything = [feature for feature, (_, promised) in script.FEATURES.items() if promised(Family())]
         assert everything and all(found[feature] for feature in everything)
         assert found["experts"] == (family in MOE)

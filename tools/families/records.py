@@ -1,6 +1,4 @@
-"""Write docs/families.md: which family of models supports what, tried on the tiny models of the tests.
-
-    python tools/families.py
+"""The first part of docs/families.md: which family of models supports what, tried on the tiny models of the tests.
 
 A feature that a family's record promises must work, or this fails; what is refused is refused with a sentence.
 """
@@ -13,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
@@ -30,7 +28,7 @@ from zoo import MOE, ZOO, logits, make, token_ids  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 INTRODUCTION = """\
-Written by `python tools/families.py`, which tries every feature on a tiny model of every family in
+Written by `python tools/families`, which tries every feature on a tiny model of every family in
 `tests/zoo.py`. All that is known of an architecture is one record in `src/tensormix/sites/families.py`;
 a new family is one record there and one line in the zoo. Models of other families are compressed matrix by
 matrix all the same, if their layers have names that are known there."""
@@ -175,10 +173,5 @@ def page(table: dict[str, dict[str, bool]]) -> str:
     )
 
 
-def main() -> None:
-    table = {family: {feature: supports(family, feature) for feature in FEATURES} for family in (*ZOO, *MOE)}
-    PAGE.write_text(page(table), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def all_records() -> dict[str, dict[str, bool]]:
+    return {family: {feature: supports(family, feature) for feature in FEATURES} for family in (*ZOO, *MOE)}
