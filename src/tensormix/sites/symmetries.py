@@ -86,15 +86,19 @@ def pairs_pass(
     H, G, C = counts
     generator = torch.Generator().manual_seed(0)
     free = [c for c in range(C) if c not in set(pairs.flatten().tolist())]
-    maps = torch.zeros(G, C, C)
-    for head in maps:
+    maps, back = torch.zeros(2, G, C, C)  # and their inverses, transposed
+    for head, inverse in zip(maps, back, strict=True):
         for first, second in pairs.tolist():
-            a, b = (0.5 + torch.rand(2, generator=generator)).tolist()
-            head[first, first], head[first, second], head[second, first], head[second, second] = a, -b, b, a
+            a, b = 0.5 + torch.rand(2, generator=generator)
+            both = torch.tensor([first, second])
+            head[both[:, None], both] = turn = torch.stack([a, -b, b, a]).view(2, 2)
+            inverse[both[:, None], both] = turn / (a * a + b * b)
         if free:
             inner = torch.linalg.qr(torch.randn(len(free), len(free), generator=generator)).Q
-            head[torch.tensor(free)[:, None], free] = inner * (1 + torch.rand(len(free), generator=generator))
-    of_queries, of_keys = maps.repeat_interleave(H // G, dim=0), torch.linalg.inv(maps).mT
+            scales = 1 + torch.rand(len(free), generator=generator)
+            head[torch.tensor(free)[:, None], free] = inner * scales
+            inverse[torch.tensor(free)[:, None], free] = inner / scales
+    of_queries, of_keys = maps.repeat_interleave(H // G, dim=0), back
 
     def mapped(rows: Tensor, by: Tensor) -> Change:
         def change(out: Tensor) -> Tensor:  # (..., O)
