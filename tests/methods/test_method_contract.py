@@ -37,6 +37,7 @@ from tensormix.methods import (
     StackMethod,
     Svd,
     SvdLlm,
+    TensorTrainMethod,
     Trawl,
     TuckerAttention,
     ZeroMethod,
@@ -57,6 +58,8 @@ CASES = [
     Mixt(num_branches=2, init="random", padding="power"),
     Mixt(num_branches=2, init="zero"),
     Mixt(num_branches=3, init="aware"),
+    TensorTrainMethod(keep=0.4),
+    TensorTrainMethod(rank=4, modes=3, weighted=True, steps=5),
     Svd(keep=0.3),
     ZeroMethod(),
     MeanOutput(),
@@ -103,6 +106,7 @@ def test_the_table_holds_every_method_that_is_written():
         "ModelMethod",
         "Hybrid",
         "SharedTucker",
+        "TrainSettings",
     }
     written = set()
     for path in Path(tensormix.methods.__file__).parent.glob("*.py"):

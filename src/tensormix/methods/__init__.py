@@ -29,6 +29,7 @@ from tensormix.methods.streamline import Streamline
 from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
 from tensormix.methods.td_moe import TdMoe
+from tensormix.methods.tensor_train import TensorTrainMethod
 from tensormix.methods.trawl import Trawl
 from tensormix.methods.tucker_heads import TuckerAttention
 
@@ -63,6 +64,7 @@ __all__ = [
     "Svd",
     "SvdLlm",
     "TdMoe",
+    "TensorTrainMethod",
     "Trawl",
     "TuckerAttention",
     "ZeroMethod",
@@ -83,6 +85,7 @@ METHODS: dict[str, type[Method]] = {
     "mixt_chain": MixtChain,
     "mixt_rotated": MixtRotated,
     "monarch": MonarchMethod,
+    "tensor_train": TensorTrainMethod,
     "coala": Coala,
     "laser": Laser,
     "hassle_free": HassleFree,

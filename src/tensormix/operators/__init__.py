@@ -28,6 +28,7 @@ from tensormix.operators.siblings import Siblings, why_apart
 from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
+from tensormix.operators.tensor_train import TensorTrain
 from tensormix.operators.tucker_heads import TuckerHeads
 from tensormix.operators.tucker_stack import TuckerStack
 from tensormix.operators.zero import Zero
@@ -63,6 +64,7 @@ __all__ = [
     "StandIn",
     "StructuredLinear",
     "Sum",
+    "TensorTrain",
     "TuckerHeads",
     "TuckerStack",
     "View",
@@ -93,6 +95,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "ResidualMLP": ResidualMLP,
     "Siblings": Siblings,
     "Sparse": Sparse,
+    "TensorTrain": TensorTrain,
     "TuckerHeads": TuckerHeads,
     "TuckerStack": TuckerStack,
     "BasisExperts": BasisExperts,
