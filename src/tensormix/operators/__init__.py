@@ -7,6 +7,8 @@ from typing import Any
 
 from tensormix.operators.base import Operator, StructuredLinear, did_you_mean, outermost
 from tensormix.operators.basis_experts import BasisExperts
+from tensormix.operators.blast import Blast
+from tensormix.operators.block_tensor_train import BlockTensorTrain
 from tensormix.operators.bypass import Bypass, StandIn
 from tensormix.operators.chain import Chain
 from tensormix.operators.concat import Concat
@@ -36,6 +38,8 @@ from tensormix.operators.zero import Zero
 __all__ = [
     "OPERATORS",
     "BasisExperts",
+    "Blast",
+    "BlockTensorTrain",
     "Bypass",
     "Chain",
     "Concat",
@@ -81,6 +85,8 @@ OPERATORS: dict[str, type[Operator]] = {
     "LowRank": LowRank,
     "Chain": Chain,
     "Monarch": Monarch,
+    "BlockTensorTrain": BlockTensorTrain,
+    "Blast": Blast,
     "Kronecker": Kronecker,
     "Zero": Zero,
     "Padded": Padded,
