@@ -151,10 +151,13 @@ def tt_svd(
     cores, cut, a = [], 0.0, 1
     for k, b in enumerate(ranks):
         o, i = out_modes[k], in_modes[k]
-        u, s, vh = torch.linalg.svd(rest.reshape(a * o * i, -1), full_matrices=False)
+        rest = rest.reshape(a * o * i, -1)
+        # The right singular vectors are as large as the weight and of no use: u^T times what is left is the same.
+        square = torch.linalg.qr(rest.T, mode="r").R.T if rest.shape[1] > rest.shape[0] else rest
+        u, s, _ = torch.linalg.svd(square, full_matrices=False)
         cores.append(u[:, :b].reshape(a, o, i, b))
         cut += float(s[b:].square().sum())
-        rest, a = s[:b, None] * vh[:b], b
+        rest, a = u[:, :b].T @ rest, b
     cores.append(rest.reshape(a, out_modes[-1], in_modes[-1], 1))
     norm = torch.linalg.vector_norm(cores[-1])
     share = torch.where(norm > 0, norm, 1) ** (1 / K)
