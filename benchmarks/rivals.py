@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import filled, take_turns
+from speed import filled, quietest
 
 from tensormix.methods import BlastMethod, BttMethod, DenseSparseTt, MonarchMethod, PerHeadTt, Svd, TensorTrainMethod
 from tensormix.methods.base import Heads
@@ -66,7 +66,7 @@ def main() -> None:
         for tokens in TOKENS:
             x = torch.randn(tokens, I)
             calls = {name: partial(multiply, operator, x) for name, operator in operators.items()}
-            times, others = take_turns(calls, seconds=4)
+            times, others = quietest(calls, seconds=3)
             dense, low_rank = (statistics.median(times[name]) for name in ("dense", "low rank"))
             for name, values in times.items():
                 low, median, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -106,7 +106,8 @@ def test_no_order_holds_less_and_of_those_none_multiplies_less(seed):
     drawn = torch.Generator().manual_seed(seed)
     out_modes, in_modes = (tuple(torch.randint(1, 5, (5,), generator=drawn).tolist()) for _ in range(2))
     bonds = (1, *torch.randint(1, 6, (4,), generator=drawn).tolist(), 1)
-    assert contraction_order(out_modes, in_modes, bonds)[1] == min(all_orders(out_modes, in_modes, bonds))[1]
+    _, macs, held = contraction_order(out_modes, in_modes, bonds)
+    assert (held, macs) == min(all_orders(out_modes, in_modes, bonds))
 
 
 def test_it_begins_in_the_middle_where_that_holds_less():
@@ -127,7 +128,15 @@ def test_many_tokens_go_through_the_written_out_matrix_and_cost_less():
         torch.testing.assert_close(y, x @ op.to_dense().T)
         spent, cores = counter.get_total_flops() // 2, tokens * op.macs_per_token
         assert spent == cores if tokens < op.dense_from else spent < cores
-    assert TensorTrain(48, 40, **MODES, ranks=[1, 1, 1]).dense_from is None
+
+
+def test_few_multiplications_do_not_make_room_for_the_states_of_many_tokens():
+    """Rank 8 of 2048 x 2048 multiplies half as much as the dense matrix and holds eight times the numbers."""
+    modes = {"out_modes": mode_factors(2048, 12), "in_modes": mode_factors(2048, 12)}
+    with torch.device("meta"):
+        op = TensorTrain(2048, 2048, **modes, ranks=[min(8, most) for most in largest_ranks(**modes)])
+    assert op.macs_per_token < 2048 * 2048 and op.dense_from == 2048 * 2048 // (8 * 2048 - 2048) + 1
+    assert TensorTrain(48, 48, out_modes=[6, 8], in_modes=[6, 8], ranks=[1]).dense_from is None
 
 
 def test_a_weight_of_zeros_and_one_mode_alone():

@@ -22,8 +22,8 @@ class TensorTrain(StructuredLinear):
 
     One token goes through the cores in the order that holds the fewest numbers at a time, and of those the one with the
     fewest multiplications: it begins at some core and goes on to either side. From `dense_from` tokens on it takes
-    fewer multiplications to write W out and multiply by it, and then that is done; None if that never pays.
-    `macs_per_token` is that of the cores: exact for fewer tokens, and more than is spent from there on.
+    fewer multiplications, or less room, to write W out and multiply by it, and then that is done; None if it never
+    does. `macs_per_token` is that of the cores: exact for fewer tokens.
 
     Args:
         out_modes: K factors of out_features.
@@ -49,10 +49,13 @@ class TensorTrain(StructuredLinear):
         bonds = (1, *ranks, 1)
         for k, (o, i) in enumerate(zip(out_modes, in_modes, strict=True)):
             self.register_parameter(f"core_{k}", nn.Parameter(torch.empty(o * bonds[k + 1], bonds[k] * i)))
-        self.order, self.macs = contraction_order(tuple(out_modes), tuple(in_modes), bonds)
-        saved = self.macs - in_features * out_features
-        writing = _writing_macs(self.out_modes, self.in_modes, bonds)
-        self.dense_from = max(2, writing // saved + 1) if saved > 0 else None
+        self.order, self.macs, held = contraction_order(tuple(out_modes), tuple(in_modes), bonds)
+        dense, writing = in_features * out_features, _writing_macs(self.out_modes, self.in_modes, bonds)
+        # What W costs once, and what each token saves: of multiplications, and of numbers that are held at a time.
+        saves = [
+            (once, saved) for once, saved in ((writing, self.macs - dense), (dense, held - out_features)) if saved > 0
+        ]
+        self.dense_from = max(2, min(once // saved + 1 for once, saved in saves)) if saves else None
 
     @classmethod
     def from_dense(
@@ -193,8 +196,9 @@ def num_params(out_modes: Sequence[int], in_modes: Sequence[int], ranks: Sequenc
 @lru_cache(maxsize=256)
 def contraction_order(
     out_modes: tuple[int, ...], in_modes: tuple[int, ...], bonds: tuple[int, ...]
-) -> tuple[tuple[int, tuple[bool, ...]], int]:
-    """The core to begin at, and for each further one whether it lies on the right; and the multiplications of a token.
+) -> tuple[tuple[int, tuple[bool, ...]], int, int]:
+    """The core to begin at, and for each further one whether it lies on the right; the multiplications of a token, and
+    the most numbers that it holds at a time.
 
     Of all orders in which the finished cores stay together, those whose largest state is the smallest, and of them one
     with the fewest multiplications.
@@ -229,7 +233,7 @@ def contraction_order(
         if ways:
             best[left, right] = min(ways)
     macs, order = best[0, K]
-    return order, macs
+    return order, macs, limit
 
 
 def _writing_macs(out_modes: Sequence[int], in_modes: Sequence[int], bonds: Sequence[int]) -> int:
