@@ -158,7 +158,8 @@ def _look(twin: Twin) -> list[Seen | None] | None:
     except Exception:  # whatever a model may not like about a few tokens, nothing was seen then
         return None
     for index, buffers in _loading_buffers(twin).items():
-        found[index].buffers = buffers
+        if index in found:
+            found[index].buffers = buffers
     _look_in_training(twin, watch)
     for index, seen in found.items():
         seen.idle = _idle(twin.layers[index], called[index] | seen.by_hand)
