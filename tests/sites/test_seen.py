@@ -236,3 +236,20 @@ def test_roles(kind, roles):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes))
     assert {site.role for site in find_sites(model) if site.kind == "linear"} == roles
+
+
+def test_a_tower_of_images_is_not_taken_for_the_language_model():
+    """Though it has as many blocks, comes first, and the model names no decoder."""
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "image_size": 16, "patch_size": 8}  # fmt: skip
+    sizes = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["git"](**sizes, vision_config=tower)).eval()
+    names = {site.name for site in find_sites(model)}
+    assert names and not any("image_encoder" in name for name in names)
+
+
+def test_blocks_that_are_called_again_and_again_are_not_calibrated():
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["hrm_text"](**LLAMA)).eval()
+    with pytest.raises(ValueError, match=r"calls a block .* times for one text"):
+        tensormix.compress(model, Plan.model_validate([{"method": {"name": "svd_llm", "keep": 0.5}}]), [tokens()])
+    tensormix.compress(model, Plan.model_validate([{"method": {"name": "svd", "keep": 0.5}}]))

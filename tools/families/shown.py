@@ -47,7 +47,7 @@ def sites(tiny: Tiny) -> str:
     model, called = tiny.make(), dict[str, nn.Module]()
     root, _ = locate_blocks(model)
     for name, part in model.named_modules():
-        if is_dense(part) and re.search(r"\.\d+\.", f".{name}."):
+        if is_dense(part) and re.search(r"\.\d+\.", f".{name}"):
             part.register_forward_hook(lambda part, *_, name=name: called.update({name: part}))
     logits(model, tiny.tokens(8, 16))
     found = {site.name: site for site in find_sites(model) if site.kind == "linear"}
