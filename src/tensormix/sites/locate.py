@@ -17,7 +17,6 @@ def locate_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises ValueError if the model holds no list of modules.
     """
     inner = tuple(f"{name}." for name, _ in outermost(model))
-    inner += tuple(f"{name}." for name, part in model.named_modules() if name and _takes_no_text(part))
     decoder = _decoder_of(model)
     lists = [
         (n, m)
@@ -67,8 +66,3 @@ def _decoder_of(model: nn.Module) -> str:
     names = [name for name, part in model.named_modules() if part is decoder]
     holds = decoder is not None and any(isinstance(part, nn.ModuleList) for part in decoder.modules())
     return names[0] if names and holds else ""
-
-
-def _takes_no_text(part: nn.Module) -> bool:
-    """Whether it is a tower that images or sound go into, as it says itself."""
-    return getattr(type(part), "main_input_name", "").startswith(("pixel_values", "input_features", "input_values"))
