@@ -148,10 +148,20 @@ def test_generation_without_a_block_is_the_same_with_a_cache(kind):
     assert refused == ({0, 1} if kind.startswith("gemma") else set())
 
 
-def test_blocks_that_the_model_reaches_into_cannot_be_left_out():
-    """BigBird tells its blocks how to attend."""
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["big_bird"](**LLAMA, is_decoder=True)).eval()
-    with pytest.raises(ValueError, match="set_attention_type"):
+GRIFFIN = {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 8, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "part"),
+    [
+        ("big_bird", {"is_decoder": True}, "set_attention_type"),
+        ("recurrent_gemma", GRIFFIN, "temporal_block"),
+    ],
+)
+def test_blocks_that_the_model_reaches_into_cannot_be_left_out(kind, sizes, part):
+    """BigBird tells its blocks how to attend, RecurrentGemma makes their caches."""
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**LLAMA, **sizes)).eval()
+    with pytest.raises(ValueError, match=part):
         tensormix.compress(model, Plan.model_validate([{"blocks": 1, "method": {"name": "drop_blocks"}}]))
     tensormix.compress(model, Plan.model_validate([{"blocks": 1, "method": {"name": "svd", "keep": 0.5}}]))
 
