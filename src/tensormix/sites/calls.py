@@ -97,7 +97,7 @@ def record_calls(
             if batch.dim() != 2 or batch.is_floating_point():
                 shape = tuple(batch.shape)
                 raise ValueError(f"a calibration batch must be token ids of shape (B, T), got {batch.dtype} {shape}")
-            call_model(without_head, batch.to(device))
+            _ask(model, without_head, batch.to(device))
             reached = [recorder for recorder in recorders if recorder.calls]
             _check_once(reached, number)
             hidden = keep(reached[0].calls[-1].hidden)
@@ -121,6 +121,18 @@ def _check_once(reached: list[_Recorder], num_batches: int) -> None:
             f"the model calls a block ({kind}) {calls // num_batches} times for one text, so the blocks cannot be run "
             "one by one; methods without calibration, such as svd and mixt, work there"
         )
+
+
+def _ask(model: nn.Module, without_head: nn.Module, batch: Tensor) -> None:  # (B, T)
+    """One pass through the recorders. Raises ValueError if the model cannot do with what they return."""
+    try:
+        call_model(without_head, batch)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the blocks of a {type(model).__name__} cannot be run one by one, since the model needs more of them than "
+            f"hidden states, or other inputs than text ({error}); methods without calibration, such as svd and mixt, "
+            "work there"
+        ) from error
 
 
 def _check_alone(model: nn.Module) -> None:
