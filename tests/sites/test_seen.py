@@ -223,6 +223,14 @@ def test_the_language_model_is_compressed_and_not_the_vision_tower(depth):
     assert torch.isfinite(model(input_ids=text).logits).all()
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
+def test_models_of_real_sizes_are_seen_without_their_memory(kind):
+    """Some hundred million numbers a block, in seconds; nothing is drawn for a weight but a row."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](num_hidden_layers=3, vocab_size=512))
+    assert seen_in(model) is not None and returns_of(model, 0) == "tensor"
+
+
 def test_blocks_are_those_of_the_text_where_the_model_names_no_decoder():
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
              "image_size": 8, "patch_size": 4}  # fmt: skip
