@@ -132,7 +132,8 @@ def _unsaved(part: nn.Module) -> list[tuple[str, Tensor]]:
 def _check_cache(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> None:
     """Raise ValueError, naming the block, if one keeps its keys and values under other numbers than its own."""
     for index in stand_ins:
-        numbers = {getattr(part, "layer_idx", None) for part in twin.layers[index].modules()} - {None, -1, index}
+        known = (getattr(part, "layer_idx", None) for part in twin.layers[index].modules())
+        numbers = {number for number in known if isinstance(number, int) and number not in (-1, index)}
         if numbers:
             raise ValueError(
                 f"{twin.root}.{index}: it keeps keys and values for the layers {sorted(numbers | {index})} of the "
