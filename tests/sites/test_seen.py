@@ -18,6 +18,7 @@ from tensormix.operators import Bypass
 from tensormix.plan import Plan
 from tensormix.sites import blocks, find_sites, returns_of
 from tensormix.sites.seen import seen_in
+from tensormix.sites.sites import unknown_stacks
 from tensormix.sites.through import Blocks, through
 from tensormix.sites.twin import twin_of
 from tensormix.statistics import Gram
@@ -271,3 +272,12 @@ def test_blocks_that_are_called_again_and_again_are_not_calibrated():
     with pytest.raises(ValueError, match=r"calls a block .* times for one text"):
         tensormix.compress(model, Plan.model_validate([{"method": {"name": "svd_llm", "keep": 0.5}}]), [tokens()])
     tensormix.compress(model, Plan.model_validate([{"method": {"name": "svd", "keep": 0.5}}]))
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("llama4_text", 8), ("qwen3_next", 0), ("mamba", 0), ("gpt_oss", 0)])
+def test_stacks_of_a_form_of_their_own_are_named(kind, expected):
+    sizes = MODELS.get(kind, {**LLAMA, "num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes))
+    found = unknown_stacks(model)
+    assert len(found) == expected and all(name.startswith("model.layers.") for name in found)
