@@ -18,6 +18,7 @@ from tensormix.operators import Bypass
 from tensormix.plan import Plan
 from tensormix.sites import blocks, find_sites, returns_of
 from tensormix.sites.seen import seen_in
+from tensormix.sites.sites import unknown_stacks
 from tensormix.sites.through import Blocks, through
 from tensormix.sites.twin import twin_of
 from tensormix.statistics import Gram
@@ -148,10 +149,20 @@ def test_generation_without_a_block_is_the_same_with_a_cache(kind):
     assert refused == ({0, 1} if kind.startswith("gemma") else set())
 
 
-def test_blocks_that_the_model_reaches_into_cannot_be_left_out():
-    """BigBird tells its blocks how to attend."""
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["big_bird"](**LLAMA, is_decoder=True)).eval()
-    with pytest.raises(ValueError, match="set_attention_type"):
+GRIFFIN = {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 8, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "part"),
+    [
+        ("big_bird", {"is_decoder": True}, "set_attention_type"),
+        ("recurrent_gemma", GRIFFIN, "temporal_block"),
+    ],
+)
+def test_blocks_that_the_model_reaches_into_cannot_be_left_out(kind, sizes, part):
+    """BigBird tells its blocks how to attend, RecurrentGemma makes their caches."""
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**LLAMA, **sizes)).eval()
+    with pytest.raises(ValueError, match=part):
         tensormix.compress(model, Plan.model_validate([{"blocks": 1, "method": {"name": "drop_blocks"}}]))
     tensormix.compress(model, Plan.model_validate([{"blocks": 1, "method": {"name": "svd", "keep": 0.5}}]))
 
@@ -213,6 +224,14 @@ def test_the_language_model_is_compressed_and_not_the_vision_tower(depth):
     assert torch.isfinite(model(input_ids=text).logits).all()
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
+def test_models_of_real_sizes_are_seen_without_their_memory(kind):
+    """Some hundred million numbers a block, in seconds; nothing is drawn for a weight but a row."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](num_hidden_layers=3, vocab_size=512))
+    assert seen_in(model) is not None and returns_of(model, 0) == "tensor"
+
+
 def test_blocks_are_those_of_the_text_where_the_model_names_no_decoder():
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
              "image_size": 8, "patch_size": 4}  # fmt: skip
@@ -236,3 +255,29 @@ def test_roles(kind, roles):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes))
     assert {site.role for site in find_sites(model) if site.kind == "linear"} == roles
+
+
+def test_a_tower_of_images_is_not_taken_for_the_language_model():
+    """Though it has as many blocks, comes first, and the model names no decoder."""
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "image_size": 16, "patch_size": 8}  # fmt: skip
+    sizes = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["git"](**sizes, vision_config=tower)).eval()
+    names = {site.name for site in find_sites(model)}
+    assert names and not any("image_encoder" in name for name in names)
+
+
+def test_blocks_that_are_called_again_and_again_are_not_calibrated():
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["hrm_text"](**LLAMA)).eval()
+    with pytest.raises(ValueError, match=r"calls a block .* times for one text"):
+        tensormix.compress(model, Plan.model_validate([{"method": {"name": "svd_llm", "keep": 0.5}}]), [tokens()])
+    tensormix.compress(model, Plan.model_validate([{"method": {"name": "svd", "keep": 0.5}}]))
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("llama4_text", 8), ("qwen3_next", 0), ("mamba", 0), ("gpt_oss", 0)])
+def test_stacks_of_a_form_of_their_own_are_named(kind, expected):
+    sizes = MODELS.get(kind, {**LLAMA, "num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes))
+    found = unknown_stacks(model)
+    assert len(found) == expected and all(name.startswith("model.layers.") for name in found)

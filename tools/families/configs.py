@@ -70,7 +70,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{f"{kind}_text": {"rope_parameters": _MROPE, "rope_scaling": None} for kind in _TURNED},
     **{f"{kind}_text": {"rope_parameters": _HALF_MROPE} for kind in ("glm4v", "glm4v_moe", "glm46v", "glm_ocr")},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe")},
     "mamba2": {"num_heads": 4, "head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},

@@ -14,20 +14,23 @@ from trying import HALF, NotTried, Refused, asked, batches, dense, error, logits
 from tensormix.sites import blocks
 
 
-def written(model: Any, tiny: Tiny, cache: bool) -> Tensor:  # (T, V)
+def written(model: Any, tiny: Tiny, cache: bool, seed: int = 0) -> Tensor:  # (T, V)
     """The logits of four tokens that it writes."""
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "use_cache": cache}
-    out = model.generate(tiny.tokens(1, 8), pad_token_id=0, output_logits=True, return_dict_in_generate=True, **options)
+    out = model.generate(
+        tiny.tokens(1, 8, seed), pad_token_id=0, output_logits=True, return_dict_in_generate=True, **options
+    )
     return torch.cat(out.logits)
 
 
-def gap_of_cache(model: Any, tiny: Tiny) -> float:
+def gap_of_cache(model: Any, tiny: Tiny, seed: int = 0) -> float:
     """How far what is written with a cache is from what is written without."""
-    return error(written(model, tiny, True), written(model, tiny, False))
+    return error(written(model, tiny, True, seed), written(model, tiny, False, seed))
 
 
 def generate_densely(tiny: Tiny) -> None:
-    off = dense(lambda: gap_of_cache(tiny.make(), tiny))
+    # Several texts: attention that chooses few tokens may choose others after the last bit.
+    off = dense(lambda: max(gap_of_cache(tiny.make(), tiny, seed) for seed in range(5)))
     if not off < 1e-3:
         raise NotTried(f"what the dense model writes with a cache is off by {off:.1e}")
 

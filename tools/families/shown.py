@@ -14,6 +14,7 @@ from trying import Refused, asked, batches, error, logits, plan
 from tensormix.methods import LinearMethod
 from tensormix.operators import Dense
 from tensormix.sites import find_sites, is_dense, locate_blocks
+from tensormix.sites.sites import unknown_stacks
 from tensormix.sites.through import Blocks, through
 from tensormix.statistics import Gram
 
@@ -47,7 +48,7 @@ def sites(tiny: Tiny) -> str:
     model, called = tiny.make(), dict[str, nn.Module]()
     root, _ = locate_blocks(model)
     for name, part in model.named_modules():
-        if is_dense(part) and re.search(r"\.\d+\.", f".{name}."):
+        if is_dense(part) and re.search(r"\.\d+\.", f".{name}"):
             part.register_forward_hook(lambda part, *_, name=name: called.update({name: part}))
     logits(model, tiny.tokens(8, 16))
     found = {site.name: site for site in find_sites(model) if site.kind == "linear"}
@@ -64,8 +65,11 @@ def sites(tiny: Tiny) -> str:
     }
     known = {site.name for site in find_sites(model) if site.kind == "experts"}
     lost = [name for name in stacks if not any(name.startswith(k.rpartition(".")[0]) for k in known)]
-    assert not lost, f"stacks of experts missed: {some(lost)}"
+    silent = set(lost) - set(unknown_stacks(model))
+    assert not silent, f"stacks of experts missed without a word: {some(silent)}"
     assert found, "no sites"
+    if lost:
+        raise Refused(f"stacks of experts stay dense, as check says: {some(lost)}")
     without = [name for name, site in found.items() if site.role is None]
     return f"{len(found)} matrices, {len(known)} stacks" + (f", without a role: {some(without)}" if without else "")
 

@@ -123,7 +123,7 @@ def search_sites(
     done = [0]
 
     def score_of(choices: Mapping[str, float]) -> tuple[float, float]:
-        for pair in fitted.keys() - choices.items():  # what was tried and not taken is let go of
+        for pair in fitted.keys() - choices.items():  # what was tried and not taken is freed
             del fitted[pair]
         with ExitStack() as stack:
             for pair in choices.items():

@@ -117,7 +117,7 @@ def compare(
 
 
 def run_cells(run_all: Callable[..., object], folder: Path, page: bool) -> None:
-    """Many runs with a bar for each, and the report of their folder afterwards, if it shall be."""
+    """Many runs with a bar for each, and the report of their folder afterwards, if that is asked for."""
     from tensormix.cli.progress import cell_bars
     from tensormix.report import build_report
 

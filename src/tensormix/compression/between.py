@@ -46,8 +46,14 @@ def _check_values(unit: LayersUnit, keys: dict[str, str]) -> None:
 
 def _check_neurons(unit: LayersUnit, keys: dict[str, str]) -> None:
     roles = [role for role in ("gate", "up") if role in keys]
-    down = unit.holder[keys["down"]]
-    found = neurons_pass(unit.model, down.block or 0, [_rows(unit, keys[role]) for role in roles], down.name)
+    down, into = unit.holder[keys["down"]], [_rows(unit, keys[role]) for role in roles]
+    for rows in into:
+        if len(rows.rows) != down.in_features:
+            raise ValueError(
+                f"{rows.name}: {unit.method.name} takes each of its {len(rows.rows)} outputs for a neuron, but "
+                f"{down.name} reads {down.in_features}; take svd_llm for both"
+            )
+    found = neurons_pass(unit.model, down.block or 0, into, down.name)
     if found is None:
         return
     names = ", ".join(dict.fromkeys(unit.holder[keys[role]].name for role in (*roles, "down")))

@@ -131,7 +131,7 @@ def _prepare(walk: Walk, home: Disk, calibration: Calibration, request: dict[str
 
 
 def _named(model: Any, plan: Plan, home: Disk, calibration: Calibration, spill: bool) -> tuple[Plan, Notes]:
-    """`named`, with the activations in files for as long as it takes, if they shall be."""
+    """`named`, with the activations in files for as long as it takes, if that is asked for."""
     if not chooses(plan):
         return plan, {}
     fill_buffers(model, home.device)

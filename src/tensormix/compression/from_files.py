@@ -1,4 +1,4 @@
-"""Blocks that come from the files of a checkpoint, one at a time, and are let go of again; nothing is written."""
+"""Blocks that come from the files of a checkpoint, one at a time, and leave memory again; nothing is written."""
 
 from __future__ import annotations
 

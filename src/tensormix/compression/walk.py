@@ -85,7 +85,7 @@ def compress(
 
 
 def named(model: nn.Module, plan: Plan, home: Home, calibration: Calibration) -> tuple[Plan, Notes]:
-    """The plan with its blocks named, where it leaves them to measuring, and what the rows shall say about that.
+    """The plan with its blocks named, where it leaves them to measuring, and what the rows say about that.
 
     Raises ValueError as `settle` does.
     """

@@ -91,7 +91,7 @@ def _once(file: Path, block: nn.Module, train: Callable[[], Row]) -> Row:
 
 
 class _Block:
-    """What one block is trained on: how it is called, what enters it, what shall leave it."""
+    """What one block is trained on: how it is called, what enters it, what should leave it."""
 
     def __init__(
         self, calls: list[Call], inputs: list[Tensor], targets: list[Tensor], dense_inputs: list[Tensor]

@@ -183,7 +183,7 @@ def read_contest(folder: Path) -> Contest:
 
 
 def read_folder(folder: Path) -> Run | Sweep | Contest:
-    """A run, a sweep or a comparison; ValueError that names what is missing if it is none of them."""
+    """A run, a sweep or a comparison. Raises ValueError, naming what is missing, for another folder."""
     if not folder.exists():
         raise ValueError(f"report: no folder {folder}")
     if not folder.is_dir():

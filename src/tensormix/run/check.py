@@ -19,6 +19,7 @@ from tensormix.profile import bytes_by_dtype, num_parameters
 from tensormix.recipe import Recipe
 from tensormix.sites import Site, blocks, find_sites, install, macs_per_token
 from tensormix.sites.installing import install_owners
+from tensormix.sites.sites import unknown_stacks
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """
     source = ModelSource(recipe.model)
     model = skeleton(source)
-    notes = notes_on(source, model) + _long_windows(recipe, model)
+    notes = notes_on(source, model) + _unknown_stacks(model) + _long_windows(recipe, model)
     dense, foreseen = counts(model), foresee(recipe, source, model)
     sites = replace_empty(model, foreseen.plan)
     compressed = counts(model)
@@ -51,6 +52,15 @@ def check(recipe: Recipe) -> dict[str, Any]:
         **({"notes": notes} if notes else {}),
         **beside,
     }  # fmt: skip
+
+
+def _unknown_stacks(model: Any) -> list[str]:
+    found = unknown_stacks(model)
+    count = sum(model.get_parameter(name).numel() for name in found)
+    return [] if not found else [
+        f"{count:,} numbers in {len(found)} stacks of experts, such as {found[0]}, stay dense: how a "
+        f"{type(model).__name__} multiplies them is not known here"
+    ]  # fmt: skip
 
 
 def _long_windows(recipe: Recipe, model: Any) -> list[str]:

@@ -81,7 +81,8 @@ def record_calls(
     Args:
         keep: `hidden` is what it returns for what enters the first block, in all calls of a batch.
 
-    Raises ValueError if a batch is not (B, T) token ids, or blocks need more of each other than hidden states.
+    Raises ValueError if a batch is not (B, T) token ids, blocks need more of each other than hidden states,
+    or one is called more than once for one text.
     """
     layers = blocks(model)
     real = list(layers)
@@ -92,12 +93,13 @@ def record_calls(
     try:
         for index, recorder in enumerate(recorders):
             layers[index] = recorder
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             if batch.dim() != 2 or batch.is_floating_point():
                 shape = tuple(batch.shape)
                 raise ValueError(f"a calibration batch must be token ids of shape (B, T), got {batch.dtype} {shape}")
-            call_model(without_head, batch.to(device))
+            _ask(model, without_head, batch.to(device))
             reached = [recorder for recorder in recorders if recorder.calls]
+            _check_once(reached, number)
             hidden = keep(reached[0].calls[-1].hidden)
             for call, known in ((recorder.calls[-1], recorder.calls[-2:][0]) for recorder in reached):
                 call.hidden = hidden
@@ -106,6 +108,31 @@ def record_calls(
     finally:
         for index, block in enumerate(real):
             layers[index] = block
+
+
+def _check_once(reached: list[_Recorder], num_batches: int) -> None:
+    """Raise ValueError if text reaches no block, or one more than once: its inputs are more than one call shows."""
+    if not reached:
+        raise ValueError("text reaches none of the blocks that were found, so there are no inputs to calibrate on")
+    calls = max(len(recorder.calls) for recorder in reached)
+    if calls > num_batches:
+        kind = type(reached[0].__dict__["block"]).__name__
+        raise ValueError(
+            f"the model calls a block ({kind}) {calls // num_batches} times for one text, so the blocks cannot be run "
+            "one by one; methods without calibration, such as svd and mixt, work there"
+        )
+
+
+def _ask(model: nn.Module, without_head: nn.Module, batch: Tensor) -> None:  # (B, T)
+    """One pass through the recorders. Raises ValueError if the model cannot do with what they return."""
+    try:
+        call_model(without_head, batch)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the blocks of a {type(model).__name__} cannot be run one by one, since the model needs more of them than "
+            f"hidden states, or other inputs than text ({error}); methods without calibration, such as svd and mixt, "
+            "work there"
+        ) from error
 
 
 def _check_alone(model: nn.Module) -> None:

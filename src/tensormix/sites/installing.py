@@ -142,6 +142,7 @@ def _count_tokens(index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: 
     """Give the cache one number per token for block `index`, so that lengths, positions and masks stay right."""
     hidden = args[0] if args else kwargs["hidden_states"]
     cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past", args[1] if len(args) > 1 else None))
+    cache = getattr(cache, "self_attention_cache", cache)  # of a decoder that may attend to an encoder too
     layers = getattr(cache, "layers", ())
     own: Any = layers[index] if index < len(layers) else None
     # States of convolutions and linear attention: there are none, but tokens have passed.

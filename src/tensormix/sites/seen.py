@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,16 +80,22 @@ def check_left_out(model: nn.Module, stand_ins: Mapping[int, nn.Module]) -> None
     Some blocks leave keys and values to later ones, or hand on more than hidden states.
     """
     twin = twin_of(model)
-    if twin is None or seen_in(model) is None or not stand_ins:
+    if twin is None or not stand_ins:
         return
-    seen = seen_in(model) or []
-    root = twin.root
+    seen, root = seen_in(model), twin.root
+    if seen is None:
+        raise ValueError(
+            f"{root}.{min(stand_ins)}: a {type(model).__name__} could not be tried on a few tokens, so it is not known "
+            "whether it works without this block; compress its layers instead"
+        )
     for index in stand_ins:
         found = seen[index]
         if found is not None and (found.hands_on or found.reached_into):
             uses = f"the model uses {', '.join(sorted(found.reached_into))} of its blocks"
             reason = "the next block needs more of it than hidden states" if found.hands_on else uses
             raise ValueError(f"{root}.{index}: {reason}, so it cannot be left out; compress its layers instead")
+    _check_cache(twin, stand_ins)
+    _check_loading(twin, stand_ins)
     try:
         twin.run(put=stand_ins)
     except Exception as error:
@@ -123,6 +129,37 @@ def _unsaved(part: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in part.named_buffers() if name not in saved]
 
 
+def _check_cache(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> None:
+    """Raise ValueError, naming the block, if one keeps its keys and values under other numbers than its own."""
+    for index in stand_ins:
+        known = (getattr(part, "layer_idx", None) for part in twin.layers[index].modules())
+        numbers = {number for number in known if isinstance(number, int) and number not in (-1, index)}
+        if numbers:
+            raise ValueError(
+                f"{twin.root}.{index}: it keeps keys and values for the layers {sorted(numbers | {index})} of the "
+                "cache, so it cannot be left out; compress its layers instead"
+            )
+
+
+def _check_loading(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> None:
+    """Raise ValueError, naming the block, if the model reaches into its blocks for more when it is loaded."""
+    holder, real = twin.model.get_submodule(twin.root.rpartition(".")[0]), list(twin.layers)
+    try:
+        for index, part in stand_ins.items():
+            twin.layers[index] = part
+        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            if hasattr(holder, "_init_weights"):
+                holder._init_weights(holder)
+    except AttributeError as error:
+        raise ValueError(
+            f"{twin.root}.{min(stand_ins)}: the model reaches into its blocks when it is loaded ({error}), so none can "
+            "be left out; compress their layers instead"
+        ) from error
+    finally:
+        for index, block in enumerate(real):
+            twin.layers[index] = block
+
+
 def _fails(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> bool:
     try:
         twin.run(put=stand_ins)
@@ -147,10 +184,13 @@ def _look(twin: Twin) -> list[Seen | None] | None:
     def leave(index: int, left: Any) -> Any:
         if isinstance(left, tuple | list):
             found[index].returns = "tuple" if len(left) == 2 else f"tuple of {len(left)}"
+        # What has fields of its own is read by their names, which no stand-in has.
+        found[index].hands_on |= not isinstance(left, Tensor) and type(left) not in (tuple, list)
         return left
 
     try:
         whole = twin.run(watch=watch, leave=leave)
+        _try(twin, use_cache=True)  # for what is read of blocks then
         for index, read in twin.read.items():
             if index in found:
                 plain = {name: value for name, value in read.items() if isinstance(value, bool | int | float | str)}
@@ -158,23 +198,27 @@ def _look(twin: Twin) -> list[Seen | None] | None:
     except Exception:  # whatever a model may not like about a few tokens, nothing was seen then
         return None
     for index, buffers in _loading_buffers(twin).items():
-        found[index].buffers = buffers
+        if index in found:
+            found[index].buffers = buffers
     _look_in_training(twin, watch)
     for index, seen in found.items():
         seen.idle = _idle(twin.layers[index], called[index] | seen.by_hand)
-        seen.hands_on = seen.returns not in ("tensor", "tuple of 1") and _is_read(twin, index, whole)
+        several = seen.returns not in ("tensor", "tuple of 1")
+        seen.hands_on = seen.hands_on or (several and _is_read(twin, index, whole))
     return [found.get(kind) for kind in twin.kinds]
 
 
 def _look_in_training(twin: Twin, watch: Any) -> None:
     """Some models multiply weights by hand in training alone. One that does not train on a few tokens shows nothing."""
     twin.model.train()
-    try:
-        twin.run(watch=watch)
-    except Exception:
-        pass
-    finally:
-        twin.model.eval()
+    _try(twin, watch=watch)
+    twin.model.eval()
+
+
+def _try(twin: Twin, **options: Any) -> None:
+    """A pass that may fail: what was seen until then counts."""
+    with suppress(Exception):
+        twin.run(**options)
 
 
 def _is_read(twin: Twin, kind: int, whole: Tensor) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tensormix.operators import Cost, DenseStack, Experts, SlicedBlock, StandIn
+from tensormix.operators import Cost, DenseStack, Experts, Operator, SlicedBlock, StandIn
 from tensormix.sites.costs import cost_of
 from tensormix.sites.families import is_conv1d, is_dense, qkv_takes_turns, role_of, routers_in
 from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
@@ -111,6 +111,22 @@ def find_sites(model: nn.Module) -> list[Site]:
             elif is_fused(module) or isinstance(module, Experts):
                 sites += _stacks(name, index, module)
     return sites
+
+
+def unknown_stacks(model: nn.Module) -> list[str]:
+    """The stacks of matrices inside blocks that are no sites, since how they are multiplied is not known."""
+    root, layers = locate_blocks(model)
+    found = []
+    for index, block in enumerate(layers):
+        for name, part in block.named_modules(prefix=f"{root}.{index}"):
+            if isinstance(part, Operator | Experts) or is_fused(part) or "conv" in type(part).__name__.lower():
+                continue
+            found += [f"{name}.{leaf}" for leaf, p in part._parameters.items() if p is not None and _is_stack(p)]
+    return found
+
+
+def _is_stack(parameter: Tensor) -> bool:
+    return parameter.dim() == 3 and min(parameter.shape) > 1
 
 
 def _stacks(name: str, block: int, experts: nn.Module) -> list[Site]:

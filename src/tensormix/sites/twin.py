@@ -46,7 +46,9 @@ class Twin:
         config: Any = deepcopy(model.config)
         vars(config).pop("quantization_config", None)
         with torch.device("meta"), quiet():
-            self.model: Any = type(model)._from_config(config, dtype=torch.float32).eval()  # type: ignore[attr-defined]
+            make: Any = type(model)._from_config  # type: ignore[attr-defined]
+            # Expert by expert: a grouped product takes no weights without memory of their own.
+            self.model: Any = make(config, dtype=torch.float32, experts_implementation="eager").eval()
         self.root, self.layers = locate_blocks(self.model)
         with torch.device("cpu"):  # whatever the device is on which a model is just being made
             fill_buffers(self.model)

@@ -62,7 +62,7 @@ def set_weight(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def empty_weights(modules: list[nn.Module]) -> None:
-    """Put the weights of modules on meta, and let go of them."""
+    """Put the weights of modules on meta, which frees them."""
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:
