@@ -14,7 +14,10 @@ from tensormix.allocation.survey import Survey, in_place
 from tensormix.compression import Calibration, Home, compress
 from tensormix.evaluate.divergence import divergences
 from tensormix.methods import (
+    BlastMethod,
+    BttMethod,
     Coala,
+    DenseSparseTt,
     DobiSvd,
     DropBlocks,
     FlatLlm,
@@ -26,6 +29,7 @@ from tensormix.methods import (
     Sola,
     Svd,
     SvdLlm,
+    TensorTrainMethod,
     ZeroMethod,
 )
 from tensormix.models import load_model
@@ -37,6 +41,12 @@ from zoo import make
 
 SIZEABLE = [
     Svd(keep=1.0),
+    TensorTrainMethod(keep=1.0),
+    TensorTrainMethod(keep=1.0, weighted=True, modes=3, steps=2),
+    DenseSparseTt(keep=1.0, share=0.01),
+    BttMethod(keep=1.0),
+    BttMethod(keep=1.0, weighted=True, steps=2),
+    BlastMethod(keep=1.0, blocks=2, steps=1),
     SvdLlm(keep=1.0),
     SvdLlm(keep=1.0, update=True),
     Coala(keep=1.0),

@@ -12,8 +12,11 @@ from pydantic import ValidationError
 import tensormix.methods
 from tensormix.methods import (
     METHODS,
+    BlastMethod,
     BlockMethod,
+    BttMethod,
     Coala,
+    DenseSparseTt,
     DobiSvd,
     DropBlocks,
     FlatLlm,
@@ -31,12 +34,14 @@ from tensormix.methods import (
     ModelMethod,
     MonarchMethod,
     Narrow,
+    PerHeadTt,
     Rtn,
     Sola,
     SpanMethod,
     StackMethod,
     Svd,
     SvdLlm,
+    TensorTrainMethod,
     Trawl,
     TuckerAttention,
     ZeroMethod,
@@ -57,6 +62,15 @@ CASES = [
     Mixt(num_branches=2, init="random", padding="power"),
     Mixt(num_branches=2, init="zero"),
     Mixt(num_branches=3, init="aware"),
+    TensorTrainMethod(keep=0.4),
+    TensorTrainMethod(rank=4, modes=3, weighted=True, steps=5),
+    DenseSparseTt(keep=0.4, share=0.01),
+    DenseSparseTt(keep=0.4, selector="activation"),
+    DenseSparseTt(rank=4, modes=3, selector="activation", weighted=True, steps=5),
+    BttMethod(keep=0.6),
+    BttMethod(rank=2, in_blocks=3, out_blocks=4, weighted=True, steps=5),
+    BlastMethod(keep=0.5, blocks=4, steps=5),
+    BlastMethod(rank=3, weighted=True, steps=5),
     Svd(keep=0.3),
     ZeroMethod(),
     MeanOutput(),
@@ -103,6 +117,8 @@ def test_the_table_holds_every_method_that_is_written():
         "ModelMethod",
         "Hybrid",
         "SharedTucker",
+        "TrainSettings",
+        "Weighted",
     }
     written = set()
     for path in Path(tensormix.methods.__file__).parent.glob("*.py"):
@@ -173,6 +189,9 @@ JOINT = [
     Sola(ranks=Ranks(q=3, up=7), prime=0.0),
     Sola(keep=1.0, prime=0.5),
     TuckerAttention(ranks=(5, 3, 2)),
+    PerHeadTt(keep=0.7, modes=2),
+    PerHeadTt(rank=2, modes=3),
+    PerHeadTt(keep=1.0),
     Trawl(ranks=(5, 3, 2)),
 ]
 BIASED = ("q", "v", "up", "down")

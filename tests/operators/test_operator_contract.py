@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tensormix.operators import (
     OPERATORS,
+    Blast,
+    BlockTensorTrain,
     Chain,
     Concat,
     Dense,
@@ -28,6 +30,7 @@ from tensormix.operators import (
     Sparse,
     StructuredLinear,
     Sum,
+    TensorTrain,
     View,
     Zero,
     build,
@@ -73,6 +76,13 @@ CASES = {
     "chain_shuffled": lambda w: Chain.from_dense(w[:40], factors=_factors(40, 48), shuffle=4, steps=5),
     "monarch": lambda w: Monarch.from_dense(w, blocks=4, rank=2),
     "monarch_one_block": lambda w: Monarch.from_dense(w, blocks=1, rank=3),
+    "tensor_train": lambda w: TensorTrain.from_dense(w, out_modes=[4, 4, 5], in_modes=[3, 4, 4], ranks=[3, 4]),
+    "tensor_train_from_the_middle": lambda w: TensorTrain.from_dense(
+        w, out_modes=[5, 1, 16], in_modes=[1, 48, 1], ranks=[2, 2]
+    ),
+    "tensor_train_of_one": lambda w: TensorTrain.from_dense(w, out_modes=[80], in_modes=[48], ranks=[]),
+    "block_tensor_train": lambda w: BlockTensorTrain.from_dense(w, in_blocks=3, out_blocks=8, rank=2),
+    "blast": lambda w: Blast.from_dense(w, blocks=4, rank=3, steps=5),
     "kronecker": lambda w: Kronecker.from_dense(w[:48], outer=6),
     "sum_of_sum": lambda w: Sum(terms=[Sum(terms=[LowRank.from_dense(w, rank=1), Zero.from_dense(w)])]).to(w),
 }

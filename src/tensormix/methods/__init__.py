@@ -9,7 +9,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from tensormix.methods.base import BlockMethod, JointMethod, LinearMethod, Method, ModelMethod, SpanMethod, StackMethod
+from tensormix.methods.blast import BlastMethod
+from tensormix.methods.btt import BttMethod
 from tensormix.methods.coala import Coala
+from tensormix.methods.dense_sparse_tt import DenseSparseTt
 from tensormix.methods.dobi_svd import DobiSvd
 from tensormix.methods.drop_blocks import DropBlocks
 from tensormix.methods.flat_llm import FlatLlm
@@ -22,6 +25,7 @@ from tensormix.methods.mobe import Mobe
 from tensormix.methods.monarch import MonarchMethod
 from tensormix.methods.narrow import Narrow
 from tensormix.methods.null import MeanOutput, ZeroMethod
+from tensormix.methods.per_head_tt import PerHeadTt
 from tensormix.methods.rtn import Rtn
 from tensormix.methods.slice_gpt import SliceGpt
 from tensormix.methods.sola import Sola
@@ -29,13 +33,17 @@ from tensormix.methods.streamline import Streamline
 from tensormix.methods.svd import Svd
 from tensormix.methods.svd_llm import SvdLlm
 from tensormix.methods.td_moe import TdMoe
+from tensormix.methods.tensor_train import TensorTrainMethod
 from tensormix.methods.trawl import Trawl
 from tensormix.methods.tucker_heads import TuckerAttention
 
 __all__ = [
     "METHODS",
+    "BlastMethod",
     "BlockMethod",
+    "BttMethod",
     "Coala",
+    "DenseSparseTt",
     "DobiSvd",
     "DropBlocks",
     "FlatLlm",
@@ -54,6 +62,7 @@ __all__ = [
     "ModelMethod",
     "MonarchMethod",
     "Narrow",
+    "PerHeadTt",
     "Rtn",
     "SliceGpt",
     "Sola",
@@ -63,6 +72,7 @@ __all__ = [
     "Svd",
     "SvdLlm",
     "TdMoe",
+    "TensorTrainMethod",
     "Trawl",
     "TuckerAttention",
     "ZeroMethod",
@@ -83,6 +93,11 @@ METHODS: dict[str, type[Method]] = {
     "mixt_chain": MixtChain,
     "mixt_rotated": MixtRotated,
     "monarch": MonarchMethod,
+    "btt": BttMethod,
+    "blast": BlastMethod,
+    "tensor_train": TensorTrainMethod,
+    "per_head_tt": PerHeadTt,
+    "dense_sparse_tt": DenseSparseTt,
     "coala": Coala,
     "laser": Laser,
     "hassle_free": HassleFree,

@@ -7,6 +7,8 @@ from typing import Any
 
 from tensormix.operators.base import Operator, StructuredLinear, did_you_mean, outermost
 from tensormix.operators.basis_experts import BasisExperts
+from tensormix.operators.blast import Blast
+from tensormix.operators.block_tensor_train import BlockTensorTrain
 from tensormix.operators.bypass import Bypass, StandIn
 from tensormix.operators.chain import Chain
 from tensormix.operators.concat import Concat
@@ -28,6 +30,7 @@ from tensormix.operators.siblings import Siblings, why_apart
 from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
 from tensormix.operators.sum import Sum
+from tensormix.operators.tensor_train import TensorTrain
 from tensormix.operators.tucker_heads import TuckerHeads
 from tensormix.operators.tucker_stack import TuckerStack
 from tensormix.operators.zero import Zero
@@ -35,6 +38,8 @@ from tensormix.operators.zero import Zero
 __all__ = [
     "OPERATORS",
     "BasisExperts",
+    "Blast",
+    "BlockTensorTrain",
     "Bypass",
     "Chain",
     "Concat",
@@ -63,6 +68,7 @@ __all__ = [
     "StandIn",
     "StructuredLinear",
     "Sum",
+    "TensorTrain",
     "TuckerHeads",
     "TuckerStack",
     "View",
@@ -79,6 +85,8 @@ OPERATORS: dict[str, type[Operator]] = {
     "LowRank": LowRank,
     "Chain": Chain,
     "Monarch": Monarch,
+    "BlockTensorTrain": BlockTensorTrain,
+    "Blast": Blast,
     "Kronecker": Kronecker,
     "Zero": Zero,
     "Padded": Padded,
@@ -93,6 +101,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "ResidualMLP": ResidualMLP,
     "Siblings": Siblings,
     "Sparse": Sparse,
+    "TensorTrain": TensorTrain,
     "TuckerHeads": TuckerHeads,
     "TuckerStack": TuckerStack,
     "BasisExperts": BasisExperts,
