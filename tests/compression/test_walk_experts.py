@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tensormix.compression import compress
-from tensormix.compression.fitting import observe
+from tensormix.compression.observing import observe
 from tensormix.compression.kinds import MatrixUnit
 from tensormix.methods import MeanOutput, SvdLlm
 from tensormix.operators import Experts
