@@ -4,8 +4,9 @@
 
 Every method gets the same share of the numbers of every layer that it replaces, and the same calibration text (C4).
 Perplexity is that of 6,144 tokens of WikiText-2 and of C4 in windows of 1,024, in float32; the tokens of C4 come from
-other documents than the calibration. The five tasks are asked without examples, 200 questions of each, in bfloat16: on a
-CPU that is four times as fast. Rows are appended to results.jsonl; one that is there is not measured again.
+other documents than the calibration. The five tasks are asked without examples, 200 questions of each, in bfloat16,
+which many CPUs multiply several times as fast. Rows are appended to results.jsonl; one that is there is not measured
+again.
 """
 
 from __future__ import annotations
