@@ -36,8 +36,8 @@ class Groups(NamedTuple):
 class StackedLinear(Operator):
     """y = x @ W_e.T + b_e for the expert e that is asked for; every W_e is (O, I).
 
-    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. Where nobody watches it
-    may be called once with the rows of all experts and their `Groups`. Its MACs and bytes per token are those of a
+    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. Where nobody watches,
+    it may be called once with the rows of all experts and their `Groups`. Its MACs and bytes per token are those of a
     token at ONE expert, and a token costs them times the experts that it visits.
     """
 
@@ -180,14 +180,11 @@ class ExpertStack(StackedLinear):
         """
         if not experts:
             raise ValueError("ExpertStack: needs the operator of one or more experts, got none")
-        fitted = [expert.bias for expert in experts]
-        like = next((bias for bias in fitted if bias is not None), None)
+        bias = biases_of(experts)
         for expert in experts:
             expert.bias = None
         stack = cls(each=list(experts), num_experts=len(experts))
-        if like is not None:
-            rows = [torch.zeros_like(like) if bias is None else bias for bias in fitted]
-            stack.bias = nn.Parameter(torch.stack(rows).detach())
+        stack.bias = bias
         return stack
 
     def expert(self, expert: int) -> StructuredLinear:
@@ -209,6 +206,15 @@ class ExpertStack(StackedLinear):
     def macs_per_token(self) -> int:
         """Of experts that differ the mean, rounded up: which one a token visits is not known."""
         return ceil(sum(self.expert(expert).macs_per_token for expert in range(self.num_experts)) / self.num_experts)
+
+
+def biases_of(experts: Sequence[StructuredLinear]) -> nn.Parameter | None:  # (E, O)
+    """A row for each expert, zero where it has no bias; None where no expert has one."""
+    like = next((expert.bias for expert in experts if expert.bias is not None), None)
+    if like is None:
+        return None
+    rows = [torch.zeros_like(like) if expert.bias is None else expert.bias for expert in experts]
+    return nn.Parameter(torch.stack(rows).detach())
 
 
 class Experts(nn.Module):

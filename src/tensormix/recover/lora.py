@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from tensormix.hf import attach, operators_of
-from tensormix.operators import Chain, Dense, ExpertStack, LowRank, StructuredLinear, Sum
+from tensormix.operators import Chain, Dense, DenseStack, LowRank, StackedLinear, StructuredLinear, Sum
 from tensormix.settings import Lora
 
 
@@ -40,7 +40,11 @@ class Patches:
 
     def __init__(self, model: Any, settings: Lora, seed: int) -> None:
         modules = {name: model.get_submodule(name) for name in operators_of(model)}
-        stacks = [name for name, module in modules.items() if isinstance(module, ExpertStack)]
+        stacks = [
+            name
+            for name, module in modules.items()
+            if isinstance(module, StackedLinear) and not isinstance(module, DenseStack)
+        ]
         if stacks:
             raise ValueError(
                 f"recover: parameters 'lora' patches single matrices, and {stacks[0]} is a stack of experts; "
