@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tensormix.kernels.grouped import multiplies
 from tensormix.operators.base import StructuredLinear
-from tensormix.operators.experts import ExpertStack, Groups, StackedLinear, biases_of
+from tensormix.operators.experts import ExpertStack, StackedLinear, biases_of
+from tensormix.operators.groups import Groups
 from tensormix.operators.low_rank import LowRank
 
 
@@ -63,9 +65,8 @@ class LowRankStack(StackedLinear):
     def multiply_groups(self, x: Tensor, groups: Groups) -> Tensor:  # (S, I) -> (S, O)
         return groups.multiply(groups.multiply(x, self.right.transpose(1, 2)), self.left)
 
-    @property
-    def grouping(self) -> tuple[Tensor, ...]:
-        return self.right, self.left
+    def gains_from_groups(self, x: Tensor, num_rows: int) -> bool:
+        return multiplies(x, self.right) and multiplies(x, self.left)
 
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
         return torch.einsum("ro,ri->oi", self.left[expert], self.right[expert])
