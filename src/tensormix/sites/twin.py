@@ -201,9 +201,15 @@ def random_like(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     scale = shape[-1] ** -0.5
     if shape.numel() <= _LARGEST:
         return (scale * _normal(name, *shape)).to(dtype)
-    steps = [1] * len(shape)
     needed = sum(shape) - len(shape) + 1
-    return (scale * _normal(name, needed)).to(dtype).as_strided(shape, steps)
+    row = (scale * _normal(name, needed)).to(dtype)
+    if len(shape) != 3:
+        return row.as_strided(shape, [1] * len(shape))
+    # Each matrix of a stack is multiplied alone, and would be copied for it: this way only the first is there.
+    experts, rows, columns = shape
+    longer = rows + -(-experts // columns)
+    row = torch.cat([row, row[: max(0, longer + columns - 1 - needed)]])
+    return row.as_strided((longer, columns), (1, 1)).flatten().as_strided(shape, (1, columns, 1))
 
 
 def _fill(module: nn.Module, name: str, skip: str | None = None) -> None:
