@@ -248,6 +248,7 @@ def test_blocks_are_those_of_the_text_where_the_model_names_no_decoder():
         ("lfm2", {"q", "k", "v", "o", "gate", "up", "down", "in", "out"}),
         ("modernbert-decoder", {"q", "k", "v", "o", "gate_up", "down"}),
         ("afmoe", {"q", "k", "v", "o", "gate", "up", "down", None}),
+        ("rwkv", {"in", "out", "up", "down", None}),
     ],
 )
 def test_roles(kind, roles):
