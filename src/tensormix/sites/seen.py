@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -132,7 +133,29 @@ def _look(twin: Twin) -> list[Seen | None] | None:
         seen.idle = _idle(twin.layers[index], called[index] | seen.by_hand)
         several = seen.returns not in ("tensor", "tuple of 1")
         seen.hands_on = seen.hands_on or (several and _is_read(twin, index, whole))
-    return [found.get(kind) for kind in twin.kinds]
+    return _each(twin, found)
+
+
+def _each(twin: Twin, found: dict[int, Seen]) -> list[Seen | None]:
+    """What was seen of each block. Those that call some members of a list alone may each call others."""
+    choosing = {kind for kind, seen in found.items() if any(_in_any_list(name) != name for name in seen.idle)}
+    each = [found.get(kind) for kind in twin.kinds]
+    called: dict[int, set[str]] = {}
+
+    @contextmanager
+    def watch(index: int, block: nn.Module) -> Iterator[None]:
+        watcher = _Watcher(block)
+        with watcher.listening():
+            yield
+        called[index] = watcher.called
+
+    if choosing:
+        _try(twin, watch=watch, every=tuple(index for index, kind in enumerate(twin.kinds) if kind in choosing))
+    for index, names in called.items():
+        seen = each[index]
+        if seen is not None and twin.kinds[index] in choosing:
+            each[index] = replace(seen, idle=_idle(twin.layers[index], names | seen.by_hand))
+    return each
 
 
 def _look_in_training(twin: Twin, watch: Any) -> None:
@@ -162,17 +185,17 @@ def _is_read(twin: Twin, kind: int, whole: Tensor) -> bool:
 
 
 def _idle(block: nn.Module, reached: set[str]) -> set[str]:
-    """The dense layers that were not reached, and do not stand in a list where a layer of that name was reached.
+    """The dense layers that were not reached, but for experts: a few tokens do not visit all of them.
 
-    Such lists hold experts, of which a few tokens do not visit all.
+    Other lists have a member for each block, or each language, and the rest of it is never called there.
     """
-    shapes = {_in_any_list(name) for name in reached}
+    shapes = {_in_any_list(name) for name in reached if "expert" in name}
     dense = {name for name, part in block.named_modules() if is_dense(part)}
     return {name for name in dense - reached if _in_any_list(name) not in shapes}
 
 
 def _in_any_list(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return re.sub(r"(?<![^._])\d+(?=\.)", "*", name)
 
 
 class _Watcher(TorchDispatchMode):
