@@ -6,11 +6,14 @@ Shape letters: ... leading batch axes, N tokens, I in_features, K = min(N, I).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from math import prod
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+
+_TILE = 128  # rows
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -81,6 +84,17 @@ class Statistic(ABC):
         self._absorb(other)
         self.num_tokens += other.num_tokens
 
+    def share(self, other: Self) -> None:
+        """Hold what `other` holds, which saw the same tokens, in the same memory. Call `part` before either is updated.
+
+        `other` is of the same class, in_features and dtype.
+        """
+        vars(self).update(vars(other))
+
+    def part(self) -> None:
+        """Have memory of its own again, after `share`."""
+        self._held = self._held.clone()
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_features}, {self._held.dtype})"
 
@@ -117,7 +131,7 @@ class TokenSum(Statistic):
             ValueError: no tokens were seen.
         """
         self._check_tokens()
-        return self._held / self.num_tokens
+        return self.sum / self.num_tokens
 
     def _absorb(self, other: Self) -> None:
         self._held += other._held.to(self._held)
@@ -166,14 +180,32 @@ class InputMagnitudes(TokenSum):
 
 
 class Gram(TokenSum):
-    """sum over tokens of x x^T; (I, I)."""
+    """sum over tokens of x x^T; (I, I).
+
+    It is symmetric, so only tiles on and below the diagonal are multiplied: about half of the work. The rest is copied
+    from them when the sum is read.
+    """
 
     @classmethod
     def shape_held(cls, in_features: int) -> tuple[int, ...]:
         return (in_features, in_features)
 
+    @property
+    def sum(self) -> Tensor:
+        for start, stop in self._tiles():
+            tile = self._held[start:stop, start:stop]
+            tile.copy_(tile.tril() + tile.tril(-1).T)
+            self._held[:start, start:stop] = self._held[start:stop, :start].T
+        return self._held
+
     def _add(self, tokens: Tensor) -> None:  # (N, I)
-        self._held.addmm_(tokens.T, tokens)
+        for start, stop in self._tiles():
+            self._held[start:stop, :stop].addmm_(tokens[:, start:stop].T, tokens[:, :stop])
+
+    def _tiles(self) -> Iterator[tuple[int, int]]:
+        """First row and end of each; of narrower ones the products are slow."""
+        rows = max(_TILE, -(-self.in_features // 8))
+        return ((start, min(start + rows, self.in_features)) for start in range(0, self.in_features, rows))
 
 
 class DenseGram(Gram):

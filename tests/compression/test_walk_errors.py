@@ -10,7 +10,7 @@ from torch import nn
 
 from plans import plan_of
 from tensormix.compression import compress
-from tensormix.compression.fitting import observe
+from tensormix.compression.observing import observe
 from tensormix.methods import LinearMethod, MeanOutput, Mixt, ZeroMethod
 from tensormix.operators import LowRank, StructuredLinear
 from tensormix.sites import blocks, find_sites

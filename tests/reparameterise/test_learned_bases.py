@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tensormix.compression.fitting import observe
+from tensormix.compression.observing import observe
 from tensormix.methods import Mixt
 from tensormix.reparameterise import learn_bases, rotate_residual
 from tensormix.reparameterise.learned import orthogonal

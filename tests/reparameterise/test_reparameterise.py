@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tensormix.compression.fitting import observe
+from tensormix.compression.observing import observe
 from tensormix.reparameterise import (
     align_heads,
     balance_values,

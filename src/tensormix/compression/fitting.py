@@ -6,37 +6,14 @@ Shape letters: I in_features.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
-
-from torch import nn
 
 from tensormix.compression.units import Statistics, Unit, at_sites, cost_with
 from tensormix.operators import Cost, Owner
 from tensormix.rows import Row
-from tensormix.sites import Site, install, opened
+from tensormix.sites import Site, install
 from tensormix.sites.installing import install_owners
-
-
-@contextmanager
-def observe(model: nn.Module, sites: Mapping[str, Site], stats: Statistics) -> Iterator[None]:
-    """While open, every statistic of `stats` is updated with the inputs (..., I) of its site, or of its expert."""
-
-    def watcher(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any) -> None:  # (x,) of a linear layer, (x, expert) of a stack
-            for statistic in stats[name][args[1] if len(args) > 1 else 0].values():
-                statistic.update(args[0])
-
-        return hook
-
-    with opened(model, [sites[name] for name in stats]) as modules:
-        handles = [modules[name].register_forward_pre_hook(watcher(name)) for name in stats]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def replace(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tensormix.compression.fitting import observe
+from tensormix.compression.observing import observe
 from tensormix.compression.units import Statistics, Unit
 from tensormix.methods.base import HiddenStates
 from tensormix.sites import Site
