@@ -133,7 +133,7 @@ FAULTS = (
     ),
     Fault(
         "compression/to_files.py",
-        "pieces |= {name: Piece.of(tensor) for name, tensor in new.items()}",
+        "pieces |= {self.assembly.stored_name(name): Piece.of(tensor) for name, tensor in new.items()}",
         "pass",
         "compression/test_stream.py",
     ),

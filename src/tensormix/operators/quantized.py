@@ -122,6 +122,10 @@ class Packed(nn.Module):
         if self.zeros is not None:
             self.zeros.copy_(pack(zeros.flatten(), self.bits))
 
+    def forward(self, dtype: torch.dtype) -> Tensor:  # (..., K)
+        """`numbers`. Whoever brings what a module holds when it is called brings it for this."""
+        return self.numbers(dtype)
+
     def numbers(self, dtype: torch.dtype) -> Tensor:  # (..., K)
         """What the codes stand for, rounded once to `dtype`."""
         wide = torch.promote_types(dtype, SCALE_DTYPE)  # fp32 for fp16, in which not every scale can be written
@@ -243,7 +247,7 @@ class Quantized(StructuredLinear):
             if part is None:
                 kind = dtype if tensor.is_floating_point() else tensor.dtype
                 part = torch.empty(tensor.shape, dtype=kind, device=self.weight.device)
-            numbers[name] = part.numbers(dtype) if isinstance(part, Packed) else part
+            numbers[name] = part(dtype) if isinstance(part, Packed) else part
         return numbers
 
     @property
