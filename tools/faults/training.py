@@ -54,14 +54,16 @@ FAULTS = (
         "entering[inputs], entering[inputs]",
         "recover/test_distill.py",
     ),
-    Fault("recover/lora.py", "patch.left.zero_()", "patch.left.fill_(1e-3)", "recover/test_lora.py"),
+    Fault("recover/patches.py", "patch.left.zero_()", "patch.left.fill_(1e-3)", "recover/test_lora.py"),
     Fault(
         "recover/lora.py", '"lr": learning_rate * self.settings.scale', '"lr": learning_rate', "recover/test_lora.py"
     ),
-    Fault("recover/lora.py", "right.requires_grad_(not first)", "right.requires_grad_(True)", "recover/test_lora.py"),
-    Fault("recover/lora.py", "factor.add_(patch.to_dense())", "pass", "recover/test_lora.py"),
+    Fault("recover/lora.py", "right.operator.requires_grad_(not first)", "pass", "recover/test_lora.py"),
+    Fault("recover/lora.py", "matrix.add_(patch.operator.to_dense())", "pass", "recover/test_lora.py"),
     Fault("recover/lora.py", "        attach(model)  # checkpoints", "        # checkpoints", "recover/test_lora.py"),
     Fault("recover/lora.py", "new.bias, old.bias = old.bias, None", "pass", "recover/test_lora.py"),
+    Fault("recover/patches.py", 'train.get_parameter(f"core_{last}").zero_()', "pass", "recover/test_patches.py"),
+    Fault("recover/patches.py", "    first.mul_(scale)", "    pass", "recover/test_patches.py"),
     Fault(
         "recover/losses.py",
         " + kept.tail * excess(kept.drawn, kept.drawn_values).mean(-1)",

@@ -59,7 +59,9 @@ class Patches:
                 f"recover: parameters 'lora' patches single matrices, and {stacks[0]} is a stack of experts; "
                 "train it with parameters 'compressed'."
             )
-        found = [(name, module) for name, module in modules.items() if isinstance(module, StructuredLinear)]
+        found: list[tuple[str, nn.Module]] = [
+            (name, module) for name, module in modules.items() if isinstance(module, StructuredLinear)
+        ]
         if self.settings.layers == "all":
             sites = {site.name: site for site in find_sites(self.model) if site.kind == "linear"}
             self._dense = {name: _parameter(site) for name, site in sites.items()}

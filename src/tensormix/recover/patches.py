@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -75,10 +75,11 @@ def _empty_train(in_factors: Sequence[int], out_factors: Sequence[int], bond: in
 
 @torch.no_grad()
 def _draw(train: TensorTrain, variance: float, random: torch.Generator, *, whole: bool = False) -> None:
-    """Normal cores, so that the entries of their product have this variance; the last core is 0 unless `whole`."""
+    """Normal cores, so that the entries of their product have this variance; unless `whole` the last core is 0, and the
+    product is that of the others."""
     drawn, last = list(train.parameters()), len(train.ranks)
     drawn = drawn if whole else drawn[:last]
-    terms = math.prod(train.ranks)  # products of entries that add up to one of theirs
+    terms = math.prod(train.ranks[: len(drawn) - 1])  # products of entries that add up to one of theirs
     for core in drawn:
         core.normal_(std=(variance / terms) ** (1 / (2 * len(drawn))), generator=random)
     if not whole:
@@ -87,4 +88,6 @@ def _draw(train: TensorTrain, variance: float, random: torch.Generator, *, whole
 
 @torch.no_grad()
 def _scale(train: TensorTrain, scale: float) -> nn.Parameter:
-    return cast(nn.Parameter, train.core_0.mul_(scale))
+    first = train.get_parameter("core_0")
+    first.mul_(scale)
+    return first
