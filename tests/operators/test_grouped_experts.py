@@ -46,8 +46,7 @@ def experts_of(name, *, bias=True, norm=False, dtype=torch.float32, seed=0) -> E
             stack.bias = nn.Parameter(torch.empty(E, stack.out_features))
     made = Experts(Shell(True, norm), stacks, K)
     if norm:
-        made.get_submodule("post_expert_norm").weight = nn.Parameter(torch.empty(D))
-        made.get_submodule("post_expert_norm").normalized_shape = (D,)
+        made.post_expert_norm = nn.RMSNorm(D)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.5)
     return made.to(dtype)
@@ -135,7 +134,7 @@ def test_experts_are_exported_for_any_number_of_tokens(name):
 
 def calls_of(experts, inputs):
     """What the stacks are called with: expert numbers, or groups."""
-    seen: list[object] = []
+    seen: list[type] = []
     forward = StackedLinear.forward
 
     def noting(self, x, expert):
