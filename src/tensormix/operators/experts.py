@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tensormix.operators.base import Operator, StructuredLinear
 from tensormix.operators.cost import Cost
 from tensormix.operators.groups import Groups
-from tensormix.operators.shared_calls import is_watched
+from tensormix.operators.shared_calls import has_hooks
 
 
 class StackedLinear(Operator):
@@ -62,9 +62,10 @@ class StackedLinear(Operator):
         """Whether outside of a graph `multiply_groups` of so many rows is the better way, on the device of `x`.
 
         Measured on a CPU: a call costs more than a few small products. The gradient of one expert at a time is as large
-        as the whole stack for each of them.
+        as the whole stack for each of them, and an offloaded stack (accelerate) is brought anew for each.
         """
-        return x.device.type != "cpu" or torch.is_grad_enabled() or num_rows >= self.num_experts
+        dear = torch.is_grad_enabled() or "_hf_hook" in vars(self)
+        return x.device.type != "cpu" or dear or num_rows >= self.num_experts
 
     @abstractmethod
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
@@ -275,7 +276,7 @@ class Experts(nn.Module):
     def _is_grouped(self, hidden: Tensor, num_rows: int) -> bool:
         """Whether both stacks have a grouped form, nobody watches single experts, and outside of a graph both gain."""
         stacks = self.stacks.values()
-        if any(is_watched(stack) or not stack.has_groups for stack in stacks):
+        if any(has_hooks(stack) or not stack.has_groups for stack in stacks):
             return False
         if torch.compiler.is_compiling() or hidden.is_meta:
             return True
