@@ -165,6 +165,9 @@ def test_what_is_grouped_and_what_goes_one_by_one():
             mixed = name.startswith("bases")  # all bases at once would be as large as dense experts
             assert calls_of(experts_of(name), many) == {"int" if mixed else "Groups"}, name
             assert calls_of(experts_of(name), one) == {"Groups" if mixed or "tucker" in name else "int"}, name
+        stack, x = LowRankStack(E, D, H, rank=3), torch.empty(0)
+        assert stack.gains_from_groups(x, 1024) and not stack.gains_from_groups(x, 1025)
+        assert stack.gains_from_groups(x.bfloat16(), 1025)
     experts = experts_of("low_rank")
     assert calls_of(experts, one) == {"Groups"}, "a gradient of one expert is as large as all"
     handle = experts.stacks["down"].register_forward_pre_hook(lambda *_: None)
