@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+def is_mapping(value: object) -> TypeGuard[dict[str, object]]:
+    """For what a file says, before it is checked."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[object] | tuple[object, ...]]:
+    return isinstance(value, list | tuple)
 
 
 class Settings(BaseModel):
@@ -231,9 +240,9 @@ class Benchmark(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _by_name(cls, value: Any) -> Any:
+    def _by_name(cls, value: object) -> object:
         value = {"name": value} if isinstance(value, str) else value
-        return {"shots": 5, **value} if isinstance(value, dict) and value.get("name") == "mmlu" else value
+        return {"shots": 5, **value} if is_mapping(value) and value.get("name") == "mmlu" else value
 
 
 class Evaluate(Settings):
