@@ -14,7 +14,9 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from text import parts
@@ -71,6 +73,9 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50, (steps - step) / (DECAY * steps))
 
 
+Loss = Callable[[Any, Tensor], Tensor]  # of a model on windows (B, T + 1)
+
+
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(windows[:, :-1], use_cache=False).logits
@@ -78,7 +83,7 @@ def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, stream: Tensor, num_windows: int) -> float:
+def perplexity(model: nn.Module, stream: Tensor, num_windows: int, loss_of: Loss = loss_of) -> float:
     """Of the first windows of a packed stream, without overlap."""
     windows = stream[: num_windows * (WINDOW + 1)]
     windows = windows[: len(windows) // (WINDOW + 1) * (WINDOW + 1)].view(-1, WINDOW + 1)
@@ -113,13 +118,18 @@ def keep(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
     file.with_suffix(".tmp").replace(file)
 
 
-def train(args: argparse.Namespace) -> None:
+def dense_model(vocabulary: int) -> nn.Module:
+    config = LlamaConfig(**CONFIG, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    return AutoModelForCausalLM.from_config(config).float()
+
+
+def train(args: argparse.Namespace, make: Callable[[int], Any] = dense_model, loss_of: Loss = loss_of) -> None:
+    """`make` gives the model for a number of tokens in the vocabulary."""
     torch.manual_seed(args.seed)
     texts = parts(args.data)
     tokenizer = make_tokenizer(texts["pretraining"])
     streams = {name: pack(tokenizer, texts[name]) for name in ("pretraining", "in_domain", "held_out")}
-    config = LlamaConfig(**CONFIG, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = make(len(tokenizer))
     optimizers = make_optimizers(model)
     training_loss = torch.compile(loss_of, dynamic=False)  # a third faster
     state_file = args.out / "state.pt"
@@ -143,7 +153,7 @@ def train(args: argparse.Namespace) -> None:
             row["loss"] = loss.item()
             row |= {"epochs": row["tokens"] / len(streams["pretraining"]), "grad_norm": norm.item(), "seconds": seconds}
             num_windows = 1000 if last else 64
-            row |= {name: perplexity(model, streams[name], num_windows) for name in ("in_domain", "held_out")}
+            row |= {name: perplexity(model, streams[name], num_windows, loss_of) for name in ("in_domain", "held_out")}
             row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
             with args.log.open("a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -153,13 +163,16 @@ def train(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(args.out)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str, log: Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="folder with text/ and instruct/")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--log", type=Path, default=Path(__file__).with_name("midsize.jsonl"))
-    arguments = parser.parse_args()
-    train(arguments)
+    parser.add_argument("--log", type=Path, default=log)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    train(arguments(__doc__.splitlines()[0], Path(__file__).with_name("midsize.jsonl")))

@@ -3,8 +3,10 @@
     python studies/rivals/study.py --model build/smollm2 --data ../shared/data
 
 Every method gets the same share of the numbers of every layer that it replaces, and the same calibration text (C4).
-Perplexity is that of 6,144 tokens of WikiText-2 and of C4 in windows of 1,024; the tokens of C4 come from other
-documents than the calibration. Rows are appended to results.jsonl; one that is there is not measured again.
+Perplexity is that of 6,144 tokens of WikiText-2 and of C4 in windows of 1,024, in float32; the tokens of C4 come from
+other documents than the calibration. The five tasks are asked without examples, 200 questions of each, in bfloat16,
+which many CPUs multiply several times as fast. Rows are appended to results.jsonl; one that is there is not measured
+again.
 """
 
 from __future__ import annotations
@@ -21,15 +23,33 @@ import yaml
 
 import tensormix
 from tensormix.data import packed_source
+from tensormix.evaluate.harness import ask
 from tensormix.models import load_model, load_tokenizer
 from tensormix.plan import Plan
-from tensormix.settings import Source
+from tensormix.settings import Benchmark, Source
 from tensormix.storage.files import environment, now
 
 HERE = Path(__file__).parent
 TOKENS, LONG = 6144, 1024  # judged, and in one window
 CALIBRATION, WINDOW = 16, 512  # windows, and their length
 TEXTS = {"wikitext2": ("text/wikitext2_test.raw", {}), "c4": ("text/c4_300.jsonl", {"num_documents": 40})}
+TASKS = {
+    "hellaswag": "hellaswag_val1000",
+    "piqa": "piqa_val",
+    "arc_challenge": "arc_challenge_test",
+    "openbookqa": "openbookqa_test",
+    "winogrande": "winogrande_val",
+}
+QUESTIONS = 200  # of each task
+
+
+def asked(model: Any, tokenizer: Any, data: Path) -> dict[str, Any]:
+    """The accuracy of each task, by the likelihood of whole answers, and the mean of all."""
+    found = {}
+    for name, file in TASKS.items():
+        task = Benchmark(name=name, file=str(data / "bench" / f"{file}.jsonl"), num_questions=QUESTIONS)
+        found[name] = ask(model, tokenizer, task, batch_size=4)[0]["value"]
+    return {"tasks": found, "tasks_mean": sum(found.values()) / len(found)}
 
 
 @torch.no_grad()
@@ -70,9 +90,12 @@ def measure(variant: dict[str, Any], keep: float, options: argparse.Namespace) -
         "model": sum(p.numel() for p in model.parameters()),
         "dense_model": before,
     }
+    if rows:
+        model.dequantize()  # the same matrices written out: some structures take minutes to read 12,000 tokens
     facts = {"parameters": parameters, "seconds": round(seconds, 1), **judged(model, tokenizer, options.data)}
-    asked = {"variant": variant["name"], "keep": keep, "rules": rules(variant, keep)}
-    return {**asked, **facts, "model": options.model.name, "environment": environment(), "finished": now()}
+    facts |= asked(model.bfloat16(), tokenizer, options.data)
+    what = {"variant": variant["name"], "keep": keep, "rules": rules(variant, keep)}
+    return {**what, **facts, "model": options.model.name, "environment": environment(), "finished": now()}
 
 
 def main() -> None:
@@ -96,7 +119,7 @@ def main() -> None:
                 row = measure(variant, once, options)
             except ValueError as reason:
                 row = {"variant": variant["name"], "keep": once, "refused": str(reason), "finished": now()}
-            print({key: row.get(key) for key in ("wikitext2", "c4", "seconds", "refused")}, flush=True)
+            print({key: row.get(key) for key in ("wikitext2", "c4", "tasks_mean", "seconds", "refused")}, flush=True)
             with file.open("a") as rows:
                 rows.write(json.dumps(row) + "\n")
             there.add((variant["name"], once))

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tensormix.compression import compress
-from tensormix.compression.observing import observe
 from tensormix.compression.kinds import MatrixUnit
+from tensormix.compression.observing import observe
 from tensormix.methods import MeanOutput, SvdLlm
 from tensormix.operators import Experts
 from tensormix.plan import Plan

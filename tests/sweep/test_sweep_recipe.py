@@ -34,6 +34,44 @@ def test_a_sweep_over_a_recipe_file(tmp_path):
     assert Sweep.model_validate(json.loads(sweep.model_dump_json())) == sweep
 
 
+ATTENTION_AND_MLP = """
+recipe: {model: m}
+depths: [1, 2]
+plans:
+  Tucker and SVD:
+    - {sites: [q, k, v, o], method: {name: tucker_heads, keep: 0.5}}
+    - {sites: [gate, up, down], method: {name: svd, keep: 0.5}}
+"""
+
+
+def test_a_plan_of_several_methods_is_swept_like_one(tmp_path):
+    cells = load(tmp_path, ATTENTION_AND_MLP, Sweep).cells(4)
+    assert [cell.name for cell in cells] == ["last-01-Tucker_and_SVD", "last-02-Tucker_and_SVD"]
+    assert [(r.blocks, r.sites, r.method.name) for r in cells[1].plan_at(("q",)).root] == [
+        ("last 2", ("q", "k", "v", "o"), "tucker_heads"), ("last 2", ("gate", "up", "down"), "svd")
+    ]  # fmt: skip
+    both = load(tmp_path, ATTENTION_AND_MLP + "vary: {method: [zero]}", Sweep).cells(4)
+    assert [(cell.depth, cell.label) for cell in both] == [
+        (1, "zero"), (1, "Tucker and SVD"), (2, "zero"), (2, "Tucker and SVD")
+    ]  # fmt: skip
+
+
+def test_a_plan_of_a_sweep_names_no_blocks_and_needs_what_its_methods_need(tmp_path):
+    with pytest.raises(ValueError, match=r"Tucker and SVD.*blocks '2'.*leave them out"):
+        load(tmp_path, ATTENTION_AND_MLP.replace("{sites: [q", "{blocks: 2, sites: [q"), Sweep)
+    with pytest.raises(ValueError, match=r"svd_llm needs calibration"):
+        load(tmp_path, ATTENTION_AND_MLP.replace("name: svd", "name: svd_llm"), Sweep)
+
+
+def test_the_model_can_be_named_beside_the_file(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(ATTENTION_AND_MLP)
+    assert Sweep.load(tmp_path / "sweep.yaml", "other").recipe.model == "other"
+    (tmp_path / "recipe.yaml").write_text("model: m")
+    (tmp_path / "over.yaml").write_text("base: recipe.yaml")
+    assert Sweep.load(tmp_path / "over.yaml", "other").recipe.model == "other"
+    assert Recipe.load(tmp_path / "recipe.yaml", "other").model == "other"
+
+
 def test_directions_with_depths_of_their_own(tmp_path):
     text = "recipe: {model: m}\ndepths: all\ndirections: {last: , first: {depths: [2]}}\nbaselines: {depths: [3]}"
     cells = load(tmp_path, text, Sweep).cells(3)

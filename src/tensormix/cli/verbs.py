@@ -35,17 +35,22 @@ errors = Console(stderr=True, highlight=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables for people.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; default: runs/NAME-OF-THE-FILE.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Use the folder even if it holds something else.")]
+OtherModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="A folder, file or Hub id in the place of the recipe's model.")
+]
 THINGS = ("methods", "operators", "statistics", "diagnostics", "stages", "subjects")
 
 
 @app.command()
-def check(recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], as_json: Json = False) -> None:
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], model: OtherModel = None, as_json: Json = False
+) -> None:
     """Say what a recipe would do, from the model's config alone: sites, sizes, parameters, MACs, bytes. No weights."""
     with few_imports():
         from tensormix.recipe import Recipe
         from tensormix.run.check import check as check_recipe
 
-        result = check_recipe(Recipe.load(recipe))
+        result = check_recipe(Recipe.load(recipe, model))
     if as_json:
         print(json.dumps(result, indent=1))
     else:
@@ -56,6 +61,7 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")], as_
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml).")],
     out: Out = None,
+    model: OtherModel = None,
     workers: Annotated[int, typer.Option(min=1, help="Blocks compressed at a time, where no inputs are needed.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each; default: one per core.")] = None,
     overwrite: Overwrite = False,
@@ -68,7 +74,7 @@ def run(
     from tensormix.run import run_recipe, stage_rows
     from tensormix.storage.files import read_json
 
-    loaded, folder = Recipe.load(recipe), out or Path("runs") / recipe.stem
+    loaded, folder = Recipe.load(recipe, model), out or Path("runs") / recipe.stem
     check_out(folder, "recipe.json", overwrite)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -88,6 +94,7 @@ def run(
 def sweep(
     settings: Annotated[Path, typer.Argument(help="A sweep (.yaml).")],
     out: Out = None,
+    model: OtherModel = None,
     page: Annotated[bool, typer.Option(help="Write the report when the last cell is done.")] = True,
     overwrite: Overwrite = False,
 ) -> None:
@@ -95,7 +102,7 @@ def sweep(
     from tensormix.recipe import Sweep
     from tensormix.sweep.depths import run_sweep
 
-    loaded, folder = Sweep.load(settings), out or Path("runs") / settings.stem
+    loaded, folder = Sweep.load(settings, model), out or Path("runs") / settings.stem
     check_out(folder, "sweep.json", overwrite)
     run_cells(partial(run_sweep, loaded, folder), folder, page)
 
@@ -104,6 +111,7 @@ def sweep(
 def compare(
     settings: Annotated[Path, typer.Argument(help="A comparison (.yaml).")],
     out: Out = None,
+    model: OtherModel = None,
     page: Annotated[bool, typer.Option(help="Write the report when the last cell is done.")] = True,
     overwrite: Overwrite = False,
 ) -> None:
@@ -111,7 +119,7 @@ def compare(
     from tensormix.recipe.comparison import Comparison
     from tensormix.sweep.compare import run_comparison
 
-    loaded, folder = Comparison.load(settings), out or Path("runs") / settings.stem
+    loaded, folder = Comparison.load(settings, model), out or Path("runs") / settings.stem
     check_out(folder, "comparison.json", overwrite)
     run_cells(partial(run_comparison, loaded, folder), folder, page)
 
@@ -132,13 +140,14 @@ def predict(
     settings: Annotated[Path, typer.Argument(help="A sweep (.yaml).")],
     direction: Annotated[str, typer.Option(help="last, first, middle_out or middle_to_late.")] = "last",
     variant: Annotated[str | None, typer.Option(help="A method of the sweep (mixt4); default: the first.")] = None,
+    model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
     """Say at which depth a sweep will break, before anything is recovered: cheap signals of every depth."""
     from tensormix.recipe import Sweep
     from tensormix.sweep.predict import predict as predict_sweep
 
-    rows = predict_sweep(Sweep.load(settings), direction=direction, variant=variant)  # type: ignore[arg-type]
+    rows = predict_sweep(Sweep.load(settings, model), direction=direction, variant=variant)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps(rows, indent=1))
     else:

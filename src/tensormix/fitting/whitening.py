@@ -110,9 +110,32 @@ def refitted(weight: Tensor, gram: Tensor, chosen: Tensor) -> Tensor:  # (O, I),
 
     Where several are equally good, the one nearest to W[:, chosen].
     """
-    wide, root = widened(weight, gram_root(gram))
+    check_inputs(gram)
+    wide, seen = widened(weight, gram)
+    missing = wide @ seen[:, chosen] - wide[:, chosen] @ seen[chosen][:, chosen]  # (O, R)
+    step = solved(seen[chosen][:, chosen], missing)
+    if step is not None:
+        return wide[:, chosen] + step
     pick = torch.eye(weight.shape[1]).to(wide)[chosen]  # (R, I)
-    return refit_left(wide, wide[:, chosen], pick, root)
+    return refit_left(wide, wide[:, chosen], pick, gram_root(gram).to(wide))
+
+
+def solved(gram: Tensor, product: Tensor) -> Tensor | None:  # (R, R), (O, R) -> (O, R)
+    """X with X gram = product, by Cholesky: many times faster than a pseudo-inverse.
+
+    None if that would not be exact: some direction, measured in the lengths of the columns, is hardly there.
+    """
+    lengths = gram.diagonal().clamp(min=0).sqrt()
+    if not bool((lengths > 0).all()):
+        return None
+    unit = gram / lengths / lengths[:, None]
+    # Cholesky of what is left without the shift proves that every eigenvalue is larger than it.
+    shift = _rounding(gram) ** 0.6
+    shifted = unit - shift * torch.eye(len(unit)).to(unit)
+    if torch.linalg.cholesky_ex(shifted).info:
+        return None
+    factor = torch.linalg.cholesky_ex(unit).L
+    return torch.cholesky_solve((product / lengths).T, factor).T / lengths
 
 
 def low_rank(weight: Tensor, left: Tensor, right: Tensor) -> LowRank:  # (O, I), (O, R), (R, I)

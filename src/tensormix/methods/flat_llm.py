@@ -158,8 +158,14 @@ def leading_neurons(gram: Tensor, count: int, ridge: float) -> Tensor:  # (I, I)
     Neurons that are nearly always zero, or nearly a combination of others, have small ones.
     """
     check_inputs(gram)
-    values, vectors = torch.linalg.eigh(gram)
     damping = ridge * gram.diagonal().mean()
-    values = values.clamp(min=0)
-    scores = vectors.square() @ (values / (values + damping))
+    damped = gram.clone()
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.clamp(min=0)
+        scores = vectors.square() @ (values / (values + damping))
+    else:
+        scores = 1 - damping * torch.cholesky_inverse(factor).diagonal()
     return scores.topk(count).indices.sort().values

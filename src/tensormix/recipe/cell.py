@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tensormix.plan import AnyMethod
+from tensormix.plan import AnyMethod, Plan, Rule
 from tensormix.settings import Settings
 
 Direction = Literal["last", "first", "middle_out", "middle_to_late", "single"]
@@ -20,6 +20,8 @@ class Cell(Settings):
     blocks: tuple[int, ...] = Field(min_length=1)  # in the order of the direction
     method: AnyMethod
     settings: dict[str, Any] = Field(default={})  # what tells the method from others of the sweep
+    plan: str | None = None  # the name of rules that go together, of which `method` is the first one's
+    rules: tuple[Rule, ...] = ()  # of that plan; their blocks are those of the cell
 
     @property
     def depth(self) -> int:
@@ -40,10 +42,24 @@ class Cell(Settings):
         return f"{self.direction}-{place.get(self.direction, f'{self.depth:02d}')}-{self.variant}"
 
     @property
+    def label(self) -> str:
+        """The method, or the plan of several."""
+        return self.plan or self.method.name
+
+    @property
     def variant(self) -> str:
         """The method with its settings, the first of them without its name: "mixt4", "svd0.5-inputsdense"."""
+        if self.plan is not None:
+            return _plain(self.plan)
         said = [f"{key if number else ''}{_plain(value)}" for number, (key, value) in enumerate(self.settings.items())]
         return "-".join([self.method.name + "".join(said[:1]), *said[1:]])
+
+    def plan_at(self, sites: tuple[str, ...] | str | None) -> Plan:
+        """What the cell compresses; `sites` are those of a method that is alone."""
+        rules = self.rules or (
+            Rule(sites=None if self.method.takes in ("block", "span") else sites, method=self.method),
+        )
+        return Plan(tuple(rule.model_copy(update={"blocks": self.where}) for rule in rules))
 
     @property
     def series(self) -> tuple[str, str]:

@@ -90,9 +90,12 @@ class Comparison(Settings):
         return self
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """The comparison in a YAML file, its recipe included. Raises ValueError as `Recipe.load` does."""
-        return load_with_recipe(cls, Path(path), "comparison")
+    def load(cls, path: str | Path, model: str | None = None) -> Self:
+        """The comparison in a YAML file, its recipe included; `model` replaces that of the recipe.
+
+        Raises ValueError as `Recipe.load` does.
+        """
+        return load_with_recipe(cls, Path(path), "comparison", model)
 
     @property
     def contenders(self) -> dict[str, Contender]:

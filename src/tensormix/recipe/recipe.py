@@ -157,13 +157,13 @@ class Recipe(Settings):
         return self
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """The recipe in a YAML file; relative paths in it are taken from its folder.
+    def load(cls, path: str | Path, model: str | None = None) -> Self:
+        """The recipe in a YAML file; relative paths in it are taken from its folder. `model` replaces that of the file.
 
         Raises ValueError if the file is missing, is no YAML, or holds a wrong key or value (one sentence, with the
         nearest right key).
         """
-        return validated(cls, _placed_recipe(read_yaml(Path(path)), Path(path).parent), "recipe")
+        return validated(cls, _placed_recipe(read_yaml(Path(path)), Path(path).parent, model), "recipe")
 
     @property
     def digest(self) -> str:
@@ -183,19 +183,19 @@ class MixtureFile(Settings):
         return validated(cls, placed_files(read_yaml(Path(path)), Path(path).parent), "mixture")
 
 
-def load_with_recipe(cls: type[Model], path: Path, where: str) -> Model:
+def load_with_recipe(cls: type[Model], path: Path, where: str, model: str | None) -> Model:
     """What a YAML file says whose recipe is written in it, as `recipe`, or in a file of its own, as `base`.
 
-    Raises ValueError if both are given, and as `Recipe.load` does.
+    `model` replaces that of the recipe. Raises ValueError if both are given, and as `Recipe.load` does.
     """
     data = read_yaml(path)
     if data.get("base") is not None and data.get("recipe") is not None:
         raise ValueError(f"{where}: give base or recipe, not both")
     if isinstance(data.get("base"), str):
         base = placed_path(data["base"], path.parent)
-        data |= {"base": base, "recipe": Recipe.load(base)}
+        data |= {"base": base, "recipe": Recipe.load(base, model)}
     elif isinstance(data.get("recipe"), dict):
-        data["recipe"] = _placed_recipe(data["recipe"], path.parent)
+        data["recipe"] = _placed_recipe(data["recipe"], path.parent, model)
     if isinstance(data.get("family"), list):
         known = [isinstance(model, str) and is_path(model, path.parent) for model in data["family"]]
         pairs = zip(data["family"], known, strict=True)
@@ -203,12 +203,14 @@ def load_with_recipe(cls: type[Model], path: Path, where: str) -> Model:
     return validated(cls, data, where)
 
 
-def _placed_recipe(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _placed_recipe(data: dict[str, Any], folder: Path, model: str | None) -> dict[str, Any]:
     """The same data with relative paths taken from `folder`; a model that is no folder there is a Hub id."""
     placed = placed_files(data, folder)
     for key in ("model", "start"):
         if isinstance(placed.get(key), str) and is_path(placed[key], folder):
             placed[key] = placed_path(placed[key], folder)
+    if model is not None:
+        placed["model"] = model
     recover = placed.get("recover")
     if isinstance(recover, dict):
         if isinstance(recover.get("text"), str):

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from tensormix.methods import Method
-from tensormix.plan import AnyMethod
+from tensormix.plan import AnyMethod, Plan
 from tensormix.reading import validated
 from tensormix.recipe.cell import Cell, Direction, schedule
 from tensormix.recipe.recipe import Recipe, load_with_recipe
@@ -47,7 +47,8 @@ class Sweep(Settings):
     """Many runs of one recipe that differ in which blocks are compressed, and how.
 
     The plan of the recipe is the template: it is empty, or has one rule, whose `blocks` are replaced in every cell and
-    whose method gets every combination of the settings in `vary`.
+    whose method gets every combination of the settings in `vary`. `plans` are whole plans beside it, such as one method
+    for the attention and another for the MLPs.
     """
 
     base: str | None = None  # a recipe file, relative to the sweep's
@@ -55,6 +56,7 @@ class Sweep(Settings):
     # setting of the method -> values; the key `method` has whole methods in the place of the template's, and "of.keep"
     # is the setting `keep` of the method within a method
     vary: dict[str, tuple[Any, ...]] = Field(default={})
+    plans: dict[str, Plan] = Field(default={})  # name -> rules without blocks
     depths: Literal["all"] | tuple[int, ...] = "all"  # numbers of compressed blocks, for all directions
     # each with depths of its own; without any it is last, or only the listed blocks
     directions: dict[Direction, Depths | None] = Field(default={})
@@ -91,8 +93,14 @@ class Sweep(Settings):
         for name, values in self.vary.items():
             if not values:
                 raise ValueError(f"vary: {name} needs at least one value")
+        for name, plan in self.plans.items():
+            for rule in plan.root:
+                if rule.blocks != "all":
+                    raise ValueError(
+                        f"plans: {name} names blocks {rule.blocks!r}; leave them out, the sweep gives them"
+                    )
         if self.recipe is not None:
-            for method, _ in self.variants():
+            for method in [*(m for m, _ in self.variants()), *(r.method for p in self.plans.values() for r in p.root)]:
                 self._check_method(method)
         return self
 
@@ -156,9 +164,12 @@ class Sweep(Settings):
         return self
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """The sweep in a YAML file, its recipe included. Raises ValueError as `Recipe.load` does."""
-        return load_with_recipe(cls, Path(path), "sweep")
+    def load(cls, path: str | Path, model: str | None = None) -> Self:
+        """The sweep in a YAML file, its recipe included; `model` replaces that of the recipe.
+
+        Raises ValueError as `Recipe.load` does.
+        """
+        return load_with_recipe(cls, Path(path), "sweep", model)
 
     def variants(self) -> list[tuple[Method, dict[str, Any]]]:
         """Every method of the sweep but the baselines, with the settings that tell it from the others.
@@ -169,6 +180,8 @@ class Sweep(Settings):
         rules = self.recipe.plan.root
         template = {**rules[0].method.model_dump()} if rules else {"name": "mixt"}
         settings = {name: values for name, values in self.vary.items() if name != "method"}
+        if self.plans and not rules and not self.vary:
+            return []
         wholes = self.vary.get("method", () if rules or self.vary else ({"name": "mixt", "num_branches": 4},))
         found: dict[str, tuple[Method, dict[str, Any]]] = {}
         for whole in wholes or (None,):
@@ -190,16 +203,20 @@ class Sweep(Settings):
         """
         cells: dict[str, Cell] = {}  # in order, without repeats
 
-        def add(places: Iterator[tuple[Any, tuple[int, ...]]], variants: list[tuple[Any, dict[str, Any]]]) -> None:
+        def add(places: Iterator[tuple[Any, tuple[int, ...]]], contenders: list[dict[str, Any]]) -> None:
             for direction, chosen in places:
-                for method, settings in variants:
-                    cell = Cell(direction=direction, blocks=chosen, method=method, settings=settings)
+                for contender in contenders:
+                    cell = Cell(direction=direction, blocks=chosen, **contender)
                     cells.setdefault(cell.name, cell)
 
         directions = tuple(self.directions) or (() if self.blocks else ("last",))
-        add(self._places(directions, None, num_blocks), self.variants())
+        contenders: list[dict[str, Any]] = [{"method": method, "settings": own} for method, own in self.variants()]
+        contenders += [{"method": p.root[0].method, "plan": n, "rules": p.root} for n, p in self.plans.items()]
+        add(self._places(directions, None, num_blocks), contenders)
         if self.baselines is not None:
-            nulls = [(validated(_Varied, {"method": {"name": n}}, "sweep").method, {}) for n in self.baselines.methods]
+            nulls = [
+                {"method": validated(_Varied, {"method": {"name": n}}, "sweep").method} for n in self.baselines.methods
+            ]
             chosen = self.baselines.directions or (("last",) if "last" in directions or not self.blocks else ())
             add(self._places(chosen, self.baselines.depths, num_blocks), nulls)
         return tuple(cells.values())

@@ -12,7 +12,8 @@ from tensormix.operators import outermost
 
 
 def locate_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the decoder blocks: the longest list of modules that is not inside another one.
+    """The name and the list of the decoder blocks: the list of modules that is not inside another one, and
+    that is as long as the config says, else the longest.
 
     Of a model of images or sound and text it is that of the part which makes text.
 
@@ -33,7 +34,13 @@ def locate_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "blocks in an nn.ModuleList, such as model.layers or transformer.h"
         )
     of_text = [(name, layers) for name, layers in outer if _is_of_text(model, name)]
-    return max(of_text or outer, key=lambda item: len(item[1]))
+    wanted = _num_blocks(model)
+
+    def likelihood(item: tuple[str, nn.ModuleList]) -> tuple[bool, bool, int]:
+        has_parts = any(True for _ in item[1][0].children())  # embeddings and heads of several codebooks have none
+        return has_parts, len(item[1]) == wanted, len(item[1])
+
+    return max(of_text or outer, key=likelihood)
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -52,6 +59,16 @@ def _is_of_text(model: nn.Module, name: str) -> bool:
         if own is not None:
             return type(own) is type(config.get_text_config())
     return True
+
+
+def _num_blocks(model: nn.Module) -> int | None:
+    """How many blocks the config for text says that there are."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        return getattr(text, "num_hidden_layers", None)
+    except AttributeError:  # what it is called in the config is not there
+        return None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

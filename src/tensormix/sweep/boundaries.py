@@ -16,7 +16,7 @@ from tensormix.run.keys import stage_rows
 
 def cell_row(cell: Cell) -> Row:
     place = {"depth": cell.depth, "blocks": sorted(cell.blocks)}
-    return {"cell": cell.name, "folder": cell.name, **place, **labels(cell.method.name, cell.settings, cell.direction)}
+    return {"cell": cell.name, "folder": cell.name, **place, **labels(cell.label, cell.settings, cell.direction)}
 
 
 def labels(method: str, settings: dict[str, Any], direction: str) -> Row:
@@ -55,7 +55,7 @@ def follow_each_other(cells: Sequence[Cell]) -> bool:
 def series_rows(members: Sequence[Cell], folder: Path) -> list[Row]:
     rows: list[Row] = []
     first = members[0]
-    named = labels(first.method.name, first.settings, first.direction)
+    named = labels(first.label, first.settings, first.direction)
     start = measurement(folder / "dense", 0)
     found = [measurement(folder / cell.name, cell.depth) for cell in members]
     measured = [item for item in (start, *found) if item is not None]

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from tensormix.diagnose import Measurement, bisect_boundary
 from tensormix.models import Sources, skeleton
-from tensormix.plan import Plan, Rule
 from tensormix.recipe import Cell, Recipe, Sweep
 from tensormix.rows import STAGES, SweepProgress
 from tensormix.run.keys import dense_recipe, is_done, stage_keys
@@ -45,10 +44,8 @@ SHARES = {
 
 def cell_recipe(recipe: Recipe, cell: Cell) -> Recipe:
     """The sweep's recipe with the plan of one cell; everything else is the same in all cells."""
-    whole = cell.method.takes in ("block", "span")
-    sites = recipe.plan.root[0].sites if recipe.plan.root and not whole else None
-    rule = Rule(blocks=cell.where, sites=sites, method=cell.method)
-    return recipe.model_copy(update={"plan": Plan((rule,))})
+    sites = recipe.plan.root[0].sites if recipe.plan.root else None
+    return recipe.model_copy(update={"plan": cell.plan_at(sites)})
 
 
 def run_sweep(sweep: Sweep, folder: Path, *, progress: SweepProgress | None = None) -> Path:
@@ -167,7 +164,7 @@ class _Sweep:
 
 def cost(cell: Cell, num_blocks: int) -> float:
     """Work of a cell in units of one dense recovery: a block that is gone costs little, a compressed one nearly all."""
-    gone = 0.8 if cell.method.name in ("zero", "drop_blocks") else 0.0
+    gone = 0.8 if cell.label in ("zero", "drop_blocks") else 0.0
     return 1.0 - gone * cell.depth / num_blocks
 
 
