@@ -119,7 +119,7 @@ def test_a_sliced_model_is_read_as_its_bare_model_but_not_under_another_head(fam
     assert not report["missing_keys"] and torch.equal(bare.eval()(BATCHES[0])[0], wanted)
     bare.save_pretrained(tmp_path / "bare")
     assert torch.equal(AutoModel.from_pretrained(tmp_path / "bare").eval()(BATCHES[0])[0], wanted)
-    with pytest.raises(ValueError, match="ForSequenceClassification has a head that reads all of it.*AutoModel"):
+    with pytest.raises(ValueError, match=r"ForSequenceClassification has a head that reads all of it.*AutoModel"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
 

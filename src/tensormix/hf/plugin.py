@@ -270,6 +270,8 @@ def attach(model: nn.Module) -> None:
         fitted=fitted_blocks(model) or None,
     )
     if found.is_plain:
+        if existing and not found.packed:  # what it names is no longer there
+            del config.quantization_config, model.hf_quantizer
         return
     record_bypassed(model)
     config.quantization_config = found

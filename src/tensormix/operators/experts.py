@@ -36,8 +36,8 @@ class Groups(NamedTuple):
 class StackedLinear(Operator):
     """y = x @ W_e.T + b_e for the expert e that is asked for; every W_e is (O, I).
 
-    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. Where nobody watches it
-    may be called once with the rows of all experts and their `Groups`. Its MACs and bytes per token are those of a
+    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. Where nobody watches,
+    it may be called once with the rows of all experts and their `Groups`. Its MACs and bytes per token are those of a
     token at ONE expert, and a token costs them times the experts that it visits.
     """
 
