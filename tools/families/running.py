@@ -148,6 +148,7 @@ def slope(model: Any, tiny: Tiny, recompute: bool) -> Tensor:
 
 def trained(tiny: Tiny) -> str:
     """Two steps of training lower the loss or leave it finite, and only what can learn moves."""
+    dense(lambda: logits_with_gradient(tiny.make(), tiny))
     model = tiny.make()
     asked(tiny, model, plan(method=HALF))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

@@ -40,6 +40,17 @@ class Source(Home):
         self.root, self.layers = locate_blocks(model)
         self.shards = self._shards(len(self.layers))  # one for each block, and the last one for the rest
         self._entered: dict[int, list[nn.Module]] = {}
+        self._check_ties()
+
+    def _check_ties(self) -> None:
+        """Raise ValueError if a block shares a weight with another module: it would not be there with its block."""
+        for target, source in self.assembly.tied.items():
+            one, other = (self._block_of(name, len(self.layers)) for name in (target, source))
+            if one != other:
+                raise ValueError(
+                    f"{target} is the same weight as {source}, which is in another block, so the blocks cannot be read "
+                    "one by one; load the whole model with load_model, compress it in memory and save it"
+                )
 
     def _shards(self, num_blocks: int) -> list[Shard]:
         total = num_blocks + 1

@@ -14,7 +14,16 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensormix.hf.contents import check_connected, fitted_blocks, install_empty, names_in, operators_of, record_bypassed
+from tensormix.hf.contents import (
+    check_connected,
+    fitted_blocks,
+    install_empty,
+    names_in,
+    operators_of,
+    record_bypassed,
+    retie,
+)
+from tensormix.hf.names import kept_names
 from tensormix.hf.packed import PackedQuantizer
 from tensormix.operators import Experts, Owner, StructuredLinear, outermost
 from tensormix.sites import fill_dense
@@ -98,6 +107,9 @@ class StructuredQuantizer(PackedQuantizer):
         refuse_tensor_parallelism(model)
         install_all(model, cast(StructuredConfig, self.quantization_config))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        return [*super().update_weight_conversions(weight_conversions, model), *kept_names(model)]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         unmark(model)
@@ -228,6 +240,8 @@ def install_all(model: nn.Module, config: StructuredConfig) -> None:
     if config.sliced is not None:
         shrink(model, config.sliced)
     install_empty(model, config.operators)
+    if config.operators:
+        retie(model)
     check_connected(model)
     for name in names_in(model, config.fitted or ()).values():
         mark_replacement(model.get_submodule(name))
