@@ -66,8 +66,8 @@ def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> Non
 
 def retie(model: Any) -> None:
     """Of weights that are tied to each other keep tied those that no operator replaced."""
-    here = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    here |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    # An operator holds an empty `weight`, which is no weight.
+    here = {name for name, tensor in model.state_dict().items() if tensor.numel()}
     groups: dict[str, list[str]] = {}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         groups.setdefault(source, [source]).append(target)
