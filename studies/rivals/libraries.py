@@ -3,8 +3,8 @@
     pip install --no-deps --target build/tensorly tensorly scipy
     PYTHONPATH=build/tensorly python studies/rivals/libraries.py --model build/smollm2
 
-The weights are those of block 14: `down` (576 x 1536) as a tensor train of 8 pairs of modes, and q, k, v, o as one Tucker
-tensor over its heads. Rows are appended to libraries.jsonl.
+The weights are those of block 14: `down` (576 x 1536) as a tensor train of 8 pairs of modes, and q, k, v, o as one
+Tucker tensor over its heads. Rows are appended to libraries.jsonl.
 """
 
 from __future__ import annotations

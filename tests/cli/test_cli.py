@@ -83,6 +83,7 @@ def test_run_then_report(recipe, tmp_path):
 def test_what_was_measured_has_a_line_each_and_a_column_for_each_model():
     def rows(*perplexities):
         found = [{"kind": "perplexity", "text": "a.txt", "value": value} for value in perplexities]
+        found += [{"kind": "perplexity", "text": "a.txt", "value": 3.0, "domain": "held_out"}]
         exam = [{"kind": "accuracy", "task": "exam", "subject": name, "value": 0.5} for name in ("all", "addition")]
         return [*found, {"kind": "kl", "text": "a.txt", "value": 0.125}, *exam, {"kind": "answer", "value": 1}]
 
@@ -92,6 +93,7 @@ def test_what_was_measured_has_a_line_each_and_a_column_for_each_model():
         ["dense", "recovered"],
         ["perplexity,", "a.txt", "4", "6.25"],
         ["perplexity,", "a.txt", "(2)", "5", "7"],
+        ["perplexity,", "a.txt", "(held-out)", "3", "3"],
         ["KL,", "a.txt", "0.125", "0.125"],
         ["accuracy,", "exam", "50.0", "%", "50.0", "%"],
     ]

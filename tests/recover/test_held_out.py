@@ -1,5 +1,7 @@
 """A recovery is judged on windows that it never learns from, and its best state is kept."""
 
+import math
+
 import pytest
 import torch
 
@@ -81,6 +83,27 @@ def test_a_text_that_is_named_judges_too(recovered, tmp_path):
     both = recovered(held_out={"num_windows": 6, "num_times": 5, "text": [{"file": str(file)}]})[1]
     assert both[0]["tokens"] == alone[0]["tokens"] + 6 * 47
     assert both[0]["loss"] != alone[0]["loss"]
+
+
+def test_both_texts_stand_side_by_side(recovered, tmp_path):
+    """The loss of all is that of each, by its tokens; and a text that is unlike the one that is read loses."""
+    file = tmp_path / "other.txt"
+    file.write_text("zebra quartz jumbled vexing my fjord, waltz! " * 60)
+    _, held_out, (kept,) = recovered(
+        held_out={"num_windows": 6, "num_times": 1, "text": [{"file": str(file)}]}, learning_rate=3e-2, steps=20
+    )
+    alone = recovered(held_out={"num_windows": 6, "num_times": 1}, steps=1)[1]
+    own, other = 6 * 47, held_out[0]["tokens"] - 6 * 47
+    for row in held_out:
+        together = (own * row["in_domain"] + other * row["elsewhere"]) / (own + other)
+        assert row["loss"] == pytest.approx(together, rel=1e-6)
+    assert "elsewhere" not in alone[0]
+    said = kept["said"].splitlines()[-1]
+    at_best = next(row for row in held_out if row["step"] == kept["step"])
+    for name, label in (("in_domain", "in-domain"), ("elsewhere", "other texts")):
+        before, after = (f"{math.exp(row[name]):.4g}" for row in (held_out[0], at_best))
+        assert f"{label} {before} to {after}" in said
+    assert ("at the cost of others" in said) == (at_best["elsewhere"] > held_out[0]["elsewhere"])
 
 
 def test_without_windows_nothing_is_judged(recovered):

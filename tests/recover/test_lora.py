@@ -81,7 +81,9 @@ def test_a_patched_model_starts_bit_equal(family):
     patches = Patches(model, Lora(rank=3), seed=0)
     assert torch.equal(logits(model), before)
     assert len(patches.layers) == 4 * len(sites)
-    assert all((patch.left == 0).all() and (patch.right != 0).all() for e in patches.layers for patch in e.patches)
+    assert all(
+        (p.operator.left == 0).all() and (p.operator.right != 0).all() for e in patches.layers for p in e.patches
+    )
     patches.remove()
     assert state(model).keys() == kept.keys()
     assert all(torch.equal(value, kept[name]) for name, value in state(model).items())
@@ -93,7 +95,7 @@ def test_merged_factors_keep_their_size_and_compute_what_the_patches_did():
     bits, start = stored_bits(model), logits(model)
     patches = Patches(model, Lora(rank=2), seed=0)
     with torch.no_grad():
-        for number, parameter in enumerate(p for e in patches.layers for patch in e.patches for p in [patch.left]):
+        for number, parameter in enumerate(patch.operator.left for e in patches.layers for patch in e.patches):
             parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     assert stored_bits(model) > bits
     before = logits(model)
@@ -114,7 +116,7 @@ def test_it_makes_the_steps_of_lora():
     model.config, model.layer = SimpleNamespace(), MixT.from_dense(weight, num_branches=2)
     frozen = model.layer.to_dense().detach()
     patches = Patches(model, Lora(rank=2, alpha=6), seed=0)
-    (patch,) = patches.layers[0].patches
+    patch = patches.layers[0].patches[0].operator
     B, A = (nn.Parameter(value.detach().clone()) for value in (patch.left, patch.right / 3))
     ours, schedule = patches.optimizer(0.02, 0.1, 0.0, 50)
     lora = torch.optim.Adam([B, A], lr=1.0)

@@ -23,7 +23,11 @@ def recipe(tiny: Path, **evaluate: Any) -> Recipe:
             "model": str(tiny),
             "plan": [{"blocks": "last 2", "method": {"name": "svd", "keep": 0.3}}],
             "recover": {"steps": 3, "batch_size": 2, "window": 32, "text": [{"exam": True}], "parameters": "lora"},
-            "evaluate": {"exam": None, "perplexity": [{"text": text, "window": 64, "stride": 64}], **evaluate},
+            "evaluate": {
+                "exam": None,
+                "perplexity": [{"text": text, "window": 64, "stride": 64, "domain": "held_out"}],
+                **evaluate,
+            },
             "diagnose": None,
             "profile": None,
         }
@@ -44,6 +48,7 @@ def test_what_is_measured_before_recovery_is_the_compressed_model(folder: Path, 
     assert rows["size"]["bytes"] == bytes_by_dtype(model)
     (after,) = [row for row in stage_rows(folder, "evaluate") if row["kind"] == "perplexity"]
     assert after["value"] != rows["perplexity"]["value"] and after["num_tokens"] == rows["perplexity"]["num_tokens"]
+    assert after["domain"] == rows["perplexity"]["domain"] == "held_out"
     assert not (folder / "dense/direct.json").exists()  # nothing is compressed there
     assert not (folder / "answers").exists()
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tensormix.rows import Row
+from tensormix.rows.labels import text_name
 
 
 def show_check(console: Console, result: dict[str, Any]) -> None:
@@ -135,7 +136,7 @@ def _results(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     seen: dict[str, int] = {}
     for row in rows:
         if row["kind"] in ("perplexity", "kl"):
-            label, value = f"{'KL' if row['kind'] == 'kl' else 'perplexity'}, {row['text']}", f"{row['value']:.4g}"
+            label, value = f"{'KL' if row['kind'] == 'kl' else 'perplexity'}, {text_name(row)}", f"{row['value']:.4g}"
         elif row["kind"] == "accuracy" and row.get("subject", "all") == "all":
             label, value = f"accuracy, {row['task']}", f"{100 * row['value']:.1f} %"
         else:

@@ -40,7 +40,7 @@ class BlastMethod(Weighted):
     published: bool = False  # whether the fit is the published one
 
     @model_validator(mode="after")
-    def _published_sees_no_inputs(self) -> Blast:
+    def _published_sees_no_inputs(self) -> BlastMethod:
         if self.published and self.weighted:
             raise ValueError("blast: the published fit sees the weight alone; leave out one of published and weighted")
         return self

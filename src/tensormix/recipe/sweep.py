@@ -140,6 +140,8 @@ class Sweep(Settings):
         recover = self.recipe.recover if self.recipe is not None else None
         if self.baselines is None or recover is None or recover.parameters == "all":
             return self
+        if recover.parameters == "lora" and recover.lora.layers == "all":
+            return self
         if "drop_blocks" in self.baselines.methods:
             raise ValueError(
                 f"baselines: recover.parameters {recover.parameters!r} trains compressed layers alone, and dropped "

@@ -30,7 +30,8 @@ from tensormix.recover.first_step import NUM_BATCHES, largest_rate, loss_per_rat
 from tensormix.recover.held_out import Judgements, judged_steps, judged_windows, taught
 from tensormix.recover.local import distill_blocks, learning_blocks
 from tensormix.recover.lora import Patches, Turns, patched
-from tensormix.recover.rates import compressed_parameters, parameter_groups
+from tensormix.recover.optimizing import optimizer_of, trained_parameters
+from tensormix.recover.rates import parameter_groups
 from tensormix.recover.teacher import TeacherLogits, open_teacher, tokenizer_digest
 from tensormix.recover.trainer import DistillTrainer, TaughtWindows, arguments, batch_loss
 from tensormix.recover.watch import MARK, Row, Watch, last_whole_checkpoint
@@ -80,7 +81,7 @@ def recover(
     try:
         model.float()
         with patching as patches:
-            trained = _trained(model, settings, patches)
+            trained = trained_parameters(model, settings, patches)
             job = _Recovery(model, tokenizer, settings, folder, seed, trained, str(dtype).removeprefix("torch."))
             job.patches = patches
             for parameter in model.parameters():
@@ -97,15 +98,6 @@ def recover(
         model.to(dtype).eval()
     shutil.rmtree(folder, ignore_errors=True)
     return rows
-
-
-def _trained(model: Any, settings: Recover, patches: Patches | None) -> set[nn.Parameter]:
-    if patches is not None:
-        return patches.parameters
-    trained = set(model.parameters()) if settings.parameters == "all" else compressed_parameters(model)
-    if not trained:
-        raise ValueError("recover: parameters 'compressed' needs a structured operator in the model; it has none.")
-    return trained
 
 
 def _checkpointing(model: Any, action: str) -> Callable[..., None]:
@@ -136,7 +128,7 @@ class _Recovery:
             tokenizer,
             settings.text,
             window=settings.window,
-            num_windows=settings.steps * settings.batch_size,
+            num_windows=settings.steps * settings.windows_per_step,
             seed=seed,
             answers_only=settings.loss_on == "answers",
             num_held_out=settings.held_out.num_windows,
@@ -165,8 +157,8 @@ class _Recovery:
         dataset = TaughtWindows(
             self.windows,
             logits,
-            first=self.local_steps * self.settings.batch_size,
-            num_taught=self.taught_steps * self.settings.batch_size,
+            first=self.local_steps * self.settings.windows_per_step,
+            num_taught=self.taught_steps * self.settings.windows_per_step,
         )
         beside = teacher if distill.hidden or distill.top_k == "all" else None
         rows.append(self._choose_rate(dataset, beside))
@@ -204,6 +196,7 @@ class _Recovery:
             taught(windows, teacher) if self.task_steps == 0 else windows,
             {name: p for name, p in self.model.named_parameters() if p in self.trained},
             self.folder / "best.safetensors",
+            num_own=len(self.windows.held_out) if len(windows) > len(self.windows.held_out) else None,
             at=judged_steps(settings.steps, settings.held_out.num_times),
             steps_before=self.local_steps,
             batch_size=settings.batch_size,
@@ -223,11 +216,11 @@ class _Recovery:
         name = hashlib.sha256(json.dumps([about, self.seed, read], sort_keys=True).encode()).hexdigest()[:16]
         own = settings.distill.cache
         logits = TeacherLogits(Path(own) if own is not None else (cache or self.folder / "teacher") / name, **about)
-        first = self.local_steps * settings.batch_size
+        first = self.local_steps * settings.windows_per_step
         with torch.no_grad():
             logits.fill(
                 lambda number: self.windows[number]["input_ids"],
-                range(first, first + self.taught_steps * settings.batch_size),
+                range(first, first + self.taught_steps * settings.windows_per_step),
                 len(self.windows),
                 lambda ids: teacher(ids.to(teacher.device), use_cache=False).logits,
                 settings.batch_size,
@@ -235,7 +228,7 @@ class _Recovery:
         return logits
 
     def _local(self, teacher: Any, progress: Callable[[int, int], None] | None) -> list[Row]:
-        settings, size = self.settings, self.settings.batch_size
+        settings, size = self.settings, self.settings.windows_per_step
         batches = [
             torch.stack([self.windows[step * size + i]["input_ids"] for i in range(size)])
             for step in range(self.local_steps)
@@ -265,7 +258,7 @@ class _Recovery:
     ) -> list[Row]:
         settings = self.settings
         watch = Watch(
-            settings.batch_size * settings.window,
+            settings.windows_per_step * settings.window,
             progress,
             steps_before=self.local_steps,
             phase=lambda step: "kl" if step <= self.taught_steps else "lm",
@@ -282,19 +275,9 @@ class _Recovery:
             args=arguments(settings, self.folder, self.dtype, self.seed, settings.steps - self.local_steps, self.rate),
             train_dataset=dataset,
             callbacks=[judgements, watch] if self.patches is None else [judgements, watch, Turns(self.patches)],
-            optimizers=self._optimizer(),
+            optimizers=optimizer_of(self.model, settings, self.trained, self.patches, self.rate),
         )
         trainer.teacher, trainer.hidden = teacher, settings.distill.hidden
         trainer.remove_callback(PrinterCallback)  # the rows say it
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         return watch.rows
-
-    def _optimizer(self) -> tuple[Any, Any]:
-        """With its schedule; None where the Trainer's own are meant."""
-        settings = self.settings
-        if self.patches is not None:
-            return self.patches.optimizer(self.rate, settings.warmup, settings.weight_decay, settings.steps)
-        if settings.core_rate == "same":
-            return None, None
-        groups = parameter_groups(self.model, self.trained, self.rate, settings.core_rate)
-        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True), None

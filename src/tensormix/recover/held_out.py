@@ -6,6 +6,7 @@ Shape letters: B windows, T tokens.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,6 +39,8 @@ class Judgements(TrainerCallback):
     Args:
         windows: input_ids (T,) and labels (T,) of each, and the parts of `Kept` as teacher_NAME where a teacher
             judges; without any window nothing is judged and the last state is kept.
+        num_own: how many of them, the first, are of the text that is learned from, and the rest of other texts; None
+            where all are. The rows then say the loss of each.
         trained: the parameters that change, by name.
         file: for the best state; it stays until `finish`, so that a recovery that was stopped knows it.
         steps_before: steps of this recovery that the trainer does not count.
@@ -50,11 +53,13 @@ class Judgements(TrainerCallback):
         file: Path,
         *,
         at: set[int],
+        num_own: int | None = None,
         steps_before: int = 0,
         batch_size: int = 1,
         autocast: torch.dtype | None = None,
     ) -> None:
         self.windows, self.trained, self.file = windows, dict(trained), file
+        self.num_own = num_own
         self.at, self.steps_before, self.batch_size, self.autocast = at, steps_before, batch_size, autocast
         self.rows: list[Row] = []
 
@@ -62,9 +67,13 @@ class Judgements(TrainerCallback):
         """Note the loss at `step`, unless that is done; keep the state if none before it was better."""
         if not self.windows or any(row["step"] == step for row in self.rows):
             return
-        loss, num_tokens = self._loss(model)
+        own, other = self._losses(model)
+        loss, num_tokens = (own[0] + other[0]) / max(1, own[1] + other[1]), own[1] + other[1]
         by = "kl" if "teacher_tokens" in self.windows[0] else "lm"
-        self.rows.append({"kind": "held_out", "step": step, "by": by, "loss": loss, "tokens": num_tokens})
+        row: Row = {"kind": "held_out", "step": step, "by": by, "loss": loss, "tokens": num_tokens}
+        if self.num_own is not None:
+            row |= {"in_domain": own[0] / max(1, own[1]), "elsewhere": other[0] / max(1, other[1])}
+        self.rows.append(row)
         best = self._best()
         if best is None or loss < best["loss"]:
             tensors = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
@@ -91,14 +100,17 @@ class Judgements(TrainerCallback):
         self.rows.sort(key=lambda row: row["step"])
         start, end = self.rows[0], self.rows[-1]
         kept = {"kind": "kept", "step": best["step"], "loss": best["loss"], "start": start["loss"], "end": end["loss"]}
-        return [*self.rows, {**kept, "said": _sentence(kept, end["step"])}]
+        at_best = next(row for row in self.rows if row["step"] == best["step"])
+        said = [_sentence(kept, end["step"]), _side_by_side(start, at_best)]
+        return [*self.rows, {**kept, "said": "\n".join(filter(None, said)) or None}]
 
     @torch.no_grad()
-    def _loss(self, model: Any) -> tuple[float, int]:
-        """Mean over all tokens that count, and their number."""
+    def _losses(self, model: Any) -> tuple[tuple[float, int], tuple[float, int]]:
+        """Sum over all tokens that count, and their number: of the text that is learned from, and of others."""
         device, training = next(iter(self.trained.values())).device, model.training
         computing = nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
-        total, count = 0.0, 0
+        num_own = len(self.windows) if self.num_own is None else self.num_own
+        sums, counts = [0.0, 0.0], [0, 0]
         model.eval()
         with computing:
             for first in range(0, len(self.windows), self.batch_size):
@@ -110,9 +122,12 @@ class Judgements(TrainerCallback):
                     losses = kept_divergence(logits, kept_of(batch, which))
                 else:
                     losses = F.cross_entropy(logits.float(), batch["labels"][:, 1:][which], reduction="none")
-                total, count = total + float(losses.sum()), count + int(which.sum())
+                own = int(which[: max(0, num_own - first)].sum())
+                for number, part in enumerate((losses[:own], losses[own:])):
+                    sums[number] += float(part.sum())
+                    counts[number] += len(part)
         model.train(training)
-        return total / max(1, count), count
+        return (sums[0], counts[0]), (sums[1], counts[1])
 
     def _best(self) -> Row | None:
         if not self.file.exists():
@@ -160,3 +175,18 @@ def _sentence(kept: Row, last: int) -> str | None:
     if kept["end"] > kept["start"]:
         return f"recovery ended worse than it began: {after}; {kept_state}; {lower}"
     return f"the last state was not the best: {after}; {kept_state}"
+
+
+def _side_by_side(start: Row, kept: Row) -> str | None:
+    """What the kept state makes of the text that is learned from, and of others; None where there are no others."""
+    if "elsewhere" not in start:
+        return None
+
+    def change(name: str) -> str:
+        before, after = (math.exp(row[name]) if row["by"] == "lm" else row[name] for row in (start, kept))
+        return f"{before:.4g} to {after:.4g}"
+
+    of = "perplexity" if start["by"] == "lm" else "divergence from the teacher"
+    said = f"{of} on held-out windows: in-domain {change('in_domain')}, other texts {change('elsewhere')}"
+    worse = kept["elsewhere"] > start["elsewhere"]
+    return said + ("; it fits its own text at the cost of others" if worse else "")

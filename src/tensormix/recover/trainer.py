@@ -49,8 +49,9 @@ def arguments(settings: Recover, folder: Path, dtype: str, seed: int, steps: int
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
         learning_rate=rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine" if settings.schedule == "cosine" else "constant_with_warmup",
         warmup_steps=math.ceil(settings.warmup * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=1.0,
@@ -87,6 +88,8 @@ class DistillTrainer(Trainer):
         if _is_text(inputs):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         loss, outputs = batch_loss(model, inputs, self.teacher, self.hidden)
+        if self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None:
+            loss = loss / self.args.gradient_accumulation_steps  # what such a model's own loss has in it already
         return (loss, outputs) if return_outputs else loss
 
 

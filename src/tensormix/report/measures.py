@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tensormix.rows.labels import text_name
+
 from .numbers import number, series_name
 from .read import Row, Run, Sweep
 
@@ -88,6 +90,10 @@ def values(rows: Iterable[Row], key: str) -> dict[Any, float]:
     return {row[key]: value for row in rows if (value := number(row["value"])) is not None}
 
 
+def _perplexity(rows: Iterable[Row]) -> dict[str, float]:
+    return {text_name(row): value for row in rows if (value := number(row["value"])) is not None}
+
+
 def _exam(run: Run) -> dict[str, Any]:
     rows = run.rows("evaluate", "accuracy")
     overall = next((row for row in rows if row["subject"] == "all"), None)
@@ -128,7 +134,7 @@ def record(run: Run | None, name: str, dense: bool = False, **place: Any) -> Rec
         name=name,
         output_entropy=_value(run.rows("diagnose", "output_entropy")),
         prediction_entropy=_value(run.rows("diagnose", "prediction_entropy")),
-        perplexity=values(run.rows("evaluate", "perplexity"), "text"),
+        perplexity=_perplexity(run.rows("evaluate", "perplexity")),
         drift=values(run.rows("diagnose", "drift_mean"), "region"),
         drift_profile=values(run.rows("diagnose", "drift_profile"), "layer"),
         losses=run.rows("recover", "loss"),
@@ -148,7 +154,7 @@ def _direct(run: Run, name: str, dense: Row) -> Record | None:
         return None
     return Record(
         name=name,
-        perplexity=values(run.rows("direct", "perplexity"), "text"),
+        perplexity=_perplexity(run.rows("direct", "perplexity")),
         macro_drop=_value(run.rows("direct", "macro_drop")),
         resources=next(iter(run.rows("direct", "size")), Row()),
         dense_resources=dense,

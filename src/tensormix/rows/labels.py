@@ -38,3 +38,9 @@ def series(method: str, settings: dict[str, Any], direction: str) -> str:
     parts += [] if branches is None else [f"{branches} branch{'' if branches == 1 else 'es'}"]
     parts += [f"{name} {value}" for name, value in settings.items() if name != "num_branches"]
     return ", ".join(parts + ([] if direction == "last" else [DIRECTIONS.get(direction, direction)]))
+
+
+def text_name(row: dict[str, Any]) -> str:
+    """A text that was measured, with what it is to the recovery, where a recipe says it."""
+    domain = row.get("domain")
+    return f"{row['text']} ({domain.replace('_', '-')})" if domain else row["text"]

@@ -115,6 +115,9 @@ class HeldOutRow(TypedDict):
     by: Literal["lm", "kl"]
     loss: float  # nats for a token
     tokens: int  # that were judged
+    # where other texts judge too: the loss on windows of the text that is learned from, and on those
+    in_domain: NotRequired[float]
+    elsewhere: NotRequired[float]
 
 
 class KeptRow(TypedDict):
@@ -123,7 +126,7 @@ class KeptRow(TypedDict):
     loss: float
     start: float
     end: float
-    said: str | None  # to the user, of a state that was not the last
+    said: str | None  # to the user: of a state that was not the last, and of other texts
 
 
 class LocalLossRow(TypedDict):

@@ -15,6 +15,7 @@ class PerplexityRow(TypedDict):
     stride: int
     bos: bool
     dtype: str
+    domain: NotRequired[Literal["in_domain", "held_out"]]  # of a recovery, where the recipe says it
 
 
 class DivergenceRow(TypedDict):

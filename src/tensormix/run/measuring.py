@@ -46,7 +46,7 @@ def evaluate_rows(
         asked: dict[str, Any] = {"token_ids": ids, "window": text.window, "stride": text.stride, "bos_id": bos}
         asked["text"] = describe(text.text)
         asked["batch_size"] = settings.batch_size
-        rows.append(perplexity(model, **asked))
+        rows.append(perplexity(model, **asked) | ({"domain": text.domain} if text.domain else {}))
         if settings.kl and dense is not None:
             rows.append(kl_divergence(model, dense(), **asked))
     if settings.exam is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -74,6 +76,28 @@ def unwrapped(model: nn.Module) -> nn.Module:
     parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
     inner = model._modules.get("module" if parallel else "_orig_mod")
     return model if inner is None else unwrapped(inner)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[bool]:
+    """While open, no part of `model` is wrapped, so that all names are the model's own.
+
+    What stands in the place of a part afterwards stays as it is. Yields whether there are such parts.
+    """
+    wrapped = [
+        (parent, name, child, unwrapped(child))
+        for parent in list(model.modules())
+        for name, child in parent._modules.items()
+        if child is not None and unwrapped(child) is not child
+    ]
+    for parent, name, _, inner in wrapped:
+        parent._modules[name] = inner
+    try:
+        yield bool(wrapped)
+    finally:
+        for parent, name, child, inner in wrapped:
+            if parent._modules.get(name) is inner:
+                parent._modules[name] = child
 
 
 def _decoder_of(model: nn.Module) -> str:

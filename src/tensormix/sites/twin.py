@@ -152,7 +152,8 @@ class _Stage(nn.Module):
 def text_part(model: nn.Module) -> nn.Module:
     """What is called with token ids, without the head: all of the model, or its decoder if it takes images first."""
     whole: Any = getattr(model, "base_model", model)
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = None if get_decoder is None else get_decoder()
     reads_text = next(iter(inspect.signature(whole.forward).parameters)) in ("input_ids", "input", "args")
     if reads_text or not isinstance(decoder, nn.Module) or getattr(model.config, "is_encoder_decoder", False):
         return whole

@@ -1,0 +1,34 @@
+"""What a recovery trains, and by which optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensormix.recover.lora import Patches
+from tensormix.recover.rates import compressed_parameters, parameter_groups
+from tensormix.settings import Recover
+
+
+def trained_parameters(model: Any, settings: Recover, patches: Patches | None) -> set[nn.Parameter]:
+    """Raises ValueError if compressed layers are to be trained and there are none."""
+    if patches is not None:
+        return patches.parameters
+    trained = set(model.parameters()) if settings.parameters == "all" else compressed_parameters(model)
+    if not trained:
+        raise ValueError("recover: parameters 'compressed' needs a structured operator in the model; it has none.")
+    return trained
+
+
+def optimizer_of(
+    model: Any, settings: Recover, trained: set[nn.Parameter], patches: Patches | None, rate: float
+) -> tuple[Any, Any]:
+    """With its schedule; None where the Trainer's own are meant."""
+    if patches is not None:
+        return patches.optimizer(rate, settings.warmup, settings.weight_decay, settings.steps, settings.schedule)
+    if settings.core_rate == "same":
+        return None, None
+    groups = parameter_groups(model, trained, rate, settings.core_rate)
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True), None
