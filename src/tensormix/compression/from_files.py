@@ -40,17 +40,6 @@ class Source(Home):
         self.root, self.layers = locate_blocks(model)
         self.shards = self._shards(len(self.layers))  # one for each block, and the last one for the rest
         self._entered: dict[int, list[nn.Module]] = {}
-        self._check_ties()
-
-    def _check_ties(self) -> None:
-        """Raise ValueError if a block shares a weight with another module: it would not be there with its block."""
-        for target, source in self.assembly.tied.items():
-            one, other = (self._block_of(name, len(self.layers)) for name in (target, source))
-            if one != other:
-                raise ValueError(
-                    f"{target} is the same weight as {source}, which is in another block, so the blocks cannot be read "
-                    "one by one; load the whole model with load_model, compress it in memory and save it"
-                )
 
     def _shards(self, num_blocks: int) -> list[Shard]:
         total = num_blocks + 1
@@ -79,6 +68,9 @@ class Source(Home):
     def enter(self, index: int) -> None:
         self._entered[index] = list(self.layers[index].modules())  # among them those that will be replaced
         self._fill(index, {})
+        for target, source in self.assembly.tied.items():
+            if self._block_of(target, len(self.layers)) == index != self._block_of(source, len(self.layers)):
+                set_weight(self.model, target, self.assembly.make(source)[source].to(self.device))
 
     def dense_bits(self, site: Site) -> int:
         index = site.block

@@ -64,17 +64,6 @@ def install_empty(model: nn.Module, operators: dict[str, dict[str, Any]]) -> Non
     record_bypassed(model)
 
 
-def retie(model: Any) -> None:
-    """Of weights that are tied to each other keep tied those that no operator replaced."""
-    # An operator holds an empty `weight`, which is no weight.
-    here = {name for name, tensor in model.state_dict().items() if tensor.numel()}
-    groups: dict[str, list[str]] = {}
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        groups.setdefault(source, [source]).append(target)
-    left = [[name for name in names if name in here] for names in groups.values()]
-    model.all_tied_weights_keys = {name: names[0] for names in left for name in names[1:]}
-
-
 def check_connected(model: nn.Module) -> None:
     missing = connect(model)
     if missing:

@@ -15,15 +15,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensormix.hf.contents import (
-    check_connected,
-    fitted_blocks,
-    install_empty,
-    names_in,
-    operators_of,
-    record_bypassed,
-    retie,
-)
+from tensormix.hf.contents import check_connected, fitted_blocks, install_empty, names_in, operators_of, record_bypassed
 from tensormix.hf.packed import PackedQuantizer
 from tensormix.hf.renaming import own_names
 from tensormix.operators import Experts, Owner, StructuredLinear, outermost
@@ -250,8 +242,6 @@ def install_all(model: nn.Module, config: StructuredConfig) -> None:
     if config.sliced is not None:
         shrink(model, config.sliced)
     install_empty(model, config.operators)
-    if config.operators:
-        retie(model)
     check_connected(model)
     for name in names_in(model, config.fitted or ()).values():
         mark_replacement(model.get_submodule(name))
