@@ -63,6 +63,9 @@ FAULTS = (
     Fault("recover/lora.py", "        attach(model)  # checkpoints", "        # checkpoints", "recover/test_lora.py"),
     Fault("recover/lora.py", "new.bias, old.bias = old.bias, None", "pass", "recover/test_lora.py"),
     Fault("recover/patches.py", 'train.get_parameter(f"core_{last}").zero_()', "pass", "recover/test_patches.py"),
+    Fault("recover/zeroth_order.py", "/ (2 * size * number)", "/ (2 * size)", "recover/test_zeroth_order.py"),
+    Fault("recover/zeroth_order.py", "begun + query", "query", "recover/test_zeroth_order.py"),
+    Fault("recover/zeroth_order.py", 'distance * group["unit"]', "distance", "recover/test_zeroth_order.py"),
     Fault("recover/patches.py", "    first.mul_(scale)", "    pass", "recover/test_patches.py"),
     Fault(
         "recover/losses.py",
