@@ -9,16 +9,17 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
 BASE ?= HEAD~1
-.PHONY: help setup demo test test-fast real check same mutate tables clean
+.PHONY: help setup demo test test-fast pages real check same mutate tables clean
 
 help:
 	@echo "make demo    set up and run the sweep on the embedded model; ends with the path of the report"
 	@echo "make test    set up and run the whole test suite (offline)"
 	@echo "make test-fast  the tests of the rooms that everything stands on, in a minute"
+	@echo "make pages   the tests of studies and benchmarks, and whether their pages say what their rows say"
 	@echo "make real    set up, fetch SmolLM2-135M-Instruct and run the tests on it (10 minutes)"
 	@echo "make check   ruff, the type checker and the import directions"
 	@echo "make tables  write down anew what tensormix list shows, after a method or operator is added"
-	@echo "make mutate  break the code line by line and demand that the tests notice"
+	@echo "make mutate  break what changed since BASE=$(BASE), one thing at a time, and list what no test notices"
 	@echo "make families  try every feature on every class of transformers (half an hour; goes on where it stopped)"
 	@echo "make same    compare what the working tree makes with what a commit made (BASE=$(BASE)), to the bit"
 
@@ -39,10 +40,14 @@ test: setup
 	$(BIN)/python -m pytest -q
 
 # The rooms that everything stands on: a minute of one core, for every small change.
-FAST := $(addprefix tests/,test_plan.py test_architecture.py test_faults.py fitting operators kernels data storage recipe sites exam)
+FAST := $(addprefix tests/,test_plan.py test_architecture.py fitting operators kernels data storage recipe sites exam)
 
 test-fast: setup
 	$(BIN)/python -m pytest -q $(FAST)
+
+# A process for each folder: scripts of two studies may have one name.
+pages: setup
+	for folder in benchmarks $(sort $(dir $(wildcard studies/*/test_*.py))); do $(BIN)/python -m pytest -q $$folder || exit 1; done
 
 real: setup
 	$(BIN)/python -W ignore tools/smollm2.py build/smollm2
@@ -58,7 +63,7 @@ tables: setup
 	$(BIN)/python tools/tables.py
 
 mutate: setup
-	$(BIN)/python tools/mutate.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutate.py --base $(BASE) --load torch,transformers.trainer,transformers.models.qwen3
 
 same: setup
 	$(BIN)/python tools/same.py $(BASE)

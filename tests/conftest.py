@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -25,21 +21,6 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-
-
-@pytest.fixture(scope="session")
-def benchmark_script() -> Callable[[str], ModuleType]:
-    """A script of benchmarks/ by name, with its neighbours importable while it is read."""
-
-    def imported(name: str) -> ModuleType:
-        folder = str(Path(__file__).parents[1] / "benchmarks")
-        sys.path.insert(0, folder)
-        try:
-            return importlib.import_module(name)
-        finally:
-            sys.path.remove(folder)
-
-    return imported
 
 
 @pytest.fixture(scope="session")

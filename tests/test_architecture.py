@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import tensormix
 
@@ -127,6 +129,24 @@ def test_functions_are_short_enough_to_be_read():
                 docstring = 0 if first is None else (first.end_lineno or 0) - first.lineno + 1
                 lines = (node.end_lineno or 0) - node.lineno + 1 - docstring
                 assert lines <= MOST_OF_A_FUNCTION, f"{path}: {node.name} has {lines} lines"
+
+
+def test_scripts_import_what_is_there():
+    """Their own tests run on demand only, so a name that moved is found here."""
+    beside = Path(__file__).parents[1]
+    scripts = [
+        path for name in ("tools", "studies", "benchmarks", "examples") for path in (beside / name).rglob("*.py")
+    ]
+    for path in scripts:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tensormix":
+                module = importlib.import_module(str(node.module))
+                missing = [alias.name for alias in node.names if not is_in(module, alias.name)]
+                assert not missing, f"{path}: {node.module} has no {missing}"
+
+
+def is_in(module: ModuleType, name: str) -> bool:
+    return hasattr(module, name) or importlib.util.find_spec(f"{module.__name__}.{name}") is not None
 
 
 def run_python(code: str) -> str:

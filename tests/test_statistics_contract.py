@@ -9,9 +9,19 @@ import pytest
 import torch
 
 import tensormix.statistics
-from tensormix.statistics import STATISTICS, Gram, InputMagnitudes, InputMean, InputNorms, QRFactor, TokenSum
+from tensormix.statistics import (
+    STATISTICS,
+    Gram,
+    HeldOutGram,
+    InputMagnitudes,
+    InputMean,
+    InputNorms,
+    QRFactor,
+    TokenSum,
+)
 
 KINDS = list(STATISTICS.values())
+WHOLE = [kind for kind in KINDS if kind is not HeldOutGram]  # that take every token
 
 
 def value(statistic):
@@ -98,7 +108,7 @@ def test_many_small_numbers_are_not_lost_beside_a_large_one():
     assert mean.sum.item() == 2**25 + 10
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WHOLE)
 def test_the_precision_is_stated(kind):
     """Products are in the stated dtype too: a bf16 input of 1 + 2^-7 has a square that bf16 cannot hold."""
     for dtype in (torch.float32, torch.float64):
@@ -126,7 +136,7 @@ def test_a_walk_can_rely_on_the_bytes(kind, dtype, in_features):
         assert storages == kind.bytes_needed(in_features, dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WHOLE)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("position", [0, 7])
 def test_what_is_not_finite_is_noticed(kind, bad, position):
@@ -163,3 +173,20 @@ def test_inputs_of_another_width_are_refused(kind, shape):
         ValueError, match=rf"{kind.__name__}: inputs must be \(\.\.\., 8\), got shape \({', '.join(map(str, shape))}"
     ):
         kind(8).update(torch.ones(shape))
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("held", [torch.float32, torch.float64], ids=str)
+def test_an_eighth_of_the_tokens_is_held_out_and_the_rest_is_the_difference(given, held):
+    torch.manual_seed(0)
+    x = torch.randn(4000, 3).to(given)
+    whole, out = Gram(3, dtype=held), HeldOutGram(3, dtype=held)
+    whole.update(x)
+    out.update(x)
+    assert 0.11 < float(out.sum.trace() / whole.sum.trace()) < 0.14
+    alone = [HeldOutGram(3, dtype=held) for _ in x]
+    for statistic, token in zip(alone, x, strict=True):
+        statistic.update(token)
+    picked = torch.tensor([bool(statistic.sum.any()) for statistic in alone])
+    torch.testing.assert_close(out.sum, (x[picked].to(held).T @ x[picked].to(held)), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(whole.sum - out.sum, x[~picked].to(held).T @ x[~picked].to(held), rtol=1e-4, atol=1e-3)

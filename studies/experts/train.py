@@ -2,7 +2,7 @@
 
     python studies/experts/train.py --data ../shared/data --out build/experts
 
-It has 5.0 M numbers. The text, the tokenizer and the schedule are those of the mid-size model. A run that is stopped goes on.
+It has 5.0 M numbers. The text, the tokenizer and the schedule are those of the mid-size model. A stopped run goes on.
 """
 
 from __future__ import annotations

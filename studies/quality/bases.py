@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensormix.compression.fitting import observe
+from tensormix.compression.observing import observe
 from tensormix.data import calibration_batches
 from tensormix.evaluate.divergence import divergences
 from tensormix.fitting.whitening import gram_root

@@ -90,6 +90,8 @@ def measure(variant: dict[str, Any], keep: float, options: argparse.Namespace) -
         "model": sum(p.numel() for p in model.parameters()),
         "dense_model": before,
     }
+    if rows:
+        model.dequantize()  # the same matrices written out: some structures take minutes to read 12,000 tokens
     facts = {"parameters": parameters, "seconds": round(seconds, 1), **judged(model, tokenizer, options.data)}
     facts |= asked(model.bfloat16(), tokenizer, options.data)
     what = {"variant": variant["name"], "keep": keep, "rules": rules(variant, keep)}

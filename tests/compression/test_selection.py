@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from plans import plan_of
 from streamed import leftovers
@@ -240,3 +241,35 @@ def test_a_check_counts_the_last_blocks_that_could_be_chosen(tiny, tmp_path, cap
     (tmp_path / "recipe.yaml").write_text(text.rpartition("calibration")[0])
     with pytest.raises(ValueError, match="the method drop_blocks needs calibration, and there is no such section"):
         Recipe.load(tmp_path / "recipe.yaml")
+
+
+def gemma4(seed: int = 0):
+    """Of four blocks the last two read the keys and values of the first two; block 0 changes nothing."""
+    config = Gemma4TextConfig(
+        vocab_size=64, vocab_size_per_layer_input=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Gemma4ForCausalLM(config).eval()
+    for name, parameter in model.model.layers[0].named_parameters():
+        if name.startswith("post") and "norm" in name:
+            nn.init.zeros_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("choose", ["influence", "angular"])
+def test_measuring_passes_by_blocks_that_others_need(choose):
+    """Block 0 changes least, but a later one reads its keys and values; with that one it may go."""
+    x = [torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))]
+    model = gemma4()
+    compress(model, plan_of(choosing(choose, 1)), x)
+    assert dropped(model) in ([2], [3])
+    before = gemma4()
+    with pytest.raises(ValueError, match=r"layers\.[01]: block [23] needs"):
+        compress(before, plan_of(choosing(choose, 1, "0-1")), x)
+    assert dropped(before) == []
+    with_reader = gemma4()
+    compress(with_reader, plan_of({"method": DropBlocks(), "blocks": "2"}, choosing(choose, 1)), x)
+    assert dropped(with_reader) == [0, 2]

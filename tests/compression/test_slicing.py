@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 import tensormix.hf  # noqa: F401
 from tensormix.compression import compress
@@ -106,6 +106,21 @@ def test_streamed_reloaded_and_compressed_further(family, tmp_path):
     compress(again, further, BATCHES)
     compress_checkpoint(tmp_path / "out", tmp_path / "further", further, BATCHES)
     assert torch.equal(logits(load_model(tmp_path / "further")), logits(again))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_sliced_model_is_read_as_its_bare_model_but_not_under_another_head(family, tmp_path):
+    model = make(family)
+    compress(model, plan(0.75), BATCHES)
+    model.save_pretrained(tmp_path / "out")
+    bare, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    wanted = model.model(BATCHES[0])[0]
+    assert not report["missing_keys"] and torch.equal(bare.eval()(BATCHES[0])[0], wanted)
+    bare.save_pretrained(tmp_path / "bare")
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "bare").eval()(BATCHES[0])[0], wanted)
+    with pytest.raises(ValueError, match=r"ForSequenceClassification has a head that reads all of it.*AutoModel"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
 
 def test_the_count_of_llama_2_7b_is_honest():

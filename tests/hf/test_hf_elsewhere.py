@@ -128,6 +128,12 @@ def test_logits_do_not_depend_on_where_the_weights_rest(tmp_path, method):
     check_away(tmp_path, "llama", method)
 
 
+@pytest.mark.parametrize("method", [AWAY[7], AWAY[8], {"name": "dobi_svd", "keep": 0.5, "storage": "remapped"}])
+@torch.no_grad()
+def test_integers_rest_on_disk_too_if_that_is_asked_for(tmp_path, method):
+    check_away(tmp_path, "llama", method, offload_buffers=True)
+
+
 @pytest.mark.parametrize("method", [
     {"name": "td_moe", "keep": 0.5}, {"name": "mobe", "keep": 0.6, "num_bases": 2}, {"name": "svd", "keep": 0.5},
     {"name": "hassle_free", "keep": 0.6, "low_rank_share": 0.3, "steps": 2},
@@ -137,7 +143,7 @@ def test_logits_of_experts_do_not_either(tmp_path, method):
     check_away(tmp_path, "qwen3_moe", method)
 
 
-def check_away(folder: Any, family: str, method: dict[str, Any]) -> None:
+def check_away(folder: Any, family: str, method: dict[str, Any], **options: Any) -> None:
     """Half of the blocks on disk, and loaded by accelerate when they are called."""
     model, x = make(family), token_ids(rows=4)
     for parameter in model.parameters():
@@ -148,7 +154,7 @@ def check_away(folder: Any, family: str, method: dict[str, Any]) -> None:
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{index}": "cpu" if index < 2 else "disk" for index in range(4)}
     away = AutoModelForCausalLM.from_pretrained(
-        folder / "small", device_map=places, offload_folder=str(folder / "away")
+        folder / "small", device_map=places, offload_folder=str(folder / "away"), **options
     ).eval()
     here = load_model(folder / "small")
     torch.testing.assert_close(away(x).logits, here(x).logits, atol=1e-5, rtol=1e-5)

@@ -73,6 +73,21 @@ def test_what_is_saved_inside_is_one_product_when_it_is_loaded(tmp_path, llama):
     assert len(list((tmp_path / "together").glob("*.safetensors"))) > 1
 
 
+@torch.no_grad()
+def test_one_product_whose_biases_rest_on_disk(tmp_path):
+    """accelerate brings what a layer holds when the layer is called."""
+    model = compressed("qwen2")
+    with fuse_siblings(model):
+        wanted = logits(model)
+        model.save_pretrained(tmp_path / "together")
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{index}": "disk" for index in range(4)}
+    away = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "together", device_map=places, offload_folder=str(tmp_path / "away")
+    ).eval()
+    torch.testing.assert_close(logits(away), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_loaded_as_one_product_has_a_dense_form(tmp_path, llama):
     with fuse_siblings(llama):
         llama.save_pretrained(tmp_path)

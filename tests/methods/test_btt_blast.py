@@ -164,3 +164,35 @@ def test_layers_that_do_not_allow_it_name_what_would_do(method, parts):
 def test_ranks_above_the_possible_name_the_largest(make):
     with pytest.raises(ValueError, match=r"rank must be in 1\.\.(8|40) .*48x40"):
         make()
+
+
+def of_its_form(seed, blocks=8, rank=2):
+    torch.manual_seed(seed)
+    op = Blast(32, 32, blocks=blocks, rank=rank).double()
+    with torch.no_grad():
+        for parameter in op.parameters():
+            parameter.normal_()
+    return op.to_dense().detach()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_published_fit_of_blast_finds_a_weight_of_its_form(seed):
+    """A low rank of as many numbers, 512, cannot."""
+    weight = of_its_form(seed)
+    with torch.no_grad():
+        found = BlastMethod(rank=4, blocks=8, published=True, steps=100).fit(weight, {}).to_dense()
+        other = LowRank.from_dense(weight, rank=8).to_dense()
+    assert (found - weight).norm() < 1e-3 * weight.norm()
+    assert (other - weight).norm() > 0.1 * weight.norm()
+
+
+def test_a_longer_published_fit_is_nearer_and_the_same_every_time():
+    weight = of_its_form(7)
+    fits = [BlastMethod(rank=4, blocks=8, published=True, steps=steps).fit(weight, {}) for steps in (5, 60, 60)]
+    errors = [float((op.to_dense() - weight).norm().detach()) for op in fits]
+    assert errors[0] > 2 * errors[1] and errors[1] == errors[2]
+
+
+def test_the_published_fit_of_blast_sees_no_inputs():
+    with pytest.raises(ValueError, match=r"published.*weighted"):
+        BlastMethod(rank=2, published=True, weighted=True)

@@ -20,6 +20,7 @@ from tensormix.methods import (
     DobiSvd,
     DropBlocks,
     FlatLlm,
+    Gptq,
     HassleFree,
     JointMethod,
     Laser,
@@ -84,14 +85,16 @@ CASES = [
     DobiSvd(rank=7),
     DobiSvd(keep=0.5, storage="remapped", pca="incremental"),
     Rtn(bits=8),
+    Gptq(bits=3, group=16),
+    Gptq(bits=4, of=SvdLlm(keep=0.5)),
     Rtn(bits=4, granularity="channel", of=SvdLlm(keep=0.5)),
 ]
 
 
 def statistics(method, in_features=I):
-    stats = {needed: needed(in_features) for needed in method.needs}
+    stats, x = {needed: needed(in_features) for needed in method.needs}, torch.randn(20, in_features) + 1
     for statistic in stats.values():
-        statistic.update(torch.randn(20, in_features) + 1)
+        statistic.update(x)
     return stats
 
 
@@ -116,6 +119,7 @@ def test_the_table_holds_every_method_that_is_written():
         "StackMethod",
         "ModelMethod",
         "Hybrid",
+        "Rounding",
         "SharedTucker",
         "TrainSettings",
         "Weighted",

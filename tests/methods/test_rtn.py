@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from tensormix.compression import compress
 from tensormix.explain import explain
-from tensormix.methods import METHODS, LinearMethod, MeanOutput, Mixt, Rtn, Svd, ZeroMethod
+from tensormix.methods import METHODS, Gptq, LinearMethod, MeanOutput, Mixt, Rtn, Svd, ZeroMethod
+from tensormix.methods.rounding import Rounding
 from tensormix.operators import Dense, LowRank, MixT, Quantized
 from tensormix.plan import Plan
 from tensormix.statistics import InputMean
@@ -224,9 +225,10 @@ def test_without_a_walk_a_bad_weight_is_refused_too(bad, symmetric):
 
 
 def test_every_linear_method_but_this_may_stand_inside():
-    annotation = str(Rtn.model_fields["of"].annotation)
-    linear = {cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and cls is not Rtn}
-    assert all(f".{cls.__name__}" in annotation for cls in linear)
+    linear = {cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and not issubclass(cls, Rounding)}
+    for rounding in (Rtn, Gptq):
+        annotation = str(rounding.model_fields["of"].annotation)
+        assert all(f".{cls.__name__}" in annotation for cls in linear)
 
 
 def test_it_survives_json_and_is_frozen():

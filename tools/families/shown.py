@@ -13,7 +13,7 @@ from trying import Refused, asked, batches, error, logits, plan
 
 from tensormix.methods import LinearMethod
 from tensormix.operators import Dense
-from tensormix.sites import find_sites, is_dense, locate_blocks
+from tensormix.sites import Site, find_sites, is_dense, locate_blocks
 from tensormix.sites.sites import unknown_stacks
 from tensormix.sites.through import Blocks, through
 from tensormix.statistics import Gram
@@ -51,7 +51,7 @@ def sites(tiny: Tiny) -> str:
         if is_dense(part) and re.search(r"\.\d+\.", f".{name}"):
             part.register_forward_hook(lambda part, *_, name=name: called.update({name: part}))
     logits(model, tiny.tokens(8, 16))
-    found = {site.name: site for site in find_sites(model) if site.kind == "linear"}
+    found = {site.name: site for site in _linear(model)}
     routers = {name for name, part in called.items() if out_features(part) in (1, NUM_EXPERTS) or "router" in name}
     missed = [name for name in called if name not in found and name not in routers and not name.endswith(CLIPPED)]
     assert not (extra := set(found) - set(called)), f"sites that text is not multiplied by: {some(extra)}"
@@ -74,6 +74,13 @@ def sites(tiny: Tiny) -> str:
     return f"{len(found)} matrices, {len(known)} stacks" + (f", without a role: {some(without)}" if without else "")
 
 
+def _linear(model: nn.Module) -> list[Site]:
+    try:
+        return [site for site in find_sites(model) if site.kind == "linear"]
+    except ValueError as refusal:
+        raise Refused(str(refusal)) from refusal
+
+
 def out_features(part: Any) -> int:
     return part.weight.shape[0] if isinstance(part, nn.Linear) else part.weight.shape[1]
 
@@ -86,7 +93,7 @@ def some(names: Any) -> str:
 def inputs(tiny: Tiny) -> str:
     """Gram matrices that the walk over the blocks shows are those of hooks on the whole model."""
     model, x = tiny.make(), batches(tiny)[:1]
-    found = [site for site in find_sites(model) if site.kind == "linear"]
+    found = _linear(model)
     wanted, seen = ({site.name: Gram(site.in_features) for site in found} for _ in range(2))
     with torch.no_grad():
         watch(model, wanted, lambda: model(input_ids=x[0], use_cache=False))

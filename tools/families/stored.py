@@ -31,7 +31,7 @@ def comes_back(which: Literal["causal", "bare", "own"]) -> Callable[[Tiny], str]
         with folder() as path:
             model.save_pretrained(path / "dense")
             rough = dense(lambda: error(leaves(cls.from_pretrained(path / "dense").eval(), tiny), found(model)))
-            if rough > 1e-5:
+            if not rough <= 1e-5:
                 raise NotTried(f"the dense model comes back off by {rough:.1e}")
             asked(tiny, model, plan(blocks="1", method=HALF))
             model.save_pretrained(path / "out")
@@ -56,17 +56,18 @@ def leaves(model: Any, tiny: Tiny) -> Tensor:
 
 def from_files(tiny: Tiny) -> str:
     """From files into files gives what is made in memory, to the bit."""
-    model = tiny.make()
+    cls = getattr(transformers, tiny.class_name)
     rules = plan(method={"name": "svd_llm", "keep": 0.6})
     with folder() as path:
-        dense(lambda: model.save_pretrained(path / "dense"))
+        dense(lambda: tiny.make().save_pretrained(path / "dense"))
+        # What a file brings may lie in memory in another way, and that alone changes the last bits of some models.
+        model = dense(lambda: cls.from_pretrained(path / "dense").eval())
         try:
             compress_checkpoint(path / "dense", path / "out", rules, batches(tiny))
         except ValueError as refusal:
             raise Refused(str(refusal)) from refusal
         asked(tiny, model, rules, batches(tiny))
         model.save_pretrained(path / "memory")
-        cls = getattr(transformers, tiny.class_name)
         off = error(leaves(cls.from_pretrained(path / "out").eval(), tiny), leaves(model, tiny))
         assert off < 1e-5, f"the logits are off by {off:.1e}"
         one, other = (stored(path / name) for name in ("out", "memory"))
@@ -107,7 +108,7 @@ def offloaded(tiny: Tiny) -> str:
             return logits(away, tiny.tokens())
 
         rough = error(dense(lambda: load("dense")), logits(model, tiny.tokens()))
-        if rough > 1e-4:
+        if not rough <= 1e-4:
             raise NotTried(f"the dense model is off by {rough:.1e}")
         asked(tiny, model, plan(method=HALF))
         model.save_pretrained(path / "out")

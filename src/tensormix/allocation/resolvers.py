@@ -17,7 +17,6 @@ from tensormix.models import ModelSource
 from tensormix.plan import Plan
 from tensormix.recipe import Recipe
 from tensormix.rows import Row
-from tensormix.sites import blocks, find_sites
 
 
 class Data(NamedTuple):
@@ -98,7 +97,7 @@ def _search_foreseen(recipe: Recipe, source: ModelSource, model: nn.Module) -> F
 
 
 def _blocks_foreseen(recipe: Recipe, source: ModelSource, model: nn.Module) -> Foreseen:
-    return Foreseen(assume(recipe.plan, find_sites(model), len(blocks(model))), True, {})
+    return Foreseen(assume(model, recipe.plan), True, {})
 
 
 RESOLVERS: dict[str, Resolver] = {

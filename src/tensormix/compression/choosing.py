@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tensormix.compression.kinds import planned_units
 from tensormix.fitting.block_distances import BlockDistances
 from tensormix.plan import Plan, Rule
-from tensormix.sites import Site, blocks, find_sites, locate_blocks
+from tensormix.sites import blocks, find_sites, locate_blocks
 from tensormix.sites.through import Blocks, Keep, through
 
 Notes = dict[str, dict[str, Any]]  # name of a block -> what its row says about how it was chosen
@@ -55,9 +56,9 @@ def settle(
         names = ", ".join(kind.__name__ for kind in choosing[0].needs)
         raise ValueError(f"{choosing[0].name} needs calibration batches ({names}), but none were given")
     measured = measure(model, source, batches, {_kind(method) for method in choosing}, keep)
-    names, notes = locate_blocks(model)[0], {}
+    names = locate_blocks(model)[0]
 
-    def pick(method: Any, candidates: list[list[int]]) -> list[int]:
+    def pick(method: Any, candidates: list[list[int]]) -> tuple[list[int], Notes]:
         found = measured[_kind(method)]
         value = {start: found[start].angle if method.choose == "angular" else found[start].influence
                  for start in (window[0] for window in candidates)}  # fmt: skip
@@ -67,30 +68,33 @@ def settle(
         else:
             best = sorted(sorted(value, key=lambda start: value[start])[: method.num_chosen])
             said = [{"chosen_by": "influence", "influence": value[index]} for index in best]
-        notes.update({f"{names}.{index}": dict(row) for index, row in zip(best, said, strict=True)})
+        notes = {f"{names}.{index}": dict(row) for index, row in zip(best, said, strict=True)}
         notes[f"{names}.{best[0]}"]["candidates"] = {str(start): number for start, number in value.items()}
-        return best
+        return best, notes
 
-    return _narrowed(plan, find_sites(model), len(blocks(model)), pick), notes
+    return _narrowed(model, plan, pick)
 
 
-def assume(plan: Plan, sites: Sequence[Site], num_blocks: int) -> Plan:
+def assume(model: nn.Module, plan: Plan) -> Plan:
     """The same plan with the last blocks that a rule could choose, for counting what it costs without measuring.
 
     Raises ValueError as `settle` does if there are not enough.
     """
 
-    def last(method: Any, candidates: list[list[int]]) -> list[int]:
-        return candidates[-1] if method.choose == "angular" else [c[0] for c in candidates[-method.num_chosen :]]
+    def last(method: Any, candidates: list[list[int]]) -> tuple[list[int], Notes]:
+        is_window = method.choose == "angular"
+        return (candidates[-1] if is_window else [c[0] for c in candidates[-method.num_chosen :]]), {}
 
-    return _narrowed(plan, sites, num_blocks, last)
+    return _narrowed(model, plan, last)[0]
 
 
-def _narrowed(
-    plan: Plan, sites: Sequence[Site], num_blocks: int, pick: Callable[[Any, list[list[int]]], list[int]]
-) -> Plan:
-    """Every choosing rule with the blocks that `pick` takes of its candidates: windows, or single blocks."""
-    rules: list[Rule] = []
+# Of a method and its candidates, which are windows or single blocks: those to take, and what their rows say.
+Pick = Callable[[Any, list[list[int]]], tuple[list[int], Notes]]
+
+
+def _narrowed(model: nn.Module, plan: Plan, pick: Pick) -> tuple[Plan, Notes]:
+    """Every choosing rule with the blocks that `pick` takes of its candidates."""
+    sites, num_blocks, rules, notes = find_sites(model), len(blocks(model)), list[Rule](), Notes()
     for number, rule in enumerate(plan.root):
         if rule.method.num_chosen is None:
             rules.append(rule)
@@ -109,9 +113,40 @@ def _narrowed(
                 f"plan[{number}] ({rule}): {method.name} asks for {count} {wanted} {len(free)} blocks that are left "
                 f"to it; the largest possible count is {most}"
             )
-        for indices, named in method.named(pick(method, candidates)):
-            rules.append(Rule(blocks=",".join(map(str, indices)), method=named))
-    return Plan(tuple(rules))
+        named, noted = _spared(model, rules, method, candidates, pick)
+        rules += named
+        notes.update(noted)
+    return Plan(tuple(rules)), notes
+
+
+def _spared(
+    model: nn.Module, before: Sequence[Rule], method: Any, candidates: list[list[int]], pick: Pick
+) -> tuple[list[Rule], Notes]:
+    """Rules for what `pick` takes of the candidates that the model can do without, after the rules `before`.
+
+    Raises ValueError, naming one that it needs, if too few are left.
+    """
+    is_window = method.choose == "angular"
+
+    def rules_of(indices: list[int]) -> list[Rule]:
+        return [Rule(blocks=",".join(map(str, part)), method=named) for part, named in method.named(indices)]
+
+    def refusal(indices: list[int]) -> ValueError | None:
+        try:
+            planned_units(model, Plan((*before, *rules_of(indices))))
+        except ValueError as error:
+            return error
+        return None
+
+    while True:
+        chosen, notes = pick(method, candidates)
+        error = refusal(chosen)
+        if error is None:
+            return rules_of(chosen), notes
+        needed = [chosen] if is_window else [[index] for index in chosen if refusal([index]) is not None]
+        candidates = [candidate for candidate in candidates if candidate not in needed]
+        if not needed or len(candidates) < (1 if is_window else method.num_chosen):
+            raise error
 
 
 def measure(model: nn.Module, source: Blocks, batches: Iterable[Tensor], kinds: set[Kind], keep: Keep) -> Measured:

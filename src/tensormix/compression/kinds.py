@@ -20,7 +20,8 @@ from tensormix.operators.base import computing_dtype
 from tensormix.plan import Plan
 from tensormix.rows import Row
 from tensormix.sites import Site, blocks, find_sites, returns_of
-from tensormix.sites.seen import check_left_out, prepare_stand_in
+from tensormix.sites.left_out import check_left_out
+from tensormix.sites.seen import prepare_stand_in
 from tensormix.statistics import Gram
 
 _ROWS = 256  # of a weight that are in fp64 at the same time

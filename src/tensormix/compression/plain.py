@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from tensormix.operators import Operator
@@ -26,4 +28,21 @@ def check_plain(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} holds {str(weight.dtype).removeprefix('torch.')}: those are codes, not weights. Load the "
                 "model without quantization, or call model.dequantize() where its library can"
+            )
+
+
+def check_untied(model: nn.Module, sites: Iterable[str]) -> None:
+    """Raise ValueError, naming the first of these matrices, if a model of transformers has it at another place too.
+
+    A block is looked at as all that it holds.
+    """
+    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    both = {**pairs, **{other: name for name, other in pairs.items()}}
+    for site in sites if both else ():
+        inside = f"{site}."
+        tied = next((name for name in both if name.startswith(inside) and not both[name].startswith(inside)), None)
+        if tied is not None:
+            raise ValueError(
+                f"{site}: {type(model).__name__} ties {tied} to {both[tied]}, and what is put in its place would not "
+                "be tied; leave it out by `sites` or `blocks`"
             )

@@ -119,9 +119,7 @@ class Disk(Source):
         install_empty(self.model, here)
         self._mark(index, line)
         self._fill(index, here)
-        for entry in read_header(self.part / line["file"]):
-            if inside(entry.name, [self.root]) and (inside(entry.name, here) or line["changed"]):
-                set_weight(self.model, entry.name, entry.read().to(self.device))
+        self._take(line, [name for name in self._state(index) if inside(name, here) or line["changed"]])
 
     def _restore_owners(self) -> None:
         """Those of several blocks, which lie in the file of the last of them, before the first of them is restored."""
@@ -130,9 +128,14 @@ class Disk(Source):
             found = {name: spec for name, spec in line["operators"].items() if not inside(name, [self.root])}
             found = {name: spec for name, spec in found.items() if name not in known}
             install_empty(self.model, found)
-            for entry in read_header(self.part / line["file"]) if found else ():
-                if inside(entry.name, found):
-                    set_weight(self.model, entry.name, entry.read().to(self.device))
+            self._take(line, [name for name in self.model.state_dict() if inside(name, found)] if found else [])
+
+    def _take(self, line: Line, names: list[str]) -> None:
+        """Read these tensors of the model from a finished file."""
+        stored = {self.assembly.stored_name(name): name for name in names}
+        for entry in read_header(self.part / line["file"]) if names else ():
+            if entry.name in stored:
+                set_weight(self.model, stored[entry.name], entry.read().to(self.device))
 
     def leave(self, index: int, rows: list[Row]) -> None:
         block = f"{self.root}.{index}"
@@ -178,7 +181,7 @@ class Disk(Source):
                 pieces |= self._copies(making)
                 for target in kept:
                     new.pop(target, None)
-        pieces |= {name: Piece.of(tensor) for name, tensor in new.items()}
+        pieces |= {self.assembly.stored_name(name): Piece.of(tensor) for name, tensor in new.items()}
         size, digest = write_shard(self.part / shard.file, pieces)
         line = {"file": shard.file, "bytes": size, "sha256": digest, "operators": operators, "rows": rows}
         line["changed"] = changed

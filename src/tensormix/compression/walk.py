@@ -18,7 +18,7 @@ from tensormix.compression.choosing import Notes, chooses, settle
 from tensormix.compression.fitting import replace
 from tensormix.compression.home import Home
 from tensormix.compression.kinds import parts_of, units_of
-from tensormix.compression.plain import check_plain
+from tensormix.compression.plain import check_plain, check_untied
 from tensormix.compression.slicing import slice_model
 from tensormix.compression.streams import Calibration, Stream, observe_part, streams_of
 from tensormix.compression.units import Statistics, Unit
@@ -26,7 +26,7 @@ from tensormix.plan import Plan
 from tensormix.rows import Row
 from tensormix.sites import blocks, find_sites
 from tensormix.sites.batches import batches_of
-from tensormix.sites.locate import unwrapped
+from tensormix.sites.locate import uncompiled, unwrapped
 from tensormix.sites.through import through
 
 Progress = Callable[[int, int, str], None]  # sites done, sites planned, the name of the last one
@@ -67,20 +67,21 @@ def compress(
             is unchanged, those before it are compressed.
     """
     model = unwrapped(model)
-    check_plain(model)
-    plan, batches = Plan.of(plan), batches_of(model, batches, tokenizer)
-    calibration = Calibration(batches, inputs, precision)
-    if plan.whole is not None:
-        with _evaluating(model):
-            told = progress or (lambda done, planned, name: None)
-            rows = slice_model(model, plan.whole, batches, told, propagated=inputs == "propagated", precision=precision)
-    else:
-        plan, notes = named(model, plan, Home(), calibration)
-        rows = Walk(model, plan, Home(), progress, notes).run(calibration)
-    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
-        from tensormix.hf import attach  # here, so that importing this module does not import transformers
+    with uncompiled(model):
+        check_plain(model)
+        plan, batches = Plan.of(plan), batches_of(model, batches, tokenizer)
+        calibration = Calibration(batches, inputs, precision)
+        if plan.whole is not None:
+            with _evaluating(model):
+                told, propagated = progress or (lambda done, planned, name: None), inputs == "propagated"
+                rows = slice_model(model, plan.whole, batches, told, propagated=propagated, precision=precision)
+        else:
+            plan, notes = named(model, plan, Home(), calibration)
+            rows = Walk(model, plan, Home(), progress, notes).run(calibration)
+        if any(hasattr(part, "save_pretrained") for part in model.modules()):
+            from tensormix.hf import attach_parts  # here, so that importing this module does not import transformers
 
-        attach(model)
+            attach_parts(model)
     return rows
 
 
@@ -111,6 +112,7 @@ class Walk:
         self.layers = blocks(model)
         self.sites = {site.name: site for site in find_sites(model)}
         self.chosen = plan.resolve(list(self.sites.values()), len(self.layers))
+        check_untied(model, self.chosen)
         self.units = units_of(model, self.sites, self.chosen)
         self.check_sizes()
         self.parts = parts_of(self.units, len(self.layers))

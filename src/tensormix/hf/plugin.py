@@ -11,15 +11,18 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensormix.hf.contents import check_connected, fitted_blocks, install_empty, names_in, operators_of, record_bypassed
 from tensormix.hf.packed import PackedQuantizer
+from tensormix.hf.renaming import own_names
 from tensormix.operators import Experts, Owner, StructuredLinear, outermost
 from tensormix.sites import fill_dense
 from tensormix.sites.fused_experts import close_experts
 from tensormix.sites.installing import mark_replacement, remove_owner
+from tensormix.sites.locate import uncompiled
 from tensormix.sites.sliced import shrink, width_of
 from tensormix.storage.packed import pack_of
 
@@ -99,12 +102,18 @@ class StructuredQuantizer(PackedQuantizer):
         install_all(model, cast(StructuredConfig, self.quantization_config))
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        found = super().update_weight_conversions(weight_conversions, model)
+        return [*found, *own_names(model, found)]
+
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         unmark(model)
         self.forget_pack(model)
         cast(StructuredConfig, self.quantization_config).packed = None
         if cast(StructuredConfig, self.quantization_config).is_plain:
             self.remove_quantization_config(model)
+        else:
+            _let_save(model, self)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -143,9 +152,14 @@ class StructuredQuantizer(PackedQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """Asked before anything is saved: what was put into the model since it was made or loaded is saved too."""
-        attach(model)
-        return super().get_state_dict_and_metadata(model)
+        """Asked before anything is saved: what was put into the model since it was made or loaded is saved too.
+
+        The names are those without wrappers, which a loaded model does not have.
+        """
+        with uncompiled(model) as is_wrapped:
+            attach(model)
+            state, metadata = super().get_state_dict_and_metadata(model)
+            return (model.state_dict() if is_wrapped else state), metadata
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -181,13 +195,13 @@ def refuse_tensor_parallelism(model: nn.Module) -> None:
 def unmark(model: nn.Module) -> None:
     """Make transformers forget that the model is quantized.
 
-    Otherwise .half() and .float() raise, and the Trainer asks for adapters.
+    Otherwise .half() and .float() raise, the Trainer asks for adapters, and some models call dense layers differently.
     """
     model.is_quantized = False  # pyright: ignore[reportArgumentType]
     for module in model.modules():
-        config = module.__dict__.get("config")
-        if getattr(config, "_is_quantized", False):
-            config._is_quantized = False  # pyright: ignore[reportOptionalMemberAccess]
+        config: Any = module.__dict__.get("config")
+        if hasattr(config, "_is_quantized"):
+            del config._is_quantized
 
 
 def read_packed(config: Any) -> None:
@@ -260,5 +274,21 @@ def attach(model: nn.Module) -> None:
         return
     record_bypassed(model)
     config.quantization_config = found
-    model.hf_quantizer = StructuredQuantizer(config.quantization_config)  # pyright: ignore[reportArgumentType]
-    model.is_quantized = False  # pyright: ignore[reportArgumentType]
+    _let_save(model, StructuredQuantizer(found))
+
+
+def attach_parts(model: nn.Module) -> None:
+    """`attach` for a model of transformers, or for each that a module of another kind holds."""
+    if isinstance(model, PreTrainedModel):
+        attach(model)
+        return
+    for child in model.children():
+        attach_parts(child)
+
+
+def _let_save(model: nn.Module, quantizer: StructuredQuantizer) -> None:
+    """Have the models of transformers inside, which can be saved by themselves, write their operators too."""
+    for part in model.modules():
+        if part is model or (isinstance(part, PreTrainedModel) and any(True for _ in outermost(part))):
+            part.hf_quantizer = quantizer  # pyright: ignore[reportArgumentType]
+            part.is_quantized = False  # pyright: ignore[reportArgumentType]

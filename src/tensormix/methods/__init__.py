@@ -16,6 +16,7 @@ from tensormix.methods.dense_sparse_tt import DenseSparseTt
 from tensormix.methods.dobi_svd import DobiSvd
 from tensormix.methods.drop_blocks import DropBlocks
 from tensormix.methods.flat_llm import FlatLlm
+from tensormix.methods.gptq import Gptq
 from tensormix.methods.hassle_free import HassleFree
 from tensormix.methods.laser import Laser, laser_search
 from tensormix.methods.mixt import Mixt
@@ -26,6 +27,7 @@ from tensormix.methods.monarch import MonarchMethod
 from tensormix.methods.narrow import Narrow
 from tensormix.methods.null import MeanOutput, ZeroMethod
 from tensormix.methods.per_head_tt import PerHeadTt
+from tensormix.methods.rounding import Rounding
 from tensormix.methods.rtn import Rtn
 from tensormix.methods.slice_gpt import SliceGpt
 from tensormix.methods.sola import Sola
@@ -47,6 +49,7 @@ __all__ = [
     "DobiSvd",
     "DropBlocks",
     "FlatLlm",
+    "Gptq",
     "HassleFree",
     "JointMethod",
     "Laser",
@@ -103,6 +106,7 @@ METHODS: dict[str, type[Method]] = {
     "hassle_free": HassleFree,
     "dobi_svd": DobiSvd,
     "rtn": Rtn,
+    "gptq": Gptq,
     "sola": Sola,
     "streamline": Streamline,
     "flat_llm": FlatLlm,
@@ -127,6 +131,9 @@ def with_sizes(data: Any) -> Any:
     return {cls.size: cls.largest, **data}
 
 
-# Only here are all methods known among which `Rtn.of` chooses.
-_linear = [cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and cls is not Rtn]
-Rtn.model_rebuild(_types_namespace={"AnyLinearMethod": Annotated[reduce(or_, _linear), Field(discriminator="name")]})
+# Only here are all methods known among which the `of` of rounding chooses.
+_linear = [cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and not issubclass(cls, Rounding)]
+for _rounding in (Rtn, Gptq):
+    _rounding.model_rebuild(
+        _types_namespace={"AnyLinearMethod": Annotated[reduce(or_, _linear), Field(discriminator="name")]}
+    )

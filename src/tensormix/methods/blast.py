@@ -9,9 +9,10 @@ from math import ceil, floor
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from tensormix.fitting.blast_steps import descend
 from tensormix.fitting.whitened_fit import whitened
 from tensormix.fitting.whitening import best_on_inputs
 from tensormix.methods.base import Statistics
@@ -24,8 +25,11 @@ from tensormix.statistics import Gram
 class BlastMethod(Weighted):
     """Blocks left_p diag(couplings_pq) right_q, from the best low rank of the same rank on by L-BFGS.
 
-    So its error, of the weight or with `weighted` of the outputs, is never above that of low rank. The published fit
-    starts at noise and takes 300 preconditioned gradient steps on one factor after another.
+    So its error, of the weight or with `weighted` of the outputs, is never above that of low rank. The published fit,
+    `published: true` with `steps: 300`, starts at noise, sees the weight alone, and takes preconditioned gradient steps
+    on one factor after another.
+
+    Raises ValueError for a published fit that is weighted.
     """
 
     source = "arXiv 2410.21262; the start at low rank and the fit of all numbers together are ours"
@@ -33,6 +37,13 @@ class BlastMethod(Weighted):
 
     name: Literal["blast"] = "blast"
     blocks: int = Field(default=16, ge=1)  # on each side; must divide both sizes of the layer
+    published: bool = False  # whether the fit is the published one
+
+    @model_validator(mode="after")
+    def _published_sees_no_inputs(self) -> BlastMethod:
+        if self.published and self.weighted:
+            raise ValueError("blast: the published fit sees the weight alone; leave out one of published and weighted")
+        return self
 
     def allowed_sizes(self, in_features: int, out_features: int) -> tuple[float, ...]:
         """Of the ranks those that are the largest within some 64th of the dense numbers."""
@@ -48,6 +59,8 @@ class BlastMethod(Weighted):
     def fit_with_facts(self, weight: Tensor, stats: Statistics) -> tuple[Blast, dict[str, Any]]:  # (O, I)
         rank = self.rank_at(weight.shape[1], weight.shape[0])
         wide = weight.detach().double()
+        if self.published:
+            return Blast.from_factors(wide, *descend(wide, self.blocks, rank, self.steps)).to(weight), {}
         if not self.weighted:
             return Blast.from_dense(wide, blocks=self.blocks, rank=rank, steps=self.steps).to(weight), {}
         gram = stats[Gram].mean.double().to(weight.device)

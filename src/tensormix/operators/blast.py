@@ -58,6 +58,17 @@ class Blast(StructuredLinear):
             op.couplings.fill_(1)
         return op
 
+    @classmethod
+    def from_factors(cls, weight: Tensor, left: Tensor, right: Tensor, couplings: Tensor) -> Blast:
+        """From (b, o, r), (b, r, i) and (b, b, r), for the weight (O, I)."""
+        O, I = weight.shape
+        op = cls(I, O, blocks=left.shape[0], rank=left.shape[2]).to(left)
+        with torch.no_grad():
+            op.left.copy_(left.flatten(0, 1))
+            op.right.copy_(right.flatten(0, 1))
+            op.couplings.copy_(couplings.flatten(0, 1))
+        return op
+
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         b, r = self.blocks, self.rank
         pieces = x.unflatten(-1, (b, -1)).unbind(-2)

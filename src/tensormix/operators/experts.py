@@ -1,7 +1,7 @@
-"""The experts of one block: a matrix for each, multiplied one expert at a time.
+"""The experts of one block: a matrix for each, multiplied all in one grouped product or one expert at a time.
 
-Shape letters: ... leading batch axes, N tokens, K experts per token, E experts, D width of the block,
-I in_features, O out_features.
+Shape letters: ... leading batch axes, N tokens, K experts per token, S rows (tokens at one expert each, sorted by it),
+E experts, D width of the block, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -10,21 +10,35 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tensormix.kernels.grouped import grouped, multiplies
 from tensormix.operators.base import Operator, StructuredLinear
 from tensormix.operators.cost import Cost
+from tensormix.operators.shared_calls import is_watched
+
+
+class Groups(NamedTuple):
+    """Whose rows are whose, where the rows of expert 0 come first."""
+
+    experts: Tensor  # (S,), of each row
+    ends: Tensor  # (E,), int32: where the rows of each expert end
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:  # (S, I), (E, I, O) -> (S, O)
+        """Every row times the matrix of its expert."""
+        return grouped(x.to(weight.dtype), weight, self.ends)
 
 
 class StackedLinear(Operator):
     """y = x @ W_e.T + b_e for the expert e that is asked for; every W_e is (O, I).
 
-    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. Its MACs and bytes per
-    token are those of a token at ONE expert, and a token costs them times the experts that it visits.
+    It is called as a module with (x, expert): a forward pre-hook gets the tokens of each expert. Where nobody watches,
+    it may be called once with the rows of all experts and their `Groups`. Its MACs and bytes per token are those of a
+    token at ONE expert, and a token costs them times the experts that it visits.
     """
 
     bias: nn.Parameter | None
@@ -39,13 +53,25 @@ class StackedLinear(Operator):
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, expert: int) -> Tensor:  # (..., I) -> (..., O)
+    def forward(self, x: Tensor, expert: int | Groups) -> Tensor:  # (..., I) -> (..., O)
+        if isinstance(expert, Groups):
+            y = self.multiply_groups(x, expert)
+            return y if self.bias is None else y + self.bias[expert.experts]
         y = self.multiply(x, expert)
         return y if self.bias is None else y + self.bias[expert]
 
     @abstractmethod
     def multiply(self, x: Tensor, expert: int) -> Tensor:  # (..., I) -> (..., O)
         """x @ W_e.T"""
+
+    def multiply_groups(self, x: Tensor, groups: Groups) -> Tensor:  # (S, I) -> (S, O)
+        """x[s] @ W_e.T for the expert e of each row. Only if `grouping` is not empty."""
+        raise NotImplementedError(f"{type(self).__name__} multiplies one expert at a time")
+
+    @property
+    def grouping(self) -> tuple[Tensor, ...]:  # each (E, rows, columns)
+        """What `multiply_groups` multiplies by, of all experts in one tensor; empty if they can't be grouped."""
+        return ()
 
     @abstractmethod
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
@@ -95,6 +121,13 @@ class DenseStack(StackedLinear):
 
     def multiply(self, x: Tensor, expert: int) -> Tensor:  # (..., I) -> (..., O)
         return F.linear(x, self.weight[expert])
+
+    def multiply_groups(self, x: Tensor, groups: Groups) -> Tensor:  # (S, I) -> (S, O)
+        return groups.multiply(x, self.weight.transpose(1, 2))
+
+    @property
+    def grouping(self) -> tuple[Tensor, ...]:
+        return (self.stack,)
 
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
         return self.weight[expert]
@@ -210,8 +243,8 @@ class Experts(nn.Module):
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # (N, D), (N, K), (N, K)
         """The index `num_experts` stands for no expert at all."""
-        up, down = self.stacks.values()
-        act = self.shell._apply_gate if self.shell.has_gate else self.shell.act_fn
+        if self._is_grouped(hidden):
+            return self._grouped(hidden, top_k_index, top_k_weights)
         choice, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)  # (N * K,), (N * K, 1)
         counts = torch.bincount(choice, minlength=self.num_experts)[: self.num_experts].tolist()
         picks = choice.argsort(stable=True)[: sum(counts)]  # those of expert 0 first, those of no expert cut off
@@ -220,8 +253,37 @@ class Experts(nn.Module):
             if not len(mine):
                 continue
             tokens = mine // top_k_index.shape[-1]
-            y = down(act(up(hidden[tokens], expert)), expert)
-            if self.shell.has_post_expert_norm:
-                y = self.get_submodule("post_expert_norm")(y)
+            y = self._at(hidden[tokens], expert)
             out.index_add_(0, tokens, (y * weights[mine]).to(out.dtype))
         return out  # (N, D)
+
+    def _grouped(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The same in one product for each factor of a stack; no shape depends on what the router chose."""
+        E, K = self.num_experts, top_k_index.shape[-1]
+        sorted_choice, picks = top_k_index.reshape(-1).sort(stable=True)
+        # Rows of no expert come last. They go to the last expert, because the product wants an expert for each row.
+        experts = sorted_choice.clamp(max=E - 1)
+        ends = torch.searchsorted(experts, torch.arange(E, device=experts.device), right=True, out_int32=True)
+        tokens = picks // K
+        y = self._at(hidden[tokens], Groups(experts, ends)) * top_k_weights.reshape(-1, 1)[picks]
+        y = y.masked_fill((sorted_choice == E)[:, None], 0).to(hidden.dtype)
+        return torch.zeros_like(hidden).index_add(0, tokens, y)
+
+    def _at(self, x: Tensor, expert: int | Groups) -> Tensor:  # (S, D) -> (S, D)
+        up, down = self.stacks.values()
+        act = self.shell._apply_gate if self.shell.has_gate else self.shell.act_fn
+        y = down(act(up(x, expert)), expert)
+        return self.get_submodule("post_expert_norm")(y) if self.shell.has_post_expert_norm else y
+
+    def _is_grouped(self, hidden: Tensor) -> bool:
+        """Whether both stacks have a grouped form and nobody watches single experts.
+
+        Outside of a graph it must also be the faster one, which it is where PyTorch has a kernel for it.
+        """
+        stacks = self.stacks.values()
+        if any(is_watched(stack) or len(stack.grouping) == 0 for stack in stacks):
+            return False
+        if torch.compiler.is_compiling() or hidden.is_meta:
+            return True
+        parts = [part for stack in stacks for part in stack.grouping]
+        return not torch.is_autocast_enabled(hidden.device.type) and all(multiplies(hidden, part) for part in parts)

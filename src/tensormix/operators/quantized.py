@@ -84,8 +84,13 @@ class Packed(nn.Module):
         Raises:
             ValueError: a number is NaN, infinite, or too large for any scale.
         """
-        wide = self._grouped(given.to(computing_dtype(given)))  # (A, S, G)
-        low, high = wide.amin(-1).clamp_max(0), wide.amax(-1).clamp_min(0)  # (A, S)
+        wide = self.grouped(given.to(computing_dtype(given)))  # (A, S, G)
+        scales, zeros = self.grid(wide.amin(-1), wide.amax(-1))
+        self.put(scales, zeros, self.nearest(wide, scales, zeros).flatten(1)[:, : self.length])
+
+    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:  # (A, S) each
+        """Scales and zeros, in the dtype of what is given, of groups whose numbers go from `low` to `high`."""
+        low, high = low.clamp_max(0), high.clamp_min(0)
         steps = self.middle if self.zeros is None else 2**self.bits - 1
         exact = (torch.maximum(high, -low) if self.zeros is None else high - low) / steps
         exact = exact.clamp_min(torch.finfo(SCALE_DTYPE).tiny)
@@ -97,18 +102,34 @@ class Packed(nn.Module):
             scales = torch.where(scales < exact, above, scales)
         if not scales.isfinite().all():
             raise ValueError("it holds NaN or infinite values, or ones above 3e38, which have no bfloat16 scale")
+        scales = scales.to(low.dtype)
+        return scales, torch.full_like(scales, self.middle) if self.zeros is None else (-low / scales).round()
+
+    def nearest(self, wide: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:  # (A, S, G), (A, S), (A, S) -> (A, S, G)
+        """The codes whose numbers are nearest."""
+        return ((wide / scales[..., None]).round() + zeros[..., None]).clamp(0, self.top)
+
+    @property
+    def top(self) -> int:
+        """The largest code in use."""
+        return 2 * self.middle if self.zeros is None else 2**self.bits - 1
+
+    @torch.no_grad()
+    def put(self, scales: Tensor, zeros: Tensor, codes: Tensor) -> None:  # (A, S), (A, S), M * K numbers
+        """Take this grid and these codes on it."""
         self.scales.copy_(scales)
-        scales = scales.to(wide.dtype)
-        zeros = torch.full_like(scales, self.middle) if self.zeros is None else (-low / scales).round()
-        codes = ((wide / scales[..., None]).round() + zeros[..., None]).clamp(0, 2**self.bits - 1)
-        self.codes.copy_(pack(codes.flatten(1)[:, : self.length].flatten(), self.bits))
+        self.codes.copy_(pack(codes.flatten(), self.bits))
         if self.zeros is not None:
             self.zeros.copy_(pack(zeros.flatten(), self.bits))
+
+    def forward(self, dtype: torch.dtype) -> Tensor:  # (..., K)
+        """`numbers`. Whoever brings what a module holds when it is called brings it for this."""
+        return self.numbers(dtype)
 
     def numbers(self, dtype: torch.dtype) -> Tensor:  # (..., K)
         """What the codes stand for, rounded once to `dtype`."""
         wide = torch.promote_types(dtype, SCALE_DTYPE)  # fp32 for fp16, in which not every scale can be written
-        codes = self._grouped(unpack(self.codes, self.bits, self.num_codes)).to(wide)  # (A, S, G)
+        codes = self.grouped(unpack(self.codes, self.bits, self.num_codes)).to(wide)  # (A, S, G)
         if self.zeros is None:
             codes = codes - self.middle
         else:
@@ -117,7 +138,8 @@ class Packed(nn.Module):
         numbers = (codes * self.scales.to(wide)[..., None]).to(dtype)
         return numbers.flatten(1)[:, : self.length].reshape(self.shape)
 
-    def _grouped(self, numbers: Tensor) -> Tensor:  # M * K numbers -> (A, S, G), zeros behind a short last group
+    def grouped(self, numbers: Tensor) -> Tensor:  # M * K numbers -> (A, S, G)
+        """With zeros behind a short last group."""
         short = -self.length % self.width
         return F.pad(numbers.reshape(-1, self.length), (0, short)).view(*self.scales.shape, self.width)
 
@@ -225,7 +247,7 @@ class Quantized(StructuredLinear):
             if part is None:
                 kind = dtype if tensor.is_floating_point() else tensor.dtype
                 part = torch.empty(tensor.shape, dtype=kind, device=self.weight.device)
-            numbers[name] = part.numbers(dtype) if isinstance(part, Packed) else part
+            numbers[name] = part(dtype) if isinstance(part, Packed) else part
         return numbers
 
     @property

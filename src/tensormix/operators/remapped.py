@@ -77,7 +77,7 @@ class Remapped(StructuredLinear):
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (O, R), (R, I)
         """What the integers stand for, and the rest."""
-        longer, shorter = self.longer.numbers(dtype), self.shorter.numbers(dtype)  # (R, D)
+        longer, shorter = self.longer(dtype), self.shorter(dtype)  # (R, D)
         if self.rest is not None:
             longer = torch.cat([longer, self.rest.to(dtype)], dim=1)  # (R, L)
         return (longer.T, shorter) if self.out_features >= self.in_features else (shorter.T, longer)

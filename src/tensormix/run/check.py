@@ -92,7 +92,7 @@ def replace_empty(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
         return [{**row, **_sizes(None)} for row in slice_empty(model, plan.whole)]
     sites = {site.name: site for site in find_sites(model)}
     num_blocks = len(blocks(model))
-    chosen = assume(plan, list(sites.values()), num_blocks).resolve(list(sites.values()), num_blocks)
+    chosen = assume(model, plan).resolve(list(sites.values()), num_blocks)
     rows = {}
     for unit in units_of(model, sites, chosen):
         operators = unit.empty()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tensormix.operators import Bypass
 from tensormix.sites.locate import blocks
 from tensormix.sites.seen import returns_of, seen_in
-from tensormix.sites.twin import call_model
+from tensormix.sites.twin import call_model, text_part
 
 
 @dataclass
@@ -89,7 +89,7 @@ def record_calls(
     _check_alone(model)
     recorders = [_Recorder(block, returns_of(model, index)) for index, block in enumerate(real)]
     device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
-    without_head = getattr(model, "base_model", model)  # of transformers: logits are of no use here, and large
+    without_head = text_part(model)  # logits are of no use here, and large
     try:
         for index, recorder in enumerate(recorders):
             layers[index] = recorder
@@ -100,6 +100,7 @@ def record_calls(
             _ask(model, without_head, batch.to(device))
             reached = [recorder for recorder in recorders if recorder.calls]
             _check_once(reached, number)
+            _check_chain(reached)
             hidden = keep(reached[0].calls[-1].hidden)
             for call, known in ((recorder.calls[-1], recorder.calls[-2:][0]) for recorder in reached):
                 call.hidden = hidden
@@ -123,11 +124,25 @@ def _check_once(reached: list[_Recorder], num_batches: int) -> None:
         )
 
 
+def _check_chain(reached: list[_Recorder]) -> None:
+    """Raise ValueError if something else enters a block than what left the one before, which let it pass."""
+    first = reached[0].calls[-1].hidden
+    for recorder in reached[1:]:
+        hidden = recorder.calls[-1].hidden
+        if hidden is not first and not (hidden.shape == first.shape and torch.equal(hidden, first)):
+            raise ValueError(
+                f"the model changes what leaves a block before it enters the next ({type(recorder.block).__name__}), "
+                "so the blocks cannot be run one by one; methods without calibration, such as svd and mixt, work there"
+            )
+
+
 def _ask(model: nn.Module, without_head: nn.Module, batch: Tensor) -> None:  # (B, T)
     """One pass through the recorders. Raises ValueError if the model cannot do with what they return."""
     try:
         call_model(without_head, batch)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise ValueError(
             f"the blocks of a {type(model).__name__} cannot be run one by one, since the model needs more of them than "
             f"hidden states, or other inputs than text ({error}); methods without calibration, such as svd and mixt, "

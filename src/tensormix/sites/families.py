@@ -23,22 +23,25 @@ READS = frozenset({"q", "k", "v", "qkv", "gate", "up", "gate_up", "in"})  # the 
 WRITES = frozenset({"o", "down", "out"})  # and add to it
 
 # Matched against the end of a matrix's name, in this order.
-_ATTENTION = r"(attn|attention|self_att\w*|multi_head_attention)"
+_ATTENTION = r"(attn|attention|self_att\w*|multi_head_attention|encoder_attn|crossattention)"
 _ROLE_NAMES = (
-    (r"\b(q_proj(\.linear)?|query_proj|project_q|q_lin|attention\.self\.query|Wq)", "q"),
-    (r"\b(k_proj(\.linear)?|key_proj|project_k|k_lin|attention\.self\.key|Wk)", "k"),
-    (r"\b(v_proj(\.linear)?|value_proj|project_v|v_lin|attention\.self\.value|Wv)", "v"),
+    (r"\b(q_proj(\.linear)?|query_proj|project_q|q_lin|(cross)?attention\.self\.query|Wq)", "q"),
+    (r"\b(k_proj(\.linear)?|key_proj|project_k|k_lin|(cross)?attention\.self\.key|Wk)", "k"),
+    (r"\b(v_proj(\.linear)?|value_proj|project_v|v_lin|(cross)?attention\.self\.value|Wv)", "v"),
     (r"\b(qkv_proj|c_attn|query_key_value|Wqkv)", "qkv"),
     # What leaves a convolution, a state space or linear attention is called out_proj too.
     (rf"\b(o_proj(\.linear)?|out_lin|attention_out|{_ATTENTION}\.(out_proj|c_proj|dense|output\.dense|Wo))", "o"),
     (r"\b(gate_up_proj|mlp\.Wi|shared_mlp\.input_linear)", "gate_up"),
     (r"\b(gate_proj|feed_forward\.w1|w_in\.w_0)", "gate"),
     (r"\b(up_proj|fc1|fc_in|c_fc|dense_h_to_4h|feed_forward\.(w3|intermediate)|w_in\.w_1)", "up"),
-    (r"\b(ff\.layer_1|ffn\.0|intermediate\.dense)", "up"),
+    (r"\b(ff\.layer_1|ffn\.0|intermediate\.dense|ffn\.proj_up|feed_forward\.key)", "up"),
+    (r"\bffn\.proj_up_gate", "gate"),
     (r"\b(down_proj|fc2|fc_out|mlp\.(c_proj|Wo)|dense_4h_to_h|feed_forward\.(w2|output)|w_out)", "down"),
-    (r"\b(ff\.layer_2|ffn\.2|output\.dense|shared_mlp\.output_linear)", "down"),
-    (r"\b(in_proj(_\w+)?|linear_[xy])", "in"),
-    (r"\b(out_proj|linear_out)", "out"),
+    (r"\b(ff\.layer_2|ffn\.2|output\.dense|shared_mlp\.output_linear|ffn\.proj_down|feed_forward\.value)", "down"),
+    (r"\b(in_proj(_\w+)?|linear_[xy]|linear_attn\.[abg]_proj)", "in"),
+    (r"\bblocks\.\d+\.attention\.(receptance|key|value)", "in"),
+    (r"\bmlstm_layer\.(q|k|v|[fio]gate_preact)", "in"),
+    (r"\b(out_proj|linear_out|blocks\.\d+\.attention\.output)", "out"),
 )
 _INSIDE_ATTENTION = re.compile(r"(attn|attention)\.(\w+\.)*(gate|up|down)_proj$")  # gates of its own, not of an MLP
 # How the rows of a fused qkv lie: head by head in turns, or all of q, then of k, then of v.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,40 +75,6 @@ def prepare_stand_in(model: nn.Module, index: int, stand_in: nn.Module) -> None:
         stand_in.keep(found.attributes, found.buffers)
 
 
-def check_left_out(model: nn.Module, stand_ins: Mapping[int, nn.Module]) -> None:
-    """Raise ValueError, naming the blocks, if the model cannot do without those that `stand_ins` replace.
-
-    Some blocks leave keys and values to later ones, or hand on more than hidden states.
-    """
-    twin = twin_of(model)
-    if twin is None or not stand_ins:
-        return
-    seen, root = seen_in(model), twin.root
-    if seen is None:
-        raise ValueError(
-            f"{root}.{min(stand_ins)}: a {type(model).__name__} could not be tried on a few tokens, so it is not known "
-            "whether it works without this block; compress its layers instead"
-        )
-    for index in stand_ins:
-        found = seen[index]
-        if found is not None and (found.hands_on or found.reached_into):
-            uses = f"the model uses {', '.join(sorted(found.reached_into))} of its blocks"
-            reason = "the next block needs more of it than hidden states" if found.hands_on else uses
-            raise ValueError(f"{root}.{index}: {reason}, so it cannot be left out; compress its layers instead")
-    _check_cache(twin, stand_ins)
-    _check_loading(twin, stand_ins)
-    try:
-        twin.run(put=stand_ins)
-    except Exception as error:
-        reader = twin.at
-        alone = [index for index in stand_ins if index < reader and _fails(twin, {index: stand_ins[index]})]
-        needed = alone[-1] if alone else min(stand_ins)
-        raise ValueError(
-            f"{root}.{needed}: block {reader} needs what it leaves to later blocks (such as keys and values), so it "
-            f"cannot be left out; leave out block {reader} and those like it, or compress its layers"
-        ) from error
-
-
 def _loading_buffers(twin: Twin) -> dict[int, dict[str, list[int]]]:
     """For each kind the buffers inside a block that the model fills when it is loaded, with their shapes."""
     holder = twin.model.get_submodule(twin.root.rpartition(".")[0])
@@ -127,45 +94,6 @@ def _unsaved(part: nn.Module) -> list[tuple[str, Tensor]]:
     """The buffers that no checkpoint holds."""
     saved = part.state_dict()
     return [(name, buffer) for name, buffer in part.named_buffers() if name not in saved]
-
-
-def _check_cache(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> None:
-    """Raise ValueError, naming the block, if one keeps its keys and values under other numbers than its own."""
-    for index in stand_ins:
-        known = (getattr(part, "layer_idx", None) for part in twin.layers[index].modules())
-        numbers = {number for number in known if isinstance(number, int) and number not in (-1, index)}
-        if numbers:
-            raise ValueError(
-                f"{twin.root}.{index}: it keeps keys and values for the layers {sorted(numbers | {index})} of the "
-                "cache, so it cannot be left out; compress its layers instead"
-            )
-
-
-def _check_loading(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> None:
-    """Raise ValueError, naming the block, if the model reaches into its blocks for more when it is loaded."""
-    holder, real = twin.model.get_submodule(twin.root.rpartition(".")[0]), list(twin.layers)
-    try:
-        for index, part in stand_ins.items():
-            twin.layers[index] = part
-        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            if hasattr(holder, "_init_weights"):
-                holder._init_weights(holder)
-    except AttributeError as error:
-        raise ValueError(
-            f"{twin.root}.{min(stand_ins)}: the model reaches into its blocks when it is loaded ({error}), so none can "
-            "be left out; compress their layers instead"
-        ) from error
-    finally:
-        for index, block in enumerate(real):
-            twin.layers[index] = block
-
-
-def _fails(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> bool:
-    try:
-        twin.run(put=stand_ins)
-    except Exception:
-        return True
-    return False
 
 
 def _look(twin: Twin) -> list[Seen | None] | None:
@@ -205,7 +133,29 @@ def _look(twin: Twin) -> list[Seen | None] | None:
         seen.idle = _idle(twin.layers[index], called[index] | seen.by_hand)
         several = seen.returns not in ("tensor", "tuple of 1")
         seen.hands_on = seen.hands_on or (several and _is_read(twin, index, whole))
-    return [found.get(kind) for kind in twin.kinds]
+    return _each(twin, found)
+
+
+def _each(twin: Twin, found: dict[int, Seen]) -> list[Seen | None]:
+    """What was seen of each block. Those that call some members of a list alone may each call others."""
+    choosing = {kind for kind, seen in found.items() if any(_in_any_list(name) != name for name in seen.idle)}
+    each = [found.get(kind) for kind in twin.kinds]
+    called: dict[int, set[str]] = {}
+
+    @contextmanager
+    def watch(index: int, block: nn.Module) -> Iterator[None]:
+        watcher = _Watcher(block)
+        with watcher.listening():
+            yield
+        called[index] = watcher.called
+
+    if choosing:
+        _try(twin, watch=watch, every=tuple(index for index, kind in enumerate(twin.kinds) if kind in choosing))
+    for index, names in called.items():
+        seen = each[index]
+        if seen is not None and twin.kinds[index] in choosing:
+            each[index] = replace(seen, idle=_idle(twin.layers[index], names | seen.by_hand))
+    return each
 
 
 def _look_in_training(twin: Twin, watch: Any) -> None:
@@ -235,17 +185,17 @@ def _is_read(twin: Twin, kind: int, whole: Tensor) -> bool:
 
 
 def _idle(block: nn.Module, reached: set[str]) -> set[str]:
-    """The dense layers that were not reached, and do not stand in a list where a layer of that name was reached.
+    """The dense layers that were not reached, but for experts: a few tokens do not visit all of them.
 
-    Such lists hold experts, of which a few tokens do not visit all.
+    Other lists have a member for each block, or each language, and the rest of it is never called there.
     """
-    shapes = {_in_any_list(name) for name in reached}
+    shapes = {_in_any_list(name) for name in reached if "expert" in name}
     dense = {name for name, part in block.named_modules() if is_dense(part)}
     return {name for name in dense - reached if _in_any_list(name) not in shapes}
 
 
 def _in_any_list(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return re.sub(r"(?<![^._])\d+(?=\.)", "*", name)
 
 
 class _Watcher(TorchDispatchMode):

@@ -17,6 +17,7 @@ from tensormix.sites.costs import cost_of
 from tensormix.sites.families import is_conv1d, is_dense, qkv_takes_turns, role_of, routers_in
 from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, open_experts, stack_names
 from tensormix.sites.locate import blocks, locate_blocks
+from tensormix.sites.other_blocks import check_one_list
 from tensormix.sites.seen import Seen, seen_in
 
 
@@ -92,7 +93,10 @@ def find_sites(model: nn.Module) -> list[Site]:
 
     Embeddings, the head, norms and routers are never sites, nor is what text does not reach, or multiplies by hand
     (`seen_in`); what is compressed already is no longer one.
+
+    Raises ValueError if the model has no list of blocks, or text passes several.
     """
+    check_one_list(model)
     root, layers = locate_blocks(model)
     sites, seen = [], seen_in(model)
     for index, block in enumerate(layers):

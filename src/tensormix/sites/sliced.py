@@ -42,7 +42,13 @@ def check_sliceable(model: nn.Module, *, look: bool = True) -> int:
         if any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.children()):
             raise ValueError(f"{name} drops parts of its residual stream at random, which a sliced block does not")
     embedding, head = ends(model)
-    if not (isinstance(embedding, nn.Embedding) and type(head) is nn.Linear and final_norm_of(model, root)):
+    if not look and head is None and not _is_bare(model):
+        raise ValueError(
+            f"the residual stream is sliced, and a {type(model).__name__} has a head that reads all of it: load the "
+            "causal language model, or the bare model with AutoModel"
+        )
+    has_ends = isinstance(embedding, nn.Embedding) and (type(head) is nn.Linear or (not look and head is None))
+    if not (has_ends and final_norm_of(model, root)):
         raise ValueError(
             f"{type(model).__name__}: slice_gpt needs an embedding, a final norm and a head that are the usual ones"
         )
@@ -82,17 +88,24 @@ def shrink(model: nn.Module, width: int) -> None:
     weight = embedding.weight
     smaller = nn.Embedding(embedding.num_embeddings, width, embedding.padding_idx, device="meta", dtype=weight.dtype)
     loaded.set_input_embeddings(smaller.to_empty(device=weight.device))
-    loaded.set_output_embeddings(_linear(width, head.out_features, head.bias is not None, head.weight))
+    if head is not None:
+        loaded.set_output_embeddings(_linear(width, head.out_features, head.bias is not None, head.weight))
     for module in ends(model):
-        mark_replacement(module)
+        if module is not None:
+            mark_replacement(module)
     model.set_submodule(last, SlicedNorm(full, eps_of(model.get_submodule(last))))
     loaded.config.tie_word_embeddings = False
     loaded.all_tied_weights_keys = {}
     loaded._no_split_modules = [*(loaded._no_split_modules or ()), SlicedBlock.__name__]
 
 
-def ends(model: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
-    """The embedding and the head."""
+def _is_bare(model: nn.Module) -> bool:
+    """Whether it puts out the hidden states themselves."""
+    return getattr(model, "base_model", None) is model
+
+
+def ends(model: nn.Module) -> tuple[nn.Embedding, Any]:
+    """The embedding and the head, a linear layer; None if the model has no head."""
     loaded: Any = model
     return loaded.get_input_embeddings(), loaded.get_output_embeddings()
 

@@ -63,7 +63,7 @@ class Twin:
         """Ids that stand for text: none of those that the config gives another meaning."""
         config: Any = self.model.config
         special = {v for part in (config, config.get_text_config()) for k, v in _scalars(part) if k.endswith("_id")}
-        size = self.model.get_input_embeddings().num_embeddings
+        size = getattr(self.model.get_input_embeddings(), "num_embeddings", None) or config.get_text_config().vocab_size
         plain = [token for token in range(min(size, 512)) if token not in special] or [0]
         chosen = torch.randint(len(plain), (_SEQUENCES, _TOKENS), generator=_generator("tokens"))
         return torch.tensor(plain, device="cpu")[chosen]
@@ -90,9 +90,8 @@ class Twin:
                 runs = self.kinds[index] == index or index in every
                 stage = _Stage(self, index, block, runs, edit, watch, leave, before)
                 self.layers[index] = (put or {}).get(index, stage)
-            base = getattr(self.model, "base_model", self.model)  # without the head
             with torch.device("cpu"), quiet():
-                return call_model(base, self.tokens, **options)[0]
+                return call_model(text_part(self.model), self.tokens, **options)[0]
         finally:
             for index, block in enumerate(real):
                 self.layers[index] = block
@@ -150,6 +149,18 @@ class _Stage(nn.Module):
         return left
 
 
+def text_part(model: nn.Module) -> nn.Module:
+    """What is called with token ids, without the head: all of the model, or its decoder if it takes images first."""
+    whole: Any = getattr(model, "base_model", model)
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = None if get_decoder is None else get_decoder()
+    reads_text = next(iter(inspect.signature(whole.forward).parameters)) in ("input_ids", "input", "args")
+    if reads_text or not isinstance(decoder, nn.Module) or getattr(model.config, "is_encoder_decoder", False):
+        return whole
+    part: Any = getattr(decoder, "base_model", decoder)
+    return part
+
+
 def call_model(model: nn.Module, tokens: Tensor, **options: Any) -> Any:  # (B, T)
     """The outputs of a model without a cache, where it knows of one."""
     known = inspect.signature(model.forward).parameters
@@ -201,9 +212,15 @@ def random_like(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     scale = shape[-1] ** -0.5
     if shape.numel() <= _LARGEST:
         return (scale * _normal(name, *shape)).to(dtype)
-    steps = [1] * len(shape)
     needed = sum(shape) - len(shape) + 1
-    return (scale * _normal(name, needed)).to(dtype).as_strided(shape, steps)
+    row = (scale * _normal(name, needed)).to(dtype)
+    if len(shape) != 3:
+        return row.as_strided(shape, [1] * len(shape))
+    # Each matrix of a stack is multiplied alone, and would be copied for it: this way only the first is there.
+    experts, rows, columns = shape
+    longer = rows + -(-experts // columns)
+    row = torch.cat([row, row[: max(0, longer + columns - 1 - needed)]])
+    return row.as_strided((longer, columns), (1, 1)).flatten().as_strided(shape, (1, columns, 1))
 
 
 def _fill(module: nn.Module, name: str, skip: str | None = None) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, cast
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class Making:
     @property
     def stacks(self) -> bool:
         """Whether all that happens is that tensors of single experts are put into one (E, ..., ...) tensor."""
-        operations = [(type(op).__name__, op.dim) for op in self.converter.operations] if self.converter else []
+        found = self.converter.operations if self.converter else []
+        operations = [(type(op).__name__, getattr(op, "dim", None)) for op in found]
         return operations in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
@@ -78,15 +79,17 @@ class Assembly:
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._renamed = partial(
+            rename_source_key, weight_renamings=renamings, weight_converters=converters,
+            base_model_prefix=model.base_model_prefix,
+        )  # fmt: skip
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         made_by: dict[str, Making] = {}
         stored = self.weights.entries
         names = {self.pack.dense_name(name) for name in stored} if self.pack else stored.keys()
         for name in sorted(names, key=dot_natural_key):
             parts = self.pack.companions(name, stored) if self.pack else {"weight": name}
-            target, pattern = rename_source_key(
-                name, renamings, converters, model.base_model_prefix, cast(dict, self.targets)
-            )
+            target, pattern = self._renamed(name, meta_state_dict=self.targets)
             if target not in self.targets and name in self.targets:
                 target, pattern = name, None
             if target not in self.targets:
@@ -189,7 +192,7 @@ class Assembly:
         converter = copy.deepcopy(making.converter)
         for pattern, several in making.parts.items():
             converter.collected_tensors[pattern] = [self._read(parts, dtype) for parts in several]
-        return converter.convert(making.targets[0], config=self.config)
+        return converter.convert(making.targets[0], model=_Shapes(self.targets), config=self.config)
 
     def converted(self, making: Making) -> dict[str, Piece | Entry]:
         """The tensors on disk of `making`, unpacked and in the dtype that the model wants, each made when written."""
@@ -227,12 +230,50 @@ class Assembly:
                 expert.copy_(self._read(parts, wanted.dtype))
         return stack
 
+    def stored_name(self, name: str) -> str:
+        """How the files call a tensor of an operator in the model: as the dense ones around it, if they lie elsewhere.
+
+        Other classes, such as that of the text alone, find it there by the rules that they have for dense ones.
+        """
+        *path, leaf = name.split(".")
+        for end in range(len(path), 0, -1):
+            place = self._places.get(".".join(path[:end]))
+            if place is not None:
+                stored = ".".join([*place, *path[end:], leaf])
+                found = stored != name and self._renamed(stored, meta_state_dict={name: True}) == (name, None)
+                return stored if found else name
+        return name
+
+    @cached_property
+    def _places(self) -> dict[str, list[str]]:
+        """Module of the model -> where the files have what it holds."""
+        places: dict[str, list[str]] = {}
+        for target, making in self._made_by.items():
+            if making.converter is not None:
+                continue
+            ours, theirs = target.split("."), making.sources[0].split(".")
+            while ours and theirs and ours[-1] == theirs[-1]:
+                ours.pop()
+                theirs.pop()
+                places.setdefault(".".join(ours), list(theirs))
+        return places
+
     def bits_of(self, target: str) -> int:
         """What the parameter takes on disk, scales and all; of parameters made together, its share by size."""
         making = self._made_by[target]
         total = sum(self.weights.bits(self.weights.entries[name]) for name in making.sources)
         numbers = [self.targets[name].numel() for name in making.targets]
         return total * self.targets[target].numel() // sum(numbers)
+
+
+@dataclass
+class _Shapes:
+    """What some conversions ask of a model."""
+
+    targets: dict[str, Tensor]
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self.targets[name]
 
 
 def packed_config(config: Any) -> dict[str, Any] | None:

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import bases
 import pytest
 import torch
 
 from tensormix.methods import Mixt
 from tensormix.statistics import Gram
 
-STUDY = Path(__file__).parents[1] / "studies" / "quality"
+STUDY = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def bases():
-    sys.path.insert(0, str(STUDY))
-    try:
-        import bases
-
-        yield bases
-    finally:
-        sys.path.remove(str(STUDY))
-        sys.modules.pop("bases", None)
-
-
-def test_the_tables_of_the_page_are_those_of_the_rows(bases):
+def test_the_tables_of_the_page_are_those_of_the_rows():
     page = (STUDY.parents[1] / "docs" / "structures.md").read_text()
     tables = bases.tables(bases.read())
     assert len(tables) >= 2 and all(table in page for table in tables.values())
     assert all("as it is" in table and "all together" in table for table in tables.values())
 
 
-def test_a_table_has_the_last_row_of_each_rewriting_and_marks_what_is_below_its_rival(bases):
+def test_a_table_has_the_last_row_of_each_rewriting_and_marks_what_is_below_its_rival():
     errors = [dict.fromkeys(bases.ROLES, value) for value in (0.9, 0.5)]
     row = {"model": "m", "num_branches": 3, "weights": "as it is", "error": errors[0], "rival_error": errors[0]}
     newer = {**row, "error": errors[1], "kl": {"mixt": 2.0, "low_rank": 1.0}}
@@ -42,7 +30,7 @@ def test_a_table_has_the_last_row_of_each_rewriting_and_marks_what_is_below_its_
 
 
 @torch.no_grad()
-def test_the_error_between_dense_bases_is_that_of_the_turned_weight_and_low_rank_does_not_mind(bases):
+def test_the_error_between_dense_bases_is_that_of_the_turned_weight_and_low_rank_does_not_mind():
     torch.manual_seed(0)
     weight, gram = torch.randn(32, 32), Gram(32)
     gram.update(torch.randn(200, 32) * torch.logspace(0, -1, 32))

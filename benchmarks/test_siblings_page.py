@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import fused_page as script
 import pytest
 
 
-@pytest.fixture(scope="module")
-def script(benchmark_script):
-    return benchmark_script("fused_page")
-
-
-def test_the_page_is_made_of_the_rows(script):
+def test_the_page_is_made_of_the_rows():
     assert script.PAGE.read_text(encoding="utf-8") == script.page()
 
 
-def test_a_slower_product_is_told(script):
+def test_a_slower_product_is_told():
     rows = [row for row in script.newest() if row["kind"] == "siblings"]
     slow = [{**row, "median_ms": 2 * row["median_ms"]} if row["layer"] == "together" else row for row in rows]
     found, halved = ranges(script.verdict(rows)), ranges(script.verdict(slow))
@@ -29,5 +25,5 @@ def ranges(verdict):
     return [[float(word) for word in line.split(": ")[1].split()[:3:2]] for line in verdict.splitlines()]
 
 
-def test_no_row_was_disturbed(script):
+def test_no_row_was_disturbed():
     assert all(row["others_cpu"] <= 0.25 for row in script.newest() if "others_cpu" in row)

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 
-import pytest
+import performance_page as script
 
 
-@pytest.fixture(scope="module")
-def script(benchmark_script):
-    return benchmark_script("performance_page")
-
-
-def test_the_page_is_made_of_the_rows(script):
+def test_the_page_is_made_of_the_rows():
     rows = script.newest(script.ROWS.read_text(encoding="utf-8").splitlines())
     assert script.PAGE.read_text(encoding="utf-8") == script.page(rows)
 
 
-def test_a_newer_row_replaces_an_older_one_and_a_missed_target_is_told(script):
+def test_a_newer_row_replaces_an_older_one_and_a_missed_target_is_told():
     lines = script.ROWS.read_text(encoding="utf-8").splitlines()
     row = next(
         row
@@ -31,14 +26,14 @@ def test_a_newer_row_replaces_an_older_one_and_a_missed_target_is_told(script):
         assert verdict in script.page(script.newest([*lines, newer]))
 
 
-def test_what_was_not_measured_is_named(script):
+def test_what_was_not_measured_is_named():
     lines = script.ROWS.read_text(encoding="utf-8").splitlines()
     left = [line for line in lines if (row := json.loads(line))["kind"] != "layer" or row["in_features"] != 11008]
     page = script.page(script.newest(left))
     assert "LLaMA-2-7B 11008 -> 4096, forward, at 1, 8, 128, 1024, 4096 tokens" in page
 
 
-def test_a_profile_adds_up_to_the_whole_time(script):
+def test_a_profile_adds_up_to_the_whole_time():
     row = {"in_features": 4, "out_features": 6, "tokens": 128, "pass": "forward", "median_ms": 2.0, "of_roofline": 0.6}
     row["shares"] = {"aten::baddbmm": 0.5, "aten::addmm": 0.25, "aten::copy_": 0.1, "tensormix::mixt": 0.05}
     assert script.profile([row]) == (
@@ -47,7 +42,7 @@ def test_a_profile_adds_up_to_the_whole_time(script):
     )
 
 
-def test_memory_says_which_is_higher(script):
+def test_memory_says_which_is_higher():
     case = {"kind": "memory", "in_features": 4, "out_features": 6, "pass": "forward", "tokens": 128}
     rows = [
         {**case, "layer": name, "peak_bytes": size * 2**20, "weight_bytes": 2**20}

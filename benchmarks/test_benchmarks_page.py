@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
 
+import benchmark_rows as page_maker
 import pytest
 
 from tensormix.evaluate.choices import wilson
@@ -18,16 +17,7 @@ ROWS = [
 WHOLE = {row["task"]: row for row in ROWS if row["kind"] == "accuracy" and row["subject"] == "all"}
 
 
-@pytest.fixture(scope="module")
-def page_maker() -> Any:
-    spec = spec_from_file_location("benchmark_rows", ROOT / "benchmarks/benchmark_rows.py")
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_table_is_that_of_the_rows(page_maker: Any) -> None:
+def test_the_table_is_that_of_the_rows() -> None:
     assert page_maker.table(ROWS) in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
 
 
@@ -53,7 +43,7 @@ def test_a_model_that_knows_nothing_is_at_chance(task: str) -> None:
     assert row["high"] - row["low"] < {"mmlu": 0.016}.get(task, 0.06)
 
 
-def test_what_blind_answers_score(page_maker: Any) -> None:
+def test_what_blind_answers_score() -> None:
     """The mean over all ways of dealing the answers to the questions."""
     from itertools import permutations
     from statistics import fmean

@@ -1,0 +1,72 @@
+"""What the methods share that store small integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+
+from tensormix.methods.base import LinearMethod
+from tensormix.operators import Dense, Quantized
+
+if TYPE_CHECKING:
+    # The union of all linear methods but these. `tensormix.methods` resolves the name when its table is complete.
+    AnyLinearMethod = LinearMethod
+
+
+class _NeedsOfInner:
+    """Nothing, or what the inner method needs."""
+
+    def __get__(self, method: Rounding | None, _: Any = None) -> tuple[Any, ...]:
+        return () if method is None or method.of is None else method.of.needs
+
+
+class Rounding(LinearMethod):
+    """The weight, or what another method fits to it, as integers of a few bits and scales."""
+
+    needs: ClassVar[Any] = _NeedsOfInner()
+
+    size = "bits"
+    largest = 8
+
+    bits: Literal[2, 3, 4, 8]  # of one integer
+    granularity: Literal["tensor", "channel", "group"] = "group"  # what shares a scale: a matrix, a row, part of one
+    group: int = Field(default=128, ge=1)  # how many neighbours in a row share a scale
+    symmetric: bool = True  # no zero points
+    of: AnyLinearMethod | None = None  # whose cores or factors are rounded; without it the weight itself
+
+    @field_validator("group")
+    @classmethod
+    def _with_groups_only(cls, group: int, info: ValidationInfo) -> int:
+        granularity = info.data.get("granularity", "group")
+        if granularity != "group" and group != cls.model_fields["group"].default:
+            raise ValueError(
+                f"{group} has no meaning with granularity {granularity!r}; leave it out, or write granularity 'group'"
+            )
+        return group
+
+    @property
+    def is_differentiable(self) -> bool:
+        return False
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> Sequence[Any]:
+        """Of `of` the sizes of that method, whose numbers all get these bits; of the weight itself the bits."""
+        return (2, 3, 4, 8) if self.of is None else self.of.allowed_sizes(in_features, out_features)
+
+    def sized(self, value: Any) -> Self:
+        changed = {"bits": value} if self.of is None else {"of": self.of.sized(value)}
+        return self.model_copy(update=changed)
+
+    def empty(self, in_features: int, out_features: int) -> Quantized:
+        with torch.device("meta"):
+            inner = Dense(in_features, out_features) if self.of is None else self.of.empty(in_features, out_features)
+            op = Quantized(inner=inner, **self.rounding_sizes)
+        op.bias = inner.bias
+        return op
+
+    @property
+    def rounding_sizes(self) -> dict[str, Any]:
+        group = self.group if self.granularity == "group" else self.granularity
+        return {"bits": self.bits, "group": group, "symmetric": self.symmetric}
