@@ -56,5 +56,6 @@ class SparseTuckerHeads(TuckerHeads):
         return cast(Sparse, self.get_submodule(f"core_{number}")).to_dense()
 
     def fill_core(self, number: int, core: Tensor) -> None:  # (Q, H S R)
-        """With the entries of `core` that are not zero, which must be as many as are stored."""
-        self.get_submodule(f"core_{number}").load_state_dict(Sparse.from_mask(core, core != 0).state_dict())
+        """With the largest entries."""
+        found = Sparse.from_dense(core, num_values=self.num_values[number])
+        self.get_submodule(f"core_{number}").load_state_dict(found.state_dict())
