@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tensormix.compression.layers import LayersUnit
 from tensormix.compression.units import Fitted, Statistics, Unit, not_finite, with_more_bits
 from tensormix.methods.base import BlockMethod, HiddenStates, LinearMethod, Method, SpanMethod, StackMethod
-from tensormix.operators import Cost, ExpertStack, StandIn
+from tensormix.operators import Cost, StandIn, stack_of
 from tensormix.operators.base import computing_dtype
 from tensormix.plan import Plan
 from tensormix.rows import Row
@@ -277,7 +277,7 @@ def pool_idle(stats: list[dict[type, Any]]) -> None:
 
 
 def _stacked(site: Site, each: list[Any]) -> Any:
-    return ExpertStack.from_experts(each) if site.kind == "experts" else each[0]
+    return stack_of(each) if site.kind == "experts" else each[0]
 
 
 def _squares(dense: Tensor, weight: Tensor) -> tuple[float, float]:  # (O, I)

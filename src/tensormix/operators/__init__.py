@@ -17,6 +17,7 @@ from tensormix.operators.dense import Dense
 from tensormix.operators.experts import DenseStack, Experts, ExpertStack, StackedLinear
 from tensormix.operators.kronecker import Kronecker
 from tensormix.operators.low_rank import LowRank
+from tensormix.operators.low_rank_stack import LowRankStack, stack_of
 from tensormix.operators.mixt import MixT
 from tensormix.operators.monarch import Monarch
 from tensormix.operators.padded import Padded
@@ -29,6 +30,7 @@ from tensormix.operators.shared import Owner, View, connect
 from tensormix.operators.siblings import Siblings, why_apart
 from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
+from tensormix.operators.sparse_tucker_heads import SparseTuckerHeads
 from tensormix.operators.sum import Sum
 from tensormix.operators.tensor_train import TensorTrain
 from tensormix.operators.tucker_heads import TuckerHeads
@@ -50,6 +52,7 @@ __all__ = [
     "Experts",
     "Kronecker",
     "LowRank",
+    "LowRankStack",
     "MixT",
     "Monarch",
     "Operator",
@@ -64,6 +67,7 @@ __all__ = [
     "SlicedBlock",
     "SlicedNorm",
     "Sparse",
+    "SparseTuckerHeads",
     "StackedLinear",
     "StandIn",
     "StructuredLinear",
@@ -77,6 +81,7 @@ __all__ = [
     "build",
     "connect",
     "outermost",
+    "stack_of",
     "why_apart",
 ]
 
@@ -103,10 +108,12 @@ OPERATORS: dict[str, type[Operator]] = {
     "Sparse": Sparse,
     "TensorTrain": TensorTrain,
     "TuckerHeads": TuckerHeads,
+    "SparseTuckerHeads": SparseTuckerHeads,
     "TuckerStack": TuckerStack,
     "BasisExperts": BasisExperts,
     "View": View,
     "DenseStack": DenseStack,
+    "LowRankStack": LowRankStack,
     "ExpertStack": ExpertStack,
 }
 

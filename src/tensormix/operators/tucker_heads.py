@@ -51,7 +51,17 @@ class TuckerHeads(Owner):
         for number, names in enumerate(self.groups):
             heads, q = self.parts[names[0]].num_heads, min(Q, len(names))
             self.register_parameter(f"part_{number}", nn.Parameter(torch.empty(len(names), q)))
-            self.register_parameter(f"core_{number}", nn.Parameter(torch.empty(q, heads * S * R)))
+            self._add_core(number, q, heads * S * R)
+
+    def _add_core(self, number: int, rows: int, columns: int) -> None:
+        self.register_parameter(f"core_{number}", nn.Parameter(torch.empty(rows, columns)))
+
+    def whole_core(self, number: int) -> Tensor:  # (Q, H S R)
+        """Of one group."""
+        return self.get_parameter(f"core_{number}")
+
+    def fill_core(self, number: int, core: Tensor) -> None:  # (Q, H S R)
+        self.get_parameter(f"core_{number}").copy_(core)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -71,7 +81,7 @@ class TuckerHeads(Owner):
         """The weights of one part, and the cores that it mixes."""
         number = next(n for n, names in enumerate(self.groups) if part in names)
         weights = self.get_parameter(f"part_{number}")[self.groups[number].index(part)]
-        return weights, self.get_parameter(f"core_{number}")
+        return weights, self.whole_core(number)
 
     def _core(self, part: str) -> Tensor:  # (H S, R)
         """The core of one part. It is mixed once in each call, for all its tokens."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from .base import Settings, Source, is_list, is_mapping, listed
-from .training import Distill, EarlyStop, HeldOut, Lora, Recover
+from .training import Distill, EarlyStop, HeldOut, Lora, Recover, ZerothOrder
 
 __all__ = [
     "Benchmark",
@@ -26,6 +26,7 @@ __all__ = [
     "Search",
     "Settings",
     "Source",
+    "ZerothOrder",
     "is_list",
     "is_mapping",
 ]

@@ -13,7 +13,6 @@ def is_mapping(value: object) -> TypeGuard[dict[str, object]]:
 
 
 def is_list(value: object) -> TypeGuard[list[object] | tuple[object, ...]]:
-    """For what a file says, before it is checked."""
     return isinstance(value, list | tuple)
 
 
