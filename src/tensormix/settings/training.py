@@ -60,7 +60,8 @@ class Lora(Settings):
     def _of_its_form(self) -> Self:
         readers = {"bond": ("loretta",), "modes": ("loretta", "tt_lora")}
         for name, forms in readers.items():
-            if self.form not in forms and name in self.model_fields_set:
+            # What a file of a run says names every setting, so one that is as it would be without is not asked for.
+            if self.form not in forms and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"lora: {name} belongs to the form {' or '.join(forms)}, and form is {self.form}")
         return self
 
