@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tensormix.demo import model_folder, sweep_file
+from tensormix.demo import sweep_file
 from tensormix.evaluate import evaluate_choices, exam_prompts
 from tensormix.models import load_model, load_tokenizer
 from tensormix.recipe import Baselines, Sweep
@@ -16,18 +16,19 @@ from tensormix.settings import Exam
 from tensormix.sweep.depths import run_sweep
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+MODEL = sweep_file().parent / "model"
 
 
 def test_it_is_small_deep_and_free_of_pickles():
-    files = list(model_folder().iterdir())
+    files = list(MODEL.iterdir())
     assert sum(file.stat().st_size for file in files) < 6_000_000
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".jinja"}
-    config = json.loads((model_folder() / "config.json").read_text())
+    config = json.loads((MODEL / "config.json").read_text())
     assert config["model_type"] == "qwen3" and config["num_hidden_layers"] >= 12
 
 
 def test_it_answers_85_percent_of_questions_it_never_saw():
-    model, tokenizer = load_model(str(model_folder()), dtype="float32"), load_tokenizer(str(model_folder()))
+    model, tokenizer = load_model(str(MODEL), dtype="float32"), load_tokenizer(str(MODEL))
     rows = evaluate_choices(model, tokenizer, exam_prompts(Exam(num_questions=200, seed=2)), batch_size=50)
     overall = next(row for row in rows if row.get("subject") == "all")
     assert overall["value"] >= 0.85
@@ -35,7 +36,7 @@ def test_it_answers_85_percent_of_questions_it_never_saw():
 
 def test_its_sweep_scans_every_depth():
     sweep = Sweep.load(sweep_file())
-    assert sweep.recipe is not None and Path(sweep.recipe.model) == model_folder()
+    assert sweep.recipe is not None and Path(sweep.recipe.model) == MODEL
     cells = sweep.cells(12)
     assert [cell.depth for cell in cells if cell.direction == "last" and cell.method.name == "mixt"] == list(
         range(1, 13)

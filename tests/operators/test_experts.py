@@ -18,11 +18,13 @@ from tensormix.operators import (
     DenseStack,
     ExpertStack,
     LowRank,
+    LowRankStack,
     StackedLinear,
     Sum,
     TuckerStack,
     Zero,
     build,
+    stack_of,
 )
 
 E, I, O = 3, 12, 20
@@ -53,6 +55,7 @@ CASES = {
     "bases_mirrored": lambda: filled(BasisExperts(E, I, O, num_bases=2, rank=3, activation="tanh", mirrored=True)),
     "dense": lambda: dense(),
     "dense_transposed": lambda: dense(transposed=True),
+    "stacked": lambda: LowRankStack.from_experts(low_ranks()),
     "low_rank": lambda: ExpertStack.from_experts(low_ranks()),
     "own_ranks": lambda: ExpertStack.from_experts([*low_ranks(rank=2)[:1], *low_ranks(rank=3)[1:]]),
     "zero": lambda: ExpertStack.from_experts([Zero(I, O) for _ in range(E)]),
@@ -169,11 +172,32 @@ def test_biases_of_the_experts_become_rows():
     assert not any("expert" in name for name in stack.state_dict() if name.endswith("bias"))
 
 
+def test_low_rank_experts_of_one_rank_lie_in_one_tensor_for_each_factor():
+    experts, x = low_ranks(rank=3), torch.randn(4, I)
+    experts[1].bias = nn.Parameter(torch.randn(O))
+    outputs = [expert(x) for expert in experts]
+    stack = stack_of(experts)
+    assert isinstance(stack, LowRankStack) and stack.left.shape == (E, 3, O) and stack.right.shape == (E, 3, I)
+    apart = stack.one_by_one()
+    assert isinstance(apart, ExpertStack) and apart.cost == ExpertStack.from_experts(experts).cost
+    assert torch.equal(apart.to_dense(), stack_of(experts).to_dense()) and stack.num_params == apart.num_params
+    for number, wanted in enumerate(outputs):
+        assert_relative(stack(x, number), wanted, 1e-6, f"expert {number}")
+        assert_relative(apart(x, number), wanted, 1e-6, f"expert {number}")
+
+
+@pytest.mark.parametrize("name", ["own_ranks", "zero", "sum"])
+def test_experts_of_other_kinds_or_ranks_stay_one_by_one(name):
+    made = CASES[name]()
+    assert isinstance(stack_of([made.expert(number) for number in range(E)]), ExpertStack)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
         (lambda: DenseStack(0, 2, 2), r"DenseStack: num_experts, in_features .* must be at least 1, got 0, 2, 2"),
         (lambda: ExpertStack(each=Zero(2, 2), num_experts=0), r"ExpertStack: num_experts, .* got 0, 2, 2"),
+        (lambda: LowRankStack(2, 3, 4, rank=4), r"LowRankStack: rank must be in 1..3, got 4"),
         (lambda: ExpertStack(each=Bypass(), num_experts=2), r"each must be the operator of one expert.*not a Bypass"),
         (lambda: ExpertStack.from_experts([]), r"ExpertStack: needs the operator of one or more experts, got none"),
         (

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-HERE = Path(__file__).parent
-
-
-def model_folder() -> Path:
-    """A small Qwen3 that sits the built-in exam, with its tokenizer; bfloat16, no download."""
-    return HERE / "model"
-
 
 def sweep_file() -> Path:
-    return HERE / "sweep.yaml"
+    """The sweep. Its model lies beside it: a small Qwen3 that sits the built-in exam, with its tokenizer; bfloat16."""
+    return Path(__file__).parent / "sweep.yaml"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tensormix.operators import Quantized, StructuredLinear, outermost
+from tensormix.operators import LowRankStack, Quantized, StructuredLinear, outermost
 from tensormix.rows import Row
 
 
@@ -35,6 +35,9 @@ def run_in_integers(model: nn.Module, *, bits: Literal[4, 8] = 8, group: int = 3
     if bits not in (4, 8):
         raise ValueError(f"run_in_integers: bits must be 4 or 8, got {bits!r}")
     _torchao()
+    # torchao knows matrices, so what lies in one tensor for all experts is taken apart.
+    for name, stack in list(outermost(model, LowRankStack)):
+        model.set_submodule(name, stack.one_by_one())
     names = [name for name, _ in outermost(model, StructuredLinear)]
     if not names:
         raise ValueError("run_in_integers: the model has no operators; compress it first")

@@ -17,6 +17,7 @@ from tensormix.operators.dense import Dense
 from tensormix.operators.experts import DenseStack, Experts, ExpertStack, StackedLinear
 from tensormix.operators.kronecker import Kronecker
 from tensormix.operators.low_rank import LowRank
+from tensormix.operators.low_rank_stack import LowRankStack, stack_of
 from tensormix.operators.mixt import MixT
 from tensormix.operators.monarch import Monarch
 from tensormix.operators.padded import Padded
@@ -51,6 +52,7 @@ __all__ = [
     "Experts",
     "Kronecker",
     "LowRank",
+    "LowRankStack",
     "MixT",
     "Monarch",
     "Operator",
@@ -79,6 +81,7 @@ __all__ = [
     "build",
     "connect",
     "outermost",
+    "stack_of",
     "why_apart",
 ]
 
@@ -110,6 +113,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "BasisExperts": BasisExperts,
     "View": View,
     "DenseStack": DenseStack,
+    "LowRankStack": LowRankStack,
     "ExpertStack": ExpertStack,
 }
 

@@ -1,7 +1,7 @@
 """The matrices of all experts from few bases that they share.
 
-Shape letters: E experts, O out_features, I in_features, B bases, T rank; for one expert the factor of its own (L, T)
-and the mixed basis (T, M): L and M are O and I, or I and O where it is mirrored.
+Shape letters: S rows, E experts, O out_features, I in_features, B bases, T rank; for one expert the factor of its own
+(L, T) and the mixed basis (T, M): L and M are O and I, or I and O where it is mirrored.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tensormix.kernels.grouped import multiplies
 from tensormix.operators.cost import Cost
 from tensormix.operators.experts import StackedLinear
+from tensormix.operators.groups import Groups
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"linear": lambda z: z, "silu": F.silu, "tanh": torch.tanh}
 
@@ -23,7 +25,8 @@ class BasisExperts(StackedLinear):
     """W_e = own_e f(sum over b of mixing[e, b] bases[b]), or its transpose if `mirrored`; f is the activation.
 
     own (E, L T) is the factor of each expert, bases (B, T M) are shared. Only the basis of the experts that are called
-    is mixed, once in each call for all its tokens; never is an expert made dense.
+    is mixed, once in each call for all its tokens, or for each of few tokens; in a compiled or exported graph that of
+    every expert. Never is an expert made dense.
 
     Raises:
         ValueError: a size is not possible.
@@ -56,6 +59,24 @@ class BasisExperts(StackedLinear):
     def multiply(self, x: Tensor, expert: int) -> Tensor:  # (..., I) -> (..., O)
         own, basis = self.own[expert].view(-1, self.rank), self.basis(expert)
         return F.linear(F.linear(x, own.T), basis.T) if self.mirrored else F.linear(F.linear(x, basis), own)
+
+    def multiply_groups(self, x: Tensor, groups: Groups) -> Tensor:  # (S, I) -> (S, O)
+        own = self.own.view(self.num_experts, -1, self.rank)
+        mixed = ACTIVATIONS[self.activation](
+            groups.mix(self.mixing, self.bases).view(-1, self.rank, self._shared_width)
+        )
+        if self.mirrored:
+            return groups.multiply_mixed(groups.multiply(x, own), mixed)
+        return groups.multiply(groups.multiply_mixed(x, mixed.transpose(1, 2)), own.transpose(1, 2))
+
+    def gains_from_groups(self, x: Tensor, num_rows: int) -> bool:
+        """For few rows only: more would have the bases of all experts mixed at once, as large as dense experts."""
+        own = self.own.view(self.num_experts, -1, self.rank)
+        return num_rows <= self.num_experts and multiplies(x, own)
+
+    @property
+    def _shared_width(self) -> int:  # M
+        return self.out_features if self.mirrored else self.in_features
 
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
         own, bases = self.own[expert].view(-1, self.rank), self.bases.view(self.num_bases, self.rank, -1)

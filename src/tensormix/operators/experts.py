@@ -10,27 +10,17 @@ import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensormix.kernels.grouped import grouped, multiplies
+from tensormix.kernels.grouped import multiplies
 from tensormix.operators.base import Operator, StructuredLinear
 from tensormix.operators.cost import Cost
+from tensormix.operators.groups import Groups
 from tensormix.operators.shared_calls import is_watched
-
-
-class Groups(NamedTuple):
-    """Whose rows are whose, where the rows of expert 0 come first."""
-
-    experts: Tensor  # (S,), of each row
-    ends: Tensor  # (E,), int32: where the rows of each expert end
-
-    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:  # (S, I), (E, I, O) -> (S, O)
-        """Every row times the matrix of its expert."""
-        return grouped(x.to(weight.dtype), weight, self.ends)
 
 
 class StackedLinear(Operator):
@@ -42,6 +32,7 @@ class StackedLinear(Operator):
     """
 
     bias: nn.Parameter | None
+    has_groups: ClassVar[bool] = True
 
     def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -65,13 +56,12 @@ class StackedLinear(Operator):
         """x @ W_e.T"""
 
     def multiply_groups(self, x: Tensor, groups: Groups) -> Tensor:  # (S, I) -> (S, O)
-        """x[s] @ W_e.T for the expert e of each row. Only if `grouping` is not empty."""
+        """x[s] @ W_e.T for the expert e of each row. Only if `has_groups`."""
         raise NotImplementedError(f"{type(self).__name__} multiplies one expert at a time")
 
-    @property
-    def grouping(self) -> tuple[Tensor, ...]:  # each (E, rows, columns)
-        """What `multiply_groups` multiplies by, of all experts in one tensor; empty if they can't be grouped."""
-        return ()
+    def gains_from_groups(self, x: Tensor, num_rows: int) -> bool:
+        """Whether outside of a graph `multiply_groups` is the faster way, of so many rows in the dtype of `x`."""
+        return False
 
     @abstractmethod
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
@@ -125,9 +115,8 @@ class DenseStack(StackedLinear):
     def multiply_groups(self, x: Tensor, groups: Groups) -> Tensor:  # (S, I) -> (S, O)
         return groups.multiply(x, self.weight.transpose(1, 2))
 
-    @property
-    def grouping(self) -> tuple[Tensor, ...]:
-        return (self.stack,)
+    def gains_from_groups(self, x: Tensor, num_rows: int) -> bool:
+        return multiplies(x, self.stack)
 
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
         return self.weight[expert]
@@ -171,6 +160,8 @@ class ExpertStack(StackedLinear):
         for expert in range(num_experts):
             self.add_module(f"expert_{expert}", experts[expert] if expert < len(experts) else copy.deepcopy(experts[0]))
 
+    has_groups = False
+
     @classmethod
     def from_experts(cls, experts: Sequence[StructuredLinear]) -> ExpertStack:
         """The stack of these very operators. Their biases become the rows of its bias, zero where one has none.
@@ -180,14 +171,11 @@ class ExpertStack(StackedLinear):
         """
         if not experts:
             raise ValueError("ExpertStack: needs the operator of one or more experts, got none")
-        fitted = [expert.bias for expert in experts]
-        like = next((bias for bias in fitted if bias is not None), None)
+        bias = biases_of(experts)
         for expert in experts:
             expert.bias = None
         stack = cls(each=list(experts), num_experts=len(experts))
-        if like is not None:
-            rows = [torch.zeros_like(like) if bias is None else bias for bias in fitted]
-            stack.bias = nn.Parameter(torch.stack(rows).detach())
+        stack.bias = bias
         return stack
 
     def expert(self, expert: int) -> StructuredLinear:
@@ -209,6 +197,15 @@ class ExpertStack(StackedLinear):
     def macs_per_token(self) -> int:
         """Of experts that differ the mean, rounded up: which one a token visits is not known."""
         return ceil(sum(self.expert(expert).macs_per_token for expert in range(self.num_experts)) / self.num_experts)
+
+
+def biases_of(experts: Sequence[StructuredLinear]) -> nn.Parameter | None:  # (E, O)
+    """A row for each expert, zero where it has no bias; None where no expert has one."""
+    like = next((expert.bias for expert in experts if expert.bias is not None), None)
+    if like is None:
+        return None
+    rows = [torch.zeros_like(like) if expert.bias is None else expert.bias for expert in experts]
+    return nn.Parameter(torch.stack(rows).detach())
 
 
 class Experts(nn.Module):
@@ -243,7 +240,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # (N, D), (N, K), (N, K)
         """The index `num_experts` stands for no expert at all."""
-        if self._is_grouped(hidden):
+        if self._is_grouped(hidden, top_k_index.numel()):
             return self._grouped(hidden, top_k_index, top_k_weights)
         choice, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)  # (N * K,), (N * K, 1)
         counts = torch.bincount(choice, minlength=self.num_experts)[: self.num_experts].tolist()
@@ -275,15 +272,14 @@ class Experts(nn.Module):
         y = down(act(up(x, expert)), expert)
         return self.get_submodule("post_expert_norm")(y) if self.shell.has_post_expert_norm else y
 
-    def _is_grouped(self, hidden: Tensor) -> bool:
-        """Whether both stacks have a grouped form and nobody watches single experts.
-
-        Outside of a graph it must also be the faster one, which it is where PyTorch has a kernel for it.
-        """
+    def _is_grouped(self, hidden: Tensor, num_rows: int) -> bool:
+        """Whether both stacks have a grouped form, nobody watches single experts, and outside of a graph both gain."""
         stacks = self.stacks.values()
-        if any(is_watched(stack) or len(stack.grouping) == 0 for stack in stacks):
+        if any(is_watched(stack) or not stack.has_groups for stack in stacks):
             return False
         if torch.compiler.is_compiling() or hidden.is_meta:
             return True
-        parts = [part for stack in stacks for part in stack.grouping]
-        return not torch.is_autocast_enabled(hidden.device.type) and all(multiplies(hidden, part) for part in parts)
+        # What autocast does to a product it does not do to a grouped one.
+        if torch.is_autocast_enabled(hidden.device.type):
+            return False
+        return all(stack.gains_from_groups(hidden, num_rows) for stack in stacks)

@@ -77,11 +77,15 @@ class TuckerHeads(Owner):
         ends = {"hidden_size": self.hidden_size, "head_dim": self.head_dim}
         return {**ends, "parts": parts, "ranks": list(self.ranks)}
 
-    def _core(self, part: str) -> Tensor:  # (H S, R)
-        """The core of one part. It is mixed once in each call, for all its tokens."""
+    def _mixed(self, part: str) -> tuple[Tensor, Tensor]:
+        """The weights of one part, and the cores that it mixes."""
         number = next(n for n, names in enumerate(self.groups) if part in names)
         weights = self.get_parameter(f"part_{number}")[self.groups[number].index(part)]
-        core = self.whole_core(number)
+        return weights, self.whole_core(number)
+
+    def _core(self, part: str) -> Tensor:  # (H S, R)
+        """The core of one part. It is mixed once in each call, for all its tokens."""
+        weights, core = self._mixed(part)
         return (weights[:, None] * core).sum(0).view(-1, self.ranks[0])
 
     def multiply(self, x: Tensor, part: str) -> Tensor:  # (..., I) -> (..., O)
@@ -94,10 +98,10 @@ class TuckerHeads(Owner):
 
     def to_dense(self, part: str) -> Tensor:  # (O, I)
         (H, reads), (R, S, _) = self.parts[part], self.ranks
-        number = next(n for n, names in enumerate(self.groups) if part in names)
-        weights = self.get_parameter(f"part_{number}")[self.groups[number].index(part)]
-        core = self.whole_core(number).view(-1, H, S, R)
-        dense = torch.einsum("q,qhsr,rd,cs->hcd", weights, core, self.hidden, self.channels).flatten(0, 1)
+        weights, core = self._mixed(part)
+        dense = torch.einsum("q,qhsr,rd,cs->hcd", weights, core.view(-1, H, S, R), self.hidden, self.channels).flatten(
+            0, 1
+        )
         return dense if reads else dense.T
 
     def macs_of(self, part: str) -> int:

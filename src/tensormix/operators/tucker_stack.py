@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tensormix.kernels.grouped import multiplies
 from tensormix.operators.cost import Cost
 from tensormix.operators.experts import StackedLinear
+from tensormix.operators.groups import Groups
 
 
 class TuckerStack(StackedLinear):
     """W_e = left (sum over a of mixing[e, a] core[a]) right, with left (O, R), core (A, R S) and right (S, I).
 
     With as many cores as experts every expert has its own, and nothing is mixed. Otherwise the core of an expert is
-    mixed once in each call, for all its tokens; never is an expert made dense.
+    mixed once in each call, for all its tokens, or for each of few tokens; in a compiled or exported graph that of
+    every expert. Never is an expert made dense.
 
     Args:
         ranks: (A, R, S).
@@ -47,6 +50,25 @@ class TuckerStack(StackedLinear):
 
     def multiply(self, x: Tensor, expert: int) -> Tensor:  # (..., I) -> (..., O)
         return F.linear(F.linear(F.linear(x, self.right), self._core(expert)), self.left)
+
+    def multiply_groups(self, x: Tensor, groups: Groups) -> Tensor:  # (N, I) -> (N, O)
+        _, R, S = self.ranks
+        z = F.linear(x, self.right)
+        if self.mixing is None:
+            z = groups.multiply(z, self.core.view(-1, R, S).transpose(1, 2))
+        else:
+            z = groups.multiply_mixed(z, groups.mix(self.mixing, self.core).view(-1, R, S).transpose(1, 2))
+        return F.linear(z, self.left)
+
+    def gains_from_groups(self, x: Tensor, num_rows: int) -> bool:
+        """Cores that are mixed gain for few rows only: more would have those of all experts mixed at once."""
+        A, R, S = self.ranks
+        few = num_rows <= self.num_experts
+        return (
+            few
+            if self.mixing is not None
+            else multiplies(x, self.core.view(A, R, S)) and S * x.element_size() % 16 == 0
+        )
 
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
         A, R, S = self.ranks

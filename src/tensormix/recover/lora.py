@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from tensormix.hf import attach, operators_of
-from tensormix.operators import Chain, Dense, ExpertStack, LowRank, StructuredLinear, Sum
+from tensormix.operators import Chain, Dense, ExpertStack, LowRank, LowRankStack, StructuredLinear, Sum
 from tensormix.recover.patches import Patch, make_patch
 from tensormix.settings import Lora
 from tensormix.sites import Site, find_sites
@@ -53,7 +53,7 @@ class Patches:
 
     def _found(self) -> list[tuple[str, nn.Module]]:
         modules = {name: self.model.get_submodule(name) for name in operators_of(self.model)}
-        stacks = [name for name, module in modules.items() if isinstance(module, ExpertStack)]
+        stacks = [name for name, module in modules.items() if isinstance(module, ExpertStack | LowRankStack)]
         if stacks:
             raise ValueError(
                 f"recover: parameters 'lora' patches single matrices, and {stacks[0]} is a stack of experts; "
