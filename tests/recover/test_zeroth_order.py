@@ -1,6 +1,8 @@
 """The estimate without gradients is the gradient in expectation, and depends on nothing but seed, step and text."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tensormix.compression import compress
 from tensormix.models import load_model, load_tokenizer
 from tensormix.plan import Plan
 from tensormix.recover import recover
+from tensormix.recover.trainer import DistillTrainer
 from tensormix.recover.zeroth_order import ZerothOrderDescent, num_queries
 from tensormix.settings import Lora, Recover, Source, ZerothOrder
 
@@ -115,6 +118,30 @@ def test_what_is_frozen_is_not_moved():
 def test_queries_grow_to_their_limit():
     growing = ZerothOrder(queries=2, growth=0.5, most_queries=5)
     assert [num_queries(growing, step) for step in (0, 1, 3, 8, 100)] == [2, 2, 4, 5, 5]
+
+
+@pytest.mark.parametrize(("accepts", "share"), [(True, 1), (False, 4)])
+def test_a_batch_has_its_share_of_the_step_and_is_asked_without_dropout_or_a_graph(accepts, share):
+    """A model that is told how many tokens the step has divides by them itself."""
+    problem, model, seen = Quadratic(2), nn.Dropout(), []
+
+    def loss(model, inputs, num_items_in_batch):
+        seen.append((model.training, torch.is_grad_enabled()))
+        return problem.loss()
+
+    trainer = SimpleNamespace(
+        descent=problem.descent,
+        model_accepts_loss_kwargs=accepts,
+        args=SimpleNamespace(gradient_accumulation_steps=4),
+        state=SimpleNamespace(global_step=0),
+        _prepare_inputs=lambda inputs: inputs,
+        compute_loss_context_manager=nullcontext,
+        compute_loss=loss,
+    )
+    found = DistillTrainer.training_step(trainer, model.train(), {}, num_items_in_batch=torch.tensor(7))
+    whole = Quadratic(2)
+    torch.testing.assert_close(found, whole.descent.ask(whole.loss, 0) / share)
+    assert seen == [(False, False)] * 4
 
 
 # ---- in a recovery

@@ -32,7 +32,7 @@ class LeStd(SharedTucker):
     roles = ("q", "k", "v", "o")
 
     name: Literal["lestd"] = "lestd"
-    density: float = Field(default=0.25, gt=0, le=1)  # fraction of the entries of the cores that stay
+    density: float = Field(default=0.5, gt=0, le=1)  # fraction of the entries of the cores that stay
 
     def layout(self, shapes: Shapes, heads: Heads | None) -> tuple[dict[str, Part], int, int]:
         return parts_of_heads(self.name, shapes, heads)
