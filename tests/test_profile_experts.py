@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from expert_models import low_rank, stacks
-from tensormix.operators import ExpertStack
+from tensormix.operators import stack_of
 from tensormix.plan import Plan
 from tensormix.profile import num_parameters
 from tensormix.run.check import counts, replace_empty
@@ -111,7 +111,7 @@ def test_what_check_foresees_is_what_installing_makes(family):
     sites = {site.name: site for site in find_sites(model)}
     for name, one in plan.resolve(list(sites.values()), NUM_BLOCKS).items():
         fitted = [one.fit(sites[name].expert_weight(e), {}) for e in range(sites[name].num_experts)]
-        install(model, name, ExpertStack.from_experts(fitted) if sites[name].kind == "experts" else fitted[0])
+        install(model, name, stack_of(fitted) if sites[name].kind == "experts" else fitted[0])
     assert counts(model) == counts(foreseen)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in foreseen.named_parameters()}
     assert [row["num_experts"] for row in rows if row["role"] in ("gate_up",)] == [4, 4]

@@ -16,7 +16,18 @@ from transformers import AutoModelForCausalLM
 
 import tensormix.hf
 from tensormix.models import skeleton
-from tensormix.operators import DenseStack, Experts, ExpertStack, LowRank, MixT, StackedLinear, Sum, Zero
+from tensormix.operators import (
+    DenseStack,
+    Experts,
+    ExpertStack,
+    LowRank,
+    LowRankStack,
+    MixT,
+    StackedLinear,
+    Sum,
+    Zero,
+    stack_of,
+)
 from tensormix.profile import bytes_on_disk, macs_per_token, num_parameters
 from tensormix.sites import find_sites, install
 from tensormix.sites.fused_experts import is_fused, open_experts
@@ -110,6 +121,21 @@ def test_twice_around_is_bit_equal(family, tmp_path):
     assert names_on_disk(tmp_path / "twice") == names_on_disk(tmp_path / "once")
     once, twice = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("once", "twice"))
     assert once["quantization_config"] == twice["quantization_config"]
+
+
+def test_low_rank_experts_come_back_as_they_were_written(family, tmp_path):
+    """In one tensor for each factor, as they are compressed today, and one by one, as earlier folders have them."""
+    for folder, stacked, kind in (("today", stack_of, LowRankStack), ("before", ExpertStack.from_experts, ExpertStack)):
+        model, name = make(family), f"{experts_of(1)}.gate_up"
+        site = next(site for site in find_sites(model) if site.name == name)
+        install(model, name, stacked([low_rank(site.expert_weight(e)) for e in range(site.num_experts)]))
+        tensormix.hf.attach(model)
+        model.save_pretrained(tmp_path / folder)
+        again = load(tmp_path / folder)
+        assert type(again.get_submodule(name)) is kind
+        assert_same(again, model)
+    today, before = (load(tmp_path / folder) for folder in ("today", "before"))
+    torch.testing.assert_close(logits(today), logits(before), rtol=1e-4, atol=1e-5)
 
 
 def test_the_config_lists_both_stacks_of_opened_experts(tmp_path):

@@ -148,24 +148,28 @@ def calls_of(experts, inputs):
 
 
 def test_what_is_grouped_and_what_goes_one_by_one():
-    inputs = routed()
-    for name, kind in {
-        "dense": "Groups",
-        "low_rank": "Groups",
-        "tucker": "Groups",
-        "tucker_odd": "int",
-        "bases": "int",
-    }.items():
-        assert calls_of(experts_of(name), inputs) == {kind}, name
-    for name in ("tucker_mixed", "bases"):
-        assert calls_of(experts_of(name), routed(num_tokens=2)) == {"Groups"}, name
-    assert calls_of(experts_of("dense", dtype=torch.float64), routed(dtype=torch.float64)) == {"int"}
+    one, many = routed(num_tokens=1), routed()
+    with torch.no_grad():
+        for name in CASES:
+            mixed = name.startswith("bases")  # all bases at once would be as large as dense experts
+            assert calls_of(experts_of(name), many) == {"int" if mixed else "Groups"}, name
+            assert calls_of(experts_of(name), one) == {"Groups" if mixed or "tucker" in name else "int"}, name
     experts = experts_of("low_rank")
+    assert calls_of(experts, one) == {"Groups"}, "a gradient of one expert is as large as all"
     handle = experts.stacks["down"].register_forward_pre_hook(lambda *_: None)
-    assert calls_of(experts, inputs) == {"int"}, "whoever watches sees every expert with its tokens"
+    assert calls_of(experts, many) == {"int"}, "whoever watches sees every expert with its tokens"
     handle.remove()
+    assert calls_of(experts, many) == {"Groups"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_means_the_same(name):
+    experts, inputs = experts_of(name), routed()
     with torch.autocast("cpu", torch.bfloat16):
-        assert calls_of(experts, inputs) == {"int"}
+        slow, fast = both_ways(experts, *inputs)
+    assert slow.dtype == fast.dtype == torch.float32
+    torch.testing.assert_close(fast, slow, rtol=0, atol=0.02 * float(slow.detach().abs().max()))
+    assert not torch.allclose(slow, experts(*inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_experts_that_differ_or_are_quantised_go_one_by_one():

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensormix.kernels.grouped import multiplies
 from tensormix.operators.base import Operator, StructuredLinear
 from tensormix.operators.cost import Cost
 from tensormix.operators.groups import Groups
-from tensormix.operators.shared_calls import is_watched
+from tensormix.operators.shared_calls import has_hooks
 
 
 class StackedLinear(Operator):
@@ -60,8 +59,13 @@ class StackedLinear(Operator):
         raise NotImplementedError(f"{type(self).__name__} multiplies one expert at a time")
 
     def gains_from_groups(self, x: Tensor, num_rows: int) -> bool:
-        """Whether outside of a graph `multiply_groups` is the faster way, of so many rows in the dtype of `x`."""
-        return False
+        """Whether outside of a graph `multiply_groups` of so many rows is the better way, on the device of `x`.
+
+        Measured on a CPU: a call costs more than a few small products. The gradient of one expert at a time is as large
+        as the whole stack for each of them, and an offloaded stack (accelerate) is brought anew for each.
+        """
+        dear = torch.is_grad_enabled() or "_hf_hook" in vars(self)
+        return x.device.type != "cpu" or dear or num_rows >= self.num_experts
 
     @abstractmethod
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
@@ -114,9 +118,6 @@ class DenseStack(StackedLinear):
 
     def multiply_groups(self, x: Tensor, groups: Groups) -> Tensor:  # (S, I) -> (S, O)
         return groups.multiply(x, self.weight.transpose(1, 2))
-
-    def gains_from_groups(self, x: Tensor, num_rows: int) -> bool:
-        return multiplies(x, self.stack)
 
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
         return self.weight[expert]
@@ -275,11 +276,8 @@ class Experts(nn.Module):
     def _is_grouped(self, hidden: Tensor, num_rows: int) -> bool:
         """Whether both stacks have a grouped form, nobody watches single experts, and outside of a graph both gain."""
         stacks = self.stacks.values()
-        if any(is_watched(stack) or not stack.has_groups for stack in stacks):
+        if any(has_hooks(stack) or not stack.has_groups for stack in stacks):
             return False
         if torch.compiler.is_compiling() or hidden.is_meta:
             return True
-        # What autocast does to a product it does not do to a grouped one.
-        if torch.is_autocast_enabled(hidden.device.type):
-            return False
         return all(stack.gains_from_groups(hidden, num_rows) for stack in stacks)

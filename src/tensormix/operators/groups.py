@@ -20,8 +20,11 @@ class Groups(NamedTuple):
     ends: Tensor  # (E,), int32: where the rows of each expert end
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:  # (S, I), (E, I, O) -> (S, O)
-        """Every row times the matrix of its expert."""
-        return grouped(x.to(weight.dtype), weight, self.ends)
+        """Every row times the matrix of its expert; where autocast is on, in its dtype."""
+        kind, dtype = x.device.type, weight.dtype
+        if dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return grouped(x.to(dtype), weight.to(dtype), self.ends)
 
     @property
     def are_few(self) -> bool:

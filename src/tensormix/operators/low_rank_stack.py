@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensormix.kernels.grouped import multiplies
 from tensormix.operators.base import StructuredLinear
 from tensormix.operators.experts import ExpertStack, StackedLinear, biases_of
 from tensormix.operators.groups import Groups
@@ -64,9 +63,6 @@ class LowRankStack(StackedLinear):
 
     def multiply_groups(self, x: Tensor, groups: Groups) -> Tensor:  # (S, I) -> (S, O)
         return groups.multiply(groups.multiply(x, self.right.transpose(1, 2)), self.left)
-
-    def gains_from_groups(self, x: Tensor, num_rows: int) -> bool:
-        return multiplies(x, self.right) and multiplies(x, self.left)
 
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
         return torch.einsum("ro,ri->oi", self.left[expert], self.right[expert])

@@ -40,9 +40,12 @@ def stop_sharing(parent: nn.Module, names: Iterable[str] | None = None) -> None:
 
 def is_watched(layer: nn.Module) -> bool:
     """Whether somebody wants to see it called, or brings what it holds then (accelerate)."""
-    return "_hf_hook" in vars(layer) or bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
+    return "_hf_hook" in vars(layer) or has_hooks(layer)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody wants to see it called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 class Sharing:

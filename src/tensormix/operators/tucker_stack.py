@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensormix.kernels.grouped import multiplies
 from tensormix.operators.cost import Cost
 from tensormix.operators.experts import StackedLinear
 from tensormix.operators.groups import Groups
@@ -22,8 +21,8 @@ class TuckerStack(StackedLinear):
     """W_e = left (sum over a of mixing[e, a] core[a]) right, with left (O, R), core (A, R S) and right (S, I).
 
     With as many cores as experts every expert has its own, and nothing is mixed. Otherwise the core of an expert is
-    mixed once in each call, for all its tokens, or for each of few tokens; in a compiled or exported graph that of
-    every expert. Never is an expert made dense.
+    mixed once in each call, for all its tokens. Calls with the rows of all experts mix the core of every expert, or one
+    for each of few rows. Never is an expert made dense.
 
     Args:
         ranks: (A, R, S).
@@ -61,14 +60,8 @@ class TuckerStack(StackedLinear):
         return F.linear(z, self.left)
 
     def gains_from_groups(self, x: Tensor, num_rows: int) -> bool:
-        """Cores that are mixed gain for few rows only: more would have those of all experts mixed at once."""
-        A, R, S = self.ranks
-        few = num_rows <= self.num_experts
-        return (
-            few
-            if self.mixing is not None
-            else multiplies(x, self.core.view(A, R, S)) and S * x.element_size() % 16 == 0
-        )
+        """Always: the factors around the cores are multiplied once for all experts."""
+        return True
 
     def expert_dense(self, expert: int) -> Tensor:  # (O, I)
         A, R, S = self.ranks
