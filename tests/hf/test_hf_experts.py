@@ -17,7 +17,16 @@ from transformers import AutoModelForCausalLM
 import tensormix.hf
 from tensormix.models import skeleton
 from tensormix.operators import (
-    DenseStack, Experts, ExpertStack, LowRank, LowRankStack, MixT, StackedLinear, Sum, Zero, stack_of,
+    DenseStack,
+    Experts,
+    ExpertStack,
+    LowRank,
+    LowRankStack,
+    MixT,
+    StackedLinear,
+    Sum,
+    Zero,
+    stack_of,
 )  # fmt: skip
 from tensormix.profile import bytes_on_disk, macs_per_token, num_parameters
 from tensormix.sites import find_sites, install
