@@ -199,10 +199,9 @@ in this version.
 
 The experts of one block of OLMoE's widths (2048, 1024), low rank with a quarter of the numbers, routed at random; the
 others stack the factors of all experts and multiply sorted tokens with `grouped_mm`, or with `bmm` padded to the
-busiest expert. In CPU time of one thread, beside other work. Ratios over low rank one by one, which is how `Experts`
-runs them: grouped products gain for a few tokens for each expert and lose where there are many, `bmm`
-multiplies what nobody asked for. They need factors of one rank, stacked, and `grouped_mm` strides of 16 bytes. Not
-built.
+busiest expert. In CPU time of one thread, beside other work. Ratios over low rank one by one: grouped products gain for
+a few tokens for each expert and lose where there are many, `bmm` multiplies what nobody asked for. What `Experts` runs
+today is measured in [performance.md](performance.md).
 
 {experts}
 """

@@ -102,13 +102,37 @@ def rows_of(shape: str, kind: str, dtype: torch.dtype) -> Iterator[Row]:
         yield from in_cpu_time(case, calls, "one by one", rounds=3 if backward else 7)
 
 
+def ratios() -> list[list[str]]:
+    """Of the newest row of every case: shape, dtype, stack, and how many times as fast grouped is, by tokens and pass.
+
+    In brackets what `Experts` runs one at a time; behind a slash over low-rank experts as modules.
+    """
+    cases: dict[tuple[str, ...], dict[tuple[int, str], dict[str, Row]]] = {}
+    for row in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
+        of_stack = cases.setdefault((row["shape"], row["dtype"], row["kind"]), {})
+        of_stack.setdefault((row["tokens"], row["pass"]), {})[row["layer"]] = row
+    body = []
+    for names, calls in cases.items():
+        cells = []
+        for ways in calls.values():
+            grouped, *others = (
+                ways[name]["median_ms"] for name in ("grouped", "one by one", "modules") if name in ways
+            )
+            cell = " / ".join(f"{other / grouped:.2f}" for other in others)
+            cells.append(cell if ways["grouped"]["chosen"] == "grouped" else f"({cell})")
+        body.append([*names, *cells])
+    return body
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=STACKS, default=list(STACKS))
+    kinds = parser.parse_args().kinds
     torch.manual_seed(0)
     about = {"benchmark": "grouped_experts", "measured": datetime.now(UTC).isoformat(timespec="seconds")}
     with RESULTS.open("a", encoding="utf-8") as file:
         for shape in SHAPES:
-            for kind in STACKS:
+            for kind in kinds:
                 for dtype in (torch.float32, torch.bfloat16):
                     for row in rows_of(shape, kind, dtype):
                         file.write(json.dumps({**about, **row, "environment": environment()}) + "\n")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from grouped_experts import ratios
 from profile_page import NOTHING, choices, memory, profile, shape
 from speed import COMPILED_TOKENS, MODELS, SHAPES, TOKENS
 
@@ -148,6 +149,7 @@ def page(rows: list[Row]) -> str:
         memory=memory(rows, table),
         choices=choices(rows, table),
         models=models(rows),
+        experts=table(["block", "dtype", "stack", "1", "16", "256", "256, with gradients"], ratios()),
     )
 
 
@@ -221,7 +223,18 @@ Blocks of the shape of LLaMA-2-7B with random weights in float32, as many as mem
 head; decoding after 128 tokens, one at a time.
 
 {models}
-"""
+## Experts
+
+How many times as fast the experts of a block are in grouped products as in a loop over the experts, for 1, 16 and 256
+tokens routed at random (`python benchmarks/grouped_experts.py`, CPU time of one thread, beside other work). Low rank
+keeps a quarter of the numbers; behind the slash, over low-rank experts as modules of their own, as folders of earlier
+versions have them. `Experts` takes the loop where a number is in brackets: fewer rows (tokens times experts that each
+visits) than experts, where a call costs more than a few small products; and shared bases from as many rows on, though
+grouped is faster there, because all bases at once take the room of dense experts. A gradient of one expert out of a
+stack is as large as the stack, so training is always grouped but for those. Over modules of their own, training
+low-rank experts in float32 is no faster.
+
+{experts}"""
 
 
 def main() -> None:

@@ -39,10 +39,12 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("tensormix::grouped_weight", mutates_args=())
 def grouped_weight(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
     """x[rows of g].T @ dy[rows of g] for every group g: (S, I), (S, O), (G,) -> (G, I, O)."""
-    dw, start = x.new_zeros(len(ends), x.shape[1], dy.shape[1]), 0
+    dw, start = x.new_empty(len(ends), x.shape[1], dy.shape[1]), 0
     for group, end in enumerate(ends.tolist()):
         if end > start:
             torch.mm(x[start:end].t(), dy[start:end], out=dw[group])
+        else:
+            dw[group].zero_()
         start = end
     return dw
 
