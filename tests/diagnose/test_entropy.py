@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensormix.diagnose.entropy import (
-    dense_output_entropy,
-    dense_spread,
     entropy_rows,
     output_entropy,
     prediction_entropy,
     spread,
 )
+from tensormix.report.tradeoffs import TRENDS
 
 LOGITS = st.lists(st.floats(-50, 50), min_size=4, max_size=4)
 
@@ -54,8 +53,8 @@ def test_output_entropy_is_a_fraction_that_ignores_a_common_shift(questions: lis
 
 
 def test_published_trends() -> None:
-    assert dense_output_entropy(0.46) == pytest.approx(0.602)
-    assert dense_spread(0.46) == pytest.approx(1.3402)
+    trends = {key: trend(0.46) for key, _, trend, _ in TRENDS}
+    assert trends == pytest.approx({"output_entropy": 0.602, "spread": 1.3402})
     assert spread(0.99) == pytest.approx(2) and spread(1.0) == math.inf
 
 

@@ -59,6 +59,24 @@ def test_what_is_renamed_on_disk_comes_back(kind, name, tiny, tmp_path):
     torch.testing.assert_close(hidden(AutoModel.from_pretrained(tmp_path / "again").eval()), wanted)
 
 
+@pytest.mark.parametrize("roles", [["q"], ["q", "k", "v", "gate", "up"]], ids=["one", "all"])
+@torch.no_grad()
+def test_what_files_hold_in_one_tensor_lies_apart_where_a_part_is_replaced(roles, tiny, tmp_path):
+    """q, k and v, and gate and up, are one tensor in the files of this family."""
+    model = tiny("molmo2", "Molmo2ForConditionalGeneration")
+    plan = Plan.model_validate([{"blocks": "1", "sites": roles, "method": {"name": "svd", "keep": 0.6}}])
+    model.save_pretrained(tmp_path / "dense")
+    tensormix.compress_checkpoint(tmp_path / "dense", tmp_path / "streamed", plan)
+    tensormix.compress(model, plan)
+    model.save_pretrained(tmp_path / "saved")
+    for folder in ("saved", "streamed"):
+        again, report = type(model).from_pretrained(tmp_path / folder, output_loading_info=True)
+        torch.testing.assert_close(hidden(again.eval()), hidden(model), atol=1e-5, rtol=1e-5)
+        assert not any(report.values())
+    again.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(hidden(type(model).from_pretrained(tmp_path / "again").eval()), hidden(again))
+
+
 @torch.no_grad()
 def test_a_streamed_model_of_images_is_read_as_its_text_model(tiny, tmp_path):
     """Operators lie where the dense tensors beside them lie, so that the rules of the other class find both."""

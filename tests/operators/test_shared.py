@@ -20,6 +20,7 @@ from tensormix.operators import (
     Operator,
     Quantized,
     Siblings,
+    SparseTuckerHeads,
     StructuredLinear,
     Sum,
     TuckerHeads,
@@ -60,7 +61,27 @@ def tucker():
     return made
 
 
-OWNERS = {"tucker": tucker, "bases": bases, "siblings": siblings, "quantized": quantized}
+def sparse_tucker():
+    """The same with a quarter of the entries of each core, the others zero."""
+    dense = tucker()
+    sizes = [core.numel() // 4 for name, core in dense.named_parameters() if name.startswith("core")]
+    made = SparseTuckerHeads(**dense.sizes, num_values=sizes)
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            if name.startswith("core"):
+                made.fill_core(int(name[-1]), parameter)
+            else:
+                made.get_parameter(name).copy_(parameter)
+    return made
+
+
+OWNERS = {
+    "tucker": tucker,
+    "sparse_tucker": sparse_tucker,
+    "bases": bases,
+    "siblings": siblings,
+    "quantized": quantized,
+}
 
 
 @pytest.fixture(autouse=True)

@@ -118,7 +118,8 @@ def test_it_makes_the_steps_of_lora():
     patches = Patches(model, Lora(rank=2, alpha=6), seed=0)
     patch = patches.layers[0].patches[0].operator
     B, A = (nn.Parameter(value.detach().clone()) for value in (patch.left, patch.right / 3))
-    ours, schedule = patches.optimizer(0.02, 0.1, 0.0, 50)
+    ours = torch.optim.AdamW(patches.groups(0.02), weight_decay=0.0)
+    schedule = patches.schedule(ours, 0.1, 50, "cosine")
     lora = torch.optim.Adam([B, A], lr=1.0)
     for _ in range(50):
         lora.param_groups[0]["lr"] = schedule.get_last_lr()[0]
@@ -134,7 +135,9 @@ def test_it_makes_the_steps_of_lora():
 @pytest.mark.parametrize(("steps", "halves"), [(20, [10, 10]), (7, [4, 3])])
 def test_each_factor_gets_a_warm_up_and_a_cosine_to_zero(steps, halves):
     model = compressed(make("qwen2"), Plan.model_validate([{"sites": ["q"], "method": {"name": "svd", "keep": 0.6}}]))
-    optimizer, schedule = Patches(model, Lora(rank=2, alpha=4), seed=0).optimizer(0.1, 0.5, 0.0, steps)
+    patches = Patches(model, Lora(rank=2, alpha=4), seed=0)
+    optimizer = torch.optim.AdamW(patches.groups(0.1))
+    schedule = patches.schedule(optimizer, 0.5, steps, "cosine")
     rates = []
     for _ in range(steps):
         rates.append(schedule.get_last_lr())

@@ -92,6 +92,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 50}},
     "florence_vision": {"patch_size": [7, 3, 3, 3]},
     "molmo2_vision": {"image_size": [16, 16]},
+    "molmo2_adapter": {"vision_feature_layer": [2, 1]},
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "xlstm": {"chunk_size": 8, "qk_dim_factor": 1.0},
     "emu3_text_model": {"pad_token_id": 0},

@@ -68,6 +68,7 @@ def halves(dtype: torch.dtype) -> Callable[[Tiny], str]:
     def feature(tiny: Tiny) -> str:
         model = tiny.make(dtype)
         before = dense(lambda: finite(logits(model, tiny.tokens())))
+        dense(lambda: logits(model, tiny.tokens(), use_cache=False))  # as in calibration
         asked(tiny, model, plan(method=SameSeen()), batches(tiny))
         rough = error(before, logits(tiny.make(), tiny.tokens()))  # experts of a token change with the last bit
         off = error(logits(model, tiny.tokens()), before)
@@ -148,6 +149,7 @@ def slope(model: Any, tiny: Tiny, recompute: bool) -> Tensor:
 
 def trained(tiny: Tiny) -> str:
     """Two steps of training lower the loss or leave it finite, and only what can learn moves."""
+    dense(lambda: logits_with_gradient(tiny.make(), tiny).float().square().mean().backward())
     model = tiny.make()
     asked(tiny, model, plan(method=HALF))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

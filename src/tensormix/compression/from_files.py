@@ -68,6 +68,9 @@ class Source(Home):
     def enter(self, index: int) -> None:
         self._entered[index] = list(self.layers[index].modules())  # among them those that will be replaced
         self._fill(index, {})
+        for target, source in self.assembly.tied.items():
+            if self._block_of(target, len(self.layers)) == index != self._block_of(source, len(self.layers)):
+                set_weight(self.model, target, self.assembly.make(source)[source].to(self.device))
 
     def dense_bits(self, site: Site) -> int:
         index = site.block

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tensormix.compression.layers import LayersUnit
 from tensormix.compression.units import Fitted, Statistics, Unit, not_finite, with_more_bits
-from tensormix.methods.base import HiddenStates, Method
+from tensormix.methods.base import BlockMethod, HiddenStates, LinearMethod, Method, SpanMethod, StackMethod
 from tensormix.operators import Cost, StandIn, stack_of
 from tensormix.operators.base import computing_dtype
 from tensormix.plan import Plan
@@ -30,7 +30,9 @@ _ROWS = 256  # of a weight that are in fp64 at the same time
 class MatrixUnit(Unit):
     """A linear layer, or a stack of experts whose matrices are fitted one after another."""
 
-    def __init__(self, model: nn.Module, method: Any, sites: Iterable[Site]) -> None:
+    method: LinearMethod
+
+    def __init__(self, model: nn.Module, method: LinearMethod, sites: Iterable[Site]) -> None:
         super().__init__(model, method, sites)
         (self.site,) = self.sites
         self.has_spectrum = method.has_spectrum
@@ -41,7 +43,7 @@ class MatrixUnit(Unit):
             operator = self.method.empty(self.site.in_features, self.site.out_features)
         return operator.to(self.site.weight.dtype)  # floats; integers and their scales keep their size
 
-    def empty(self) -> dict[str, Any]:
+    def empty(self) -> dict[str, nn.Module]:
         one = self.of_one()
         return {self.name: _stacked(self.site, [one, *(self.of_one() for _ in range(1, self.site.num_experts))])}
 
@@ -94,7 +96,9 @@ class MatrixUnit(Unit):
     def spectra(self, stats: Statistics) -> Iterator[Tensor]:  # (K,) each
         """The singular values of each expert, by which its error at every rank is known."""
         for weight, found in self.per_expert(stats):
-            yield self.method.spectrum(weight, found)
+            values = self.method.spectrum(weight, found)
+            assert values is not None, "asked only where has_spectrum is true"
+            yield values
 
     def squared_error(self, stats: Statistics) -> float:
         """On the inputs where a Gram matrix was gathered, of the weight alone otherwise."""
@@ -114,7 +118,9 @@ class MatrixUnit(Unit):
 class StackUnit(Unit):
     """The matrices of all experts of a stack, which share something."""
 
-    def empty(self) -> dict[str, Any]:
+    method: StackMethod
+
+    def empty(self) -> dict[str, nn.Module]:
         (site,) = self.sites
         with self.named():
             operator = self.method.empty(site.num_experts, site.in_features, site.out_features)
@@ -141,7 +147,7 @@ class _Blocks(Unit):
         config: Any = self.model.config
         return config.get_text_config().hidden_size
 
-    def _by_name(self, made: Sequence[nn.Module]) -> dict[str, Any]:
+    def _by_name(self, made: Sequence[nn.Module]) -> dict[str, nn.Module]:
         for site, part in zip(self.sites, made, strict=True):
             prepare_stand_in(self.model, site.block or 0, part)
         return {site.name: part for site, part in zip(self.sites, made, strict=True)}
@@ -163,9 +169,10 @@ class _Blocks(Unit):
 class BlockUnit(_Blocks):
     """One block."""
 
+    method: BlockMethod
     error_left_out = 1.0
 
-    def empty(self) -> dict[str, Any]:
+    def empty(self) -> dict[str, nn.Module]:
         hidden_size = self._hidden_size if hasattr(self.model, "config") else 0
         operator = self.method.empty(self.sites[0].module, hidden_size, returns=self._returns)
         return self._by_name([operator])
@@ -178,7 +185,9 @@ class BlockUnit(_Blocks):
 class SpanUnit(_Blocks):
     """Several consecutive blocks, from what entered and left them in the dense model."""
 
-    def empty(self) -> dict[str, Any]:
+    method: SpanMethod
+
+    def empty(self) -> dict[str, nn.Module]:
         made = self.method.empty([site.module for site in self.sites], self._hidden_size, returns=self._returns)
         return self._by_name(made)
 

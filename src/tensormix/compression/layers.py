@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensormix.compression.between import check_symmetries
 from tensormix.compression.units import Fitted, Statistics, Unit, at_sites, not_finite
-from tensormix.methods.base import Heads, Layer, RoleError
+from tensormix.methods.base import Heads, JointMethod, Layer, RoleError
 from tensormix.operators import Concat, StructuredLinear
 from tensormix.sites import FUSED, Site, head_counts, takes_turns
 from tensormix.sites.trials import is_as_built
@@ -31,9 +30,10 @@ class LayersUnit(Unit):
             fit the shapes, or what lies between the layers does not let pass what the method changes in them.
     """
 
+    method: JointMethod
     moves_bias = False  # the biases that the method gives are the final ones
 
-    def __init__(self, model: nn.Module, method: Any, sites: Iterable[Site]) -> None:
+    def __init__(self, model: nn.Module, method: JointMethod, sites: Iterable[Site]) -> None:
         super().__init__(model, method, sites)
         counts = head_counts(model, self.first_block)
         self.heads = None if counts is None else _as_built(Heads(*counts), model, self.sites)
@@ -62,7 +62,7 @@ class LayersUnit(Unit):
             found.setdefault(self._watched(role).name, {}).update(dict.fromkeys(self.method.needs_at(_bare(role))))
         return {name: tuple(kinds) for name, kinds in found.items() if kinds}
 
-    def empty(self) -> dict[str, Any]:
+    def empty(self) -> dict[str, nn.Module]:
         shapes = {role: (count, site.in_features) for role, site, count in self.counts()}
         with self.named():
             operators = self._joined(self.method.empty(shapes, self.heads))

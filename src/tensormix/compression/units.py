@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tensormix.methods import Method
 from tensormix.operators import Cost, Owner, View
 from tensormix.rows import Row
 from tensormix.sites import Site, cost_of
 from tensormix.statistics import is_finite
 
-Statistics = dict[str, list[dict[type, Any]]]  # site name -> of each expert: statistic class -> what it saw
+# site name -> of each expert: statistic class -> what it saw. Any: no dictionary says that a value is of the class
+# that is its key.
+Statistics = dict[str, list[dict[type, Any]]]
 
 
 class Fitted(NamedTuple):
@@ -27,7 +30,7 @@ class Fitted(NamedTuple):
         facts: site name -> what the row about it says beside sizes and costs.
     """
 
-    operators: dict[str, Any]
+    operators: Mapping[str, nn.Module]
     facts: dict[str, Row]
 
 
@@ -41,7 +44,7 @@ class Unit(ABC):
     has_spectrum: bool = False  # `spectra` gives singular values
     error_left_out: ClassVar[float] = 0.0  # relative, where nothing is fitted and measured
 
-    def __init__(self, model: nn.Module, method: Any, sites: Iterable[Site]) -> None:
+    def __init__(self, model: nn.Module, method: Method, sites: Iterable[Site]) -> None:
         self.model, self.method, self.sites = model, method, tuple(sites)
         self.kinds: tuple[type, ...] = method.needs  # of statistics; a survey looks at others than the fit
 
@@ -67,7 +70,7 @@ class Unit(ABC):
         return {self.name: self.kinds} if self.kinds else {}
 
     @abstractmethod
-    def empty(self) -> dict[str, Any]:
+    def empty(self) -> Mapping[str, nn.Module]:
         """`Fitted.operators` on meta, in the dtypes of the weights, without a fit.
 
         Raises ValueError, naming the site, if the method cannot work there.
@@ -82,7 +85,7 @@ class Unit(ABC):
         """
 
     @contextmanager
-    def named(self) -> Iterator[None]:
+    def named(self) -> Generator[None]:
         """A ValueError raised inside names the site."""
         try:
             yield
@@ -93,7 +96,7 @@ class Unit(ABC):
         """Raise ValueError, naming the site, if the method cannot work there, whatever the numbers are."""
         self.empty()
 
-    def alternatives(self) -> list[tuple[Any, Unit]]:
+    def alternatives(self) -> list[tuple[object, Unit]]:
         """The same sites at every size that the method has, by size; of a method without sizes as "whole"."""
         return [("whole", self)]
 
@@ -117,7 +120,8 @@ class Unit(ABC):
 
     def new_statistics(self, dtype: torch.dtype) -> Statistics:
         """Empty ones of what is needed: one for a linear layer, one for each expert of a stack."""
-        sites, found = {site.name: site for site in self.sites}, {}
+        sites: dict[str, Site] = {site.name: site for site in self.sites}
+        found: Statistics = {}
         for name, kinds in self.needs().items():
             site = sites[name]
             found[name] = [
@@ -128,22 +132,23 @@ class Unit(ABC):
 
     def costs(self) -> dict[str, Cost]:
         """What each of the operators will cost, foreseen, and beside it what it adds to the bias of its site."""
-        sites, found = {site.name: site for site in self.sites}, {}
+        sites: dict[str, Site] = {site.name: site for site in self.sites}
+        found: dict[str, Cost] = {}
         for name, (operator, owners) in at_sites(self.empty()).items():
             site = sites.get(name)
             cost = cost_with(operator, owners, 1 if site is None else site.experts_per_token)
             if site is not None and site.kind != "block":
-                fitted = 0 if operator.bias is None else operator.bias.numel()
+                fitted = operator.bias.numel() if isinstance(operator.bias, Tensor) else 0
                 held = 0 if site.bias is None else site.bias.numel()
                 cost = with_more_bits(cost, 8 * site.weight.dtype.itemsize * max(0, fitted - held), site)
             found[name] = cost
         return found
 
 
-def at_sites(operators: Mapping[str, Any]) -> dict[str, tuple[Any, list[Owner]]]:
+def at_sites(operators: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, list[Owner]]]:
     """The operators that sites get, each with the owners that none of those before it multiplies through."""
     known: set[Owner] = set()
-    found: dict[str, tuple[Any, list[Owner]]] = {}
+    found: dict[str, tuple[nn.Module, list[Owner]]] = {}
     for name, operator in operators.items():
         if not isinstance(operator, Owner):
             views = [part for part in operator.modules() if isinstance(part, View)]
@@ -153,7 +158,7 @@ def at_sites(operators: Mapping[str, Any]) -> dict[str, tuple[Any, list[Owner]]]
     return found
 
 
-def cost_with(operator: Any, owners: Iterable[Owner], experts_per_token: int = 1) -> Cost:
+def cost_with(operator: nn.Module, owners: Iterable[Owner], experts_per_token: int = 1) -> Cost:
     """Of an operator and of what stands elsewhere for it and for others: that costs parameters and bits only here."""
     cost = cost_of(operator, experts_per_token)
     for owner in owners:

@@ -62,16 +62,6 @@ def entropy_rows(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def dense_output_entropy(accuracy: float) -> float:
-    """OE of dense models at an MMLU accuracy (a fraction): about 1.20 - 1.30 Acc (arXiv 2605.25344, Fig. 3c)."""
-    return 1.20 - 1.30 * accuracy
-
-
-def dense_spread(accuracy: float) -> float:
-    """-log10(1 - PE) of dense models at an MMLU accuracy (a fraction): -0.90 + 4.87 Acc (arXiv 2605.25344, Fig. 3d)."""
-    return -0.90 + 4.87 * accuracy
-
-
 def spread(prediction_entropy: float) -> float:
     """-log10(1 - PE), which separates values near PE = 1; infinite at PE = 1."""
     return -math.log10(1 - prediction_entropy) if prediction_entropy < 1 else math.inf

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensormix.hf.contents import check_connected, fitted_blocks, install_empty, names_in, operators_of, record_bypassed
 from tensormix.hf.packed import PackedQuantizer
-from tensormix.hf.renaming import own_names
+from tensormix.hf.renaming import keep_apart, own_names
 from tensormix.operators import Experts, Owner, StructuredLinear, outermost
 from tensormix.sites import fill_dense
 from tensormix.sites.fused_experts import close_experts
@@ -158,6 +158,7 @@ class StructuredQuantizer(PackedQuantizer):
         """
         with uncompiled(model) as is_wrapped:
             attach(model)
+            keep_apart(model)
             state, metadata = super().get_state_dict_and_metadata(model)
             return (model.state_dict() if is_wrapped else state), metadata
 

@@ -1,4 +1,4 @@
-"""transformers renames tensors when it loads them; those of operators keep their names."""
+"""transformers renames and merges tensors of files; those of operators are left alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, apply_renamings
 
 from tensormix.operators import outermost
 
@@ -48,3 +49,25 @@ def own_names(model: nn.Module, conversions: Iterable[Any]) -> list[OwnNames]:
                 if renamed != name:
                     names[renamed] = name
     return [OwnNames(names)] if names else []
+
+
+def keep_apart(model: Any) -> None:
+    """Have a model saved without the conversions that would merge tensors of operators, or dense ones with them.
+
+    What such a conversion leaves apart lies in the file under the model's own names, which are read without it.
+    """
+    found = getattr(model, "_weight_conversions", None)
+    if found is None:  # as transformers does when it saves a model that was not loaded
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        found = [entry for entry in found if not isinstance(entry, PrefixChange)]
+    names = {
+        f"{operator}.{leaf}" for operator, part in outermost(model) for leaf in ("weight", "bias", *part.state_dict())
+    }
+    kept = [entry for entry in found if not (isinstance(entry, WeightConverter) and _merges(entry, names))]
+    if len(kept) < len(found):
+        model._weight_conversions = kept
+
+
+def _merges(conversion: WeightConverter, names: Iterable[str]) -> bool:
+    backwards = conversion.reverse_transform()
+    return any(backwards.rename_source_key(name)[1] is not None for name in names)

@@ -19,6 +19,7 @@ from tensormix.methods.flat_llm import FlatLlm
 from tensormix.methods.gptq import Gptq
 from tensormix.methods.hassle_free import HassleFree
 from tensormix.methods.laser import Laser, laser_search
+from tensormix.methods.lestd import LeStd
 from tensormix.methods.mixt import Mixt
 from tensormix.methods.mixt_chain import MixtChain, MixtRotated
 from tensormix.methods.mixt_hybrid import MixtLowRank, MixtSparse, split_search
@@ -53,6 +54,7 @@ __all__ = [
     "HassleFree",
     "JointMethod",
     "Laser",
+    "LeStd",
     "LinearMethod",
     "MeanOutput",
     "Method",
@@ -113,6 +115,7 @@ METHODS: dict[str, type[Method]] = {
     "narrow": Narrow,
     "slice_gpt": SliceGpt,
     "tucker_heads": TuckerAttention,
+    "lestd": LeStd,
     "trawl": Trawl,
     "td_moe": TdMoe,
     "mobe": Mobe,

@@ -62,7 +62,7 @@ class SharedTucker(JointMethod):
                 return {role: Dense(I, O) for role, (O, I) in shapes.items()}
             even = torch.ones(D, C, device="cpu").cumsum(0).cumsum(1)
             ranks = self._ranks(parts, D, C, [even * q for q in _numbers(parts)])
-            return self._views(_operator(parts, D, C, ranks))
+            return self._views(self.operator(parts, D, C, ranks))
 
     def fit(
         self, layers: Mapping[str, Layer], stats: Mapping[str, Statistics], heads: Heads | None
@@ -74,16 +74,24 @@ class SharedTucker(JointMethod):
         cut = {name: _head_tensor(layers[name].weight, part, C) for name, part in parts.items()}
         whole = full_hosvd([torch.stack([cut[name] for name in names], dim=-1) for names in groups_of(parts)])
         ranks = self._ranks(parts, D, C, [held_by(whole, q) for q in _numbers(parts)])
-        owner = _operator(parts, D, C, ranks).to(next(iter(layers.values())).weight)
+        owner = self.operator(parts, D, C, ranks).to(next(iter(layers.values())).weight)
         fill(owner, hooi(whole, ranks, self.steps, self.tolerance))
         return {role: with_bias(view, layers[role].bias) for role, view in self._views(owner).items()}
+
+    def count(self, parts: dict[str, Part], D: int, C: int, ranks: tuple[int, int, int]) -> int:
+        """The numbers that are stored at these ranks."""
+        return num_params(parts, D, C, ranks)
+
+    def operator(self, parts: dict[str, Part], D: int, C: int, ranks: tuple[int, int, int]) -> TuckerHeads:
+        """An empty one."""
+        return TuckerHeads(hidden_size=D, head_dim=C, parts=named(parts), ranks=ranks)
 
     def _ranks(self, parts: dict[str, Part], D: int, C: int, held: list[Tensor]) -> tuple[int, int, int]:
         """`ranks`, or of all that fit into the budget the ones that hold most: `held` (D, C) for 1, 2, ... parts."""
         dense = sum(D * C * part.num_heads for part in parts.values())
         if self.ranks is not None:
             checked_ranks(self.ranks, D, C, len(held))
-            if num_params(parts, D, C, self.ranks) > dense:
+            if self.count(parts, D, C, self.ranks) > dense:
                 raise ValueError(self._expands(parts, D, C, dense))
             return self.ranks
         assert self.keep is not None
@@ -91,19 +99,19 @@ class SharedTucker(JointMethod):
         best, most = None, -1.0
         for q, table in enumerate(held, start=1):
             for s in range(1, C + 1):
-                r = _largest(parts, D, C, s, q, room)
+                r = self._largest(parts, D, C, s, q, room)
                 if r >= 1 and float(table[r - 1, s - 1]) > most:
                     best, most = (r, s, q), float(table[r - 1, s - 1])
         if best is None:
-            least = ceil(num_params(parts, D, C, (1, 1, 1)) / dense * 1e6) / 1e6
+            least = ceil(self.count(parts, D, C, (1, 1, 1)) / dense * 1e6) / 1e6
             raise ValueError(f"{self.name}: keep={self.keep} leaves no rank; the smallest usable keep is {least}")
         return best
 
     def _expands(self, parts: dict[str, Part], D: int, C: int, dense: int) -> str:
         assert self.ranks is not None
         _, S, Q = self.ranks
-        largest = _largest(parts, D, C, S, Q, dense)
-        count = num_params(parts, D, C, self.ranks)
+        largest = self._largest(parts, D, C, S, Q, dense)
+        count = self.count(parts, D, C, self.ranks)
         nearest = f"the largest rank of the hidden size at the same others is {largest}"
         nearest = nearest if largest else "take smaller ones for the channels and parts too"
         return (
@@ -111,24 +119,22 @@ class SharedTucker(JointMethod):
             f"{nearest}"
         )
 
+    def _largest(self, parts: dict[str, Part], D: int, C: int, s: int, q: int, room: int) -> int:
+        """The largest rank of the hidden size within `room` numbers: they grow with it by equal steps."""
+        at_zero, at_one = (self.count(parts, D, C, (r, s, q)) for r in (0, 1))
+        return max(0, min(D, (room - at_zero) // (at_one - at_zero)))
+
     def _views(self, owner: TuckerHeads) -> dict[str, Any]:
         return dict(owner.views(self.name))
 
 
-def _operator(parts: dict[str, Part], D: int, C: int, ranks: tuple[int, int, int]) -> TuckerHeads:
-    named = [(name, *part) for name, part in parts.items()]
-    return TuckerHeads(hidden_size=D, head_dim=C, parts=named, ranks=ranks)
+def named(parts: Mapping[str, Part]) -> list[tuple[str, int, bool]]:
+    return [(name, part.num_heads, part.reads) for name, part in parts.items()]
 
 
 def _numbers(parts: dict[str, Part]) -> range:
     """All ranks of the parts."""
     return range(1, max(map(len, groups_of(parts))) + 1)
-
-
-def _largest(parts: dict[str, Part], D: int, C: int, s: int, q: int, room: int) -> int:
-    """The largest rank of the hidden size within `room` numbers: they grow with it by equal steps."""
-    at_zero, at_one = (num_params(parts, D, C, (r, s, q)) for r in (0, 1))
-    return max(0, min(D, (room - at_zero) // (at_one - at_zero)))
 
 
 def _head_tensor(weight: Tensor, part: Part, C: int) -> Tensor:  # (O, I) -> (D, H, C)
@@ -142,4 +148,4 @@ def fill(owner: TuckerHeads, tucker: Tucker) -> None:
     owner.channels.copy_(tucker.channels)
     for number, (part, core) in enumerate(zip(tucker.parts, tucker.cores, strict=True)):
         owner.get_parameter(f"part_{number}").copy_(part)
-        owner.get_parameter(f"core_{number}").copy_(core.permute(3, 1, 2, 0).flatten(1))  # (Q, H, S, R)
+        owner.fill_core(number, core.permute(3, 1, 2, 0).flatten(1))  # (Q, H, S, R)

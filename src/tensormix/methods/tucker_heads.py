@@ -31,11 +31,11 @@ class TuckerAttention(SharedTucker):
     orientation: Literal["heads", "published"] = "heads"
 
     def layout(self, shapes: Shapes, heads: Heads | None) -> tuple[dict[str, Part], int, int]:
-        check_together(self.name, shapes, _ROLES)
-        assert heads is not None
-        (H, G, C), D = heads, shapes["q"][1]
+        parts, D, C = parts_of_heads(self.name, shapes, heads)
         if self.orientation == "heads":
-            return {role: Part(G if role in "kv" else H, role != "o") for role in _ROLES}, D, C
+            return parts, D, C
+        assert heads is not None
+        H, G, _ = heads
         if G != H or shapes["q"][0] != D:
             raise ValueError(
                 f"{self.name}: the published orientation needs as many heads of keys as of queries, as wide as the "
@@ -43,3 +43,14 @@ class TuckerAttention(SharedTucker):
                 "take orientation: heads"
             )
         return {role: Part(H, False) for role in _ROLES}, D, C
+
+
+def parts_of_heads(method: str, shapes: Shapes, heads: Heads | None) -> tuple[dict[str, Part], int, int]:
+    """q, k, v and o of an attention by role, with the hidden size and the channels of a head.
+
+    Raises ValueError unless all four are there.
+    """
+    check_together(method, shapes, _ROLES)
+    assert heads is not None
+    H, G, C = heads
+    return {role: Part(G if role in "kv" else H, role != "o") for role in _ROLES}, shapes["q"][1], C

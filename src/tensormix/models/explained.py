@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def explained(location: Path | str) -> Iterator[None]:
+def explained(location: Path | str) -> Generator[None]:
     """What transformers raises, as a ValueError that says what was tried: a folder, or as a string a Hub id."""
     try:
         yield

@@ -3,11 +3,15 @@
 transformers' progress bars and warnings are silenced: what would make a model wrong is an error here.
 """
 
+# transformers and huggingface_hub say few of their types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -23,7 +27,7 @@ from tensormix.storage.packed import pack_of
 from tensormix.storage.safetensors import Safetensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -50,18 +54,17 @@ def load_model(source: ModelSource | str | Path, dtype: str | None = None) -> Pr
         Assembly(skeleton(source, dtype), source.weights)  # transformers would take codes for weights
     hf = _register()
     config = source.hf_config()
-    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         with quiet(), explained(source.location):
             hf.read_packed(config)
-            loaded: Any = hf.class_of(config).from_pretrained(
+            model, report = hf.class_of(config).from_pretrained(
                 source.location, config=config, dtype=dtype or "auto", **options
             )
     except ValueError:
         if not _is_packed(source):
             Assembly(skeleton(source, dtype), source.weights)  # it may name the tensor, which transformers does not
         raise
-    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
@@ -73,7 +76,7 @@ def load_model(source: ModelSource | str | Path, dtype: str | None = None) -> Pr
 
 def _assembled(source: ModelSource, dtype: str | None) -> PreTrainedModel:
     """The same model from files that transformers does not read by itself: one parameter at a time."""
-    model: Any = skeleton(source, dtype)
+    model = skeleton(source, dtype)
     assembly, trained = Assembly(model, source.weights), {n for n, p in model.named_parameters() if p.requires_grad}
     for making in assembly.makings:
         for name, value in assembly.make(making.targets[0]).items():
@@ -112,16 +115,16 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
     source = ModelSource.of(source)
 
     hf = _register()
-    config: Any = source.hf_config()
+    config = source.hf_config()
     with quiet(), explained(source.location):
         hf.read_packed(config)
         wanted = _dtype_of(config, source) if dtype in (None, "auto") else getattr(torch, str(dtype))
         with torch.device("meta"):
             model = hf.model_from(config, dtype=wanted)
         _keep_wide(model, wanted)
-        compressed: Any = getattr(config, "quantization_config", None)
+        compressed = getattr(config, "quantization_config", None)
         if compressed is not None:
-            compressed = compressed if isinstance(compressed, dict) else compressed.to_dict()
+            compressed = compressed.to_dict() if hasattr(compressed, "to_dict") else compressed
             hf.install_all(model, hf.StructuredConfig(**compressed))
             hf.attach(model)
     return model.eval()
@@ -129,18 +132,18 @@ def skeleton(source: ModelSource | str | Path, dtype: str | None = None) -> PreT
 
 def _is_foreign(source: ModelSource) -> bool:
     """Whether its weights are stored in a layout of another program that becomes plain once and for all."""
-    found = source.config.get("quantization_config") or {}
+    found: dict[str, object] = source.config.get("quantization_config") or {}
     pack = None if found.get("quant_method") == "tensormix" else pack_of(found)
     return pack is not None and not pack.is_kept
 
 
 def _is_packed(source: ModelSource) -> bool:
     """Whether the config says how codes are packed: then the loader holds every one of them to that."""
-    found = source.config.get("quantization_config") or {}
+    found: dict[str, object] = source.config.get("quantization_config") or {}
     return bool(found) and (found.get("quant_method") != "tensormix" or bool(found.get("packed")))
 
 
-def notes_on(source: ModelSource, model: Any) -> list[str]:
+def notes_on(source: ModelSource, model: PreTrainedModel) -> list[str]:
     """What has to be known of a source before anything is made of it, from its headers; `model` is its skeleton.
 
     Raises ValueError as `Assembly` does, if its weights are not those of the model.
@@ -161,19 +164,22 @@ def notes_on(source: ModelSource, model: Any) -> list[str]:
     ]
 
 
-def _dtype_of(config: Any, source: ModelSource) -> torch.dtype:
+def _dtype_of(config: PreTrainedConfig, source: ModelSource) -> torch.dtype:
     """The dtype that `from_pretrained` takes by itself: that of the config, else of the first weight.
 
     Where nothing says it, as in a folder with a config alone, it is float32.
     """
-    if config.dtype is not None or isinstance(source.location, str) or not source.has_weights:
-        return config.dtype or torch.float32
+    said = config.dtype if isinstance(config.dtype, torch.dtype) else None
+    if said is not None or isinstance(source.location, str) or not source.has_weights:
+        return said or torch.float32
     return main_dtype(source.entries.values()) or torch.float32
 
 
-def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+def _keep_wide(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Some architectures keep a few parameters in float32; `from_pretrained` knows, a skeleton has to be told."""
-    patterns = [pattern.replace(".", r"\.").replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    found = model._get_dtype_plan(dtype)  # pyright: ignore[reportPrivateUsage]
+    wide_names = cast("dict[str, torch.dtype]", found)
+    patterns = [pattern.replace(".", r"\.").replace("*", ".*") for pattern in wide_names]
     for name, tensor in list(model.state_dict(keep_vars=True).items()) if patterns else []:
         if tensor.is_floating_point() and re.search("|".join(patterns), name):
             path, _, leaf = name.rpartition(".")
@@ -182,7 +188,7 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
             setattr(model.get_submodule(path), leaf, torch.nn.Parameter(wide) if is_parameter else wide)
 
 
-def _register() -> Any:
+def _register() -> ModuleType:
     # Here and not on top: the plugin imports transformers, which takes seconds.
     import tensormix.hf
 

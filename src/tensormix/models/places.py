@@ -1,10 +1,14 @@
 """Where the files of a model are: a folder, a cache of the Hub, one file, a Hub id; and what is no model at all."""
 
+# transformers and huggingface_hub say few of their types.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from tensormix.models.explained import explained
 from tensormix.sites.quiet import quiet
@@ -77,8 +81,8 @@ def refuse_adapter(folder: Path, file: Path | None = None) -> None:
     found = [name for name in _ADAPTERS if (folder / name).exists()]
     if not found or (file is not None and file.suffix == ".gguf"):
         return
-    config = read_json(folder / _ADAPTERS[0]) if _ADAPTERS[0] in found else {}
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    config = read_json(folder / _ADAPTERS[0]) if _ADAPTERS[0] in found else None
+    base = cast("dict[str, object]", config).get("base_model_name_or_path") if isinstance(config, dict) else None
     of = f" of {base}" if base else ""
     how = "merge it first: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new_folder)"
     if (folder / "config.json").exists():
@@ -101,15 +105,15 @@ def fetched(location: str) -> Path:
 
     It is fetched first where it is missing. Raises ValueError if it is out of reach, or several files could be meant.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    import huggingface_hub as hub
 
     match = _HUB_FILE.fullmatch(location)
     with quiet(), explained(location):
         if match is not None:
-            return Path(hf_hub_download(match[1], match[2]))
+            return Path(hub.hf_hub_download(match[1], match[2]))
         plain = [one for name, one in FORMATS.items() if name != "gguf"]
         wanted = [pattern for one in plain for pattern in (*one.file_patterns, *one.index_patterns)]
-        folder = Path(snapshot_download(location, allow_patterns=[*_BESIDE, *wanted]))
+        folder = Path(hub.snapshot_download(location, allow_patterns=[*_BESIDE, *wanted]))
     if any(file.suffix != ".gguf" for file in weight_files(folder)):
         return folder
     # A repository of GGUF holds its model many times, one file for each way of rounding: not all are fetched.
@@ -119,7 +123,7 @@ def fetched(location: str) -> Path:
             f"{location} holds several models as GGUF ({', '.join(files[:8])}); name the file: {location}/NAME"
         )
     with quiet(), explained(location):
-        return Path(hf_hub_download(location, files[0])) if files else folder
+        return Path(hub.hf_hub_download(location, files[0])) if files else folder
 
 
 def _gguf_files(location: str, folder: Path) -> list[str]:

@@ -1,5 +1,8 @@
 """Where a model comes from: opened once, and passed on to everything that reads it."""
 
+# transformers and huggingface_hub say few of their types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import hashlib
@@ -7,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tensormix.models.explained import explained
 from tensormix.models.places import fetched, located, refuse_adapted
@@ -78,7 +81,7 @@ class ModelSource:
         return Path(self.local.location)
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:  # whatever its architecture takes
         """What config.json says, or the file itself if it is alone."""
         if not self.local.is_alone:
             return read_json(self.folder / "config.json")
@@ -252,10 +255,11 @@ def fingerprint(source: ModelSource | str | Path) -> str:
 
 
 def _check_config(path: Path) -> None:
-    config = read_json(path)
-    if not isinstance(config, dict) or "model_type" not in config:
+    found = read_json(path)
+    config = cast("dict[str, object]", found) if isinstance(found, dict) else {}
+    if "model_type" not in config:
         raise ValueError(f"{path} does not describe a transformers model: it has no model_type")
-    if "auto_map" in config and not _known_type(config["model_type"]):
+    if "auto_map" in config and not _known_type(str(config["model_type"])):
         raise ValueError(
             f"{path} asks for code of its own (model_type {config['model_type']!r}); "
             "tensormix never runs code from a checkpoint"

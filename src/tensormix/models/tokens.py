@@ -1,5 +1,8 @@
 """The tokenizer that a GGUF file holds."""
 
+# transformers and huggingface_hub say few of their types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import json

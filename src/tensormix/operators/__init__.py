@@ -30,6 +30,7 @@ from tensormix.operators.shared import Owner, View, connect
 from tensormix.operators.siblings import Siblings, why_apart
 from tensormix.operators.sliced import SlicedBlock, SlicedNorm
 from tensormix.operators.sparse import Sparse
+from tensormix.operators.sparse_tucker_heads import SparseTuckerHeads
 from tensormix.operators.sum import Sum
 from tensormix.operators.tensor_train import TensorTrain
 from tensormix.operators.tucker_heads import TuckerHeads
@@ -66,6 +67,7 @@ __all__ = [
     "SlicedBlock",
     "SlicedNorm",
     "Sparse",
+    "SparseTuckerHeads",
     "StackedLinear",
     "StandIn",
     "StructuredLinear",
@@ -106,6 +108,7 @@ OPERATORS: dict[str, type[Operator]] = {
     "Sparse": Sparse,
     "TensorTrain": TensorTrain,
     "TuckerHeads": TuckerHeads,
+    "SparseTuckerHeads": SparseTuckerHeads,
     "TuckerStack": TuckerStack,
     "BasisExperts": BasisExperts,
     "View": View,

@@ -51,7 +51,17 @@ class TuckerHeads(Owner):
         for number, names in enumerate(self.groups):
             heads, q = self.parts[names[0]].num_heads, min(Q, len(names))
             self.register_parameter(f"part_{number}", nn.Parameter(torch.empty(len(names), q)))
-            self.register_parameter(f"core_{number}", nn.Parameter(torch.empty(q, heads * S * R)))
+            self._add_core(number, q, heads * S * R)
+
+    def _add_core(self, number: int, rows: int, columns: int) -> None:
+        self.register_parameter(f"core_{number}", nn.Parameter(torch.empty(rows, columns)))
+
+    def whole_core(self, number: int) -> Tensor:  # (Q, H S R)
+        """Of one group."""
+        return self.get_parameter(f"core_{number}")
+
+    def fill_core(self, number: int, core: Tensor) -> None:  # (Q, H S R)
+        self.get_parameter(f"core_{number}").copy_(core)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -67,11 +77,15 @@ class TuckerHeads(Owner):
         ends = {"hidden_size": self.hidden_size, "head_dim": self.head_dim}
         return {**ends, "parts": parts, "ranks": list(self.ranks)}
 
-    def _core(self, part: str) -> Tensor:  # (H S, R)
-        """The core of one part. It is mixed once in each call, for all its tokens."""
+    def _mixed(self, part: str) -> tuple[Tensor, Tensor]:
+        """The weights of one part, and the cores that it mixes."""
         number = next(n for n, names in enumerate(self.groups) if part in names)
         weights = self.get_parameter(f"part_{number}")[self.groups[number].index(part)]
-        core = self.get_parameter(f"core_{number}")
+        return weights, self.whole_core(number)
+
+    def _core(self, part: str) -> Tensor:  # (H S, R)
+        """The core of one part. It is mixed once in each call, for all its tokens."""
+        weights, core = self._mixed(part)
         return (weights[:, None] * core).sum(0).view(-1, self.ranks[0])
 
     def multiply(self, x: Tensor, part: str) -> Tensor:  # (..., I) -> (..., O)
@@ -84,10 +98,10 @@ class TuckerHeads(Owner):
 
     def to_dense(self, part: str) -> Tensor:  # (O, I)
         (H, reads), (R, S, _) = self.parts[part], self.ranks
-        number = next(n for n, names in enumerate(self.groups) if part in names)
-        weights = self.get_parameter(f"part_{number}")[self.groups[number].index(part)]
-        core = self.get_parameter(f"core_{number}").view(-1, H, S, R)
-        dense = torch.einsum("q,qhsr,rd,cs->hcd", weights, core, self.hidden, self.channels).flatten(0, 1)
+        weights, core = self._mixed(part)
+        dense = torch.einsum("q,qhsr,rd,cs->hcd", weights, core.view(-1, H, S, R), self.hidden, self.channels).flatten(
+            0, 1
+        )
         return dense if reads else dense.T
 
     def macs_of(self, part: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -11,15 +11,16 @@ from tensormix.plan import AnyMethod, Plan, Rule
 from tensormix.settings import Settings
 
 Direction = Literal["last", "first", "middle_out", "middle_to_late", "single"]
+Place = Direction | Literal["blocks"]  # blocks: listed one by one
 
 
 class Cell(Settings):
     """One run of a sweep: a method on some blocks."""
 
-    direction: Direction | Literal["blocks"]  # blocks: listed one by one
+    direction: Place
     blocks: tuple[int, ...] = Field(min_length=1)  # in the order of the direction
     method: AnyMethod
-    settings: dict[str, Any] = Field(default={})  # what tells the method from others of the sweep
+    settings: dict[str, object] = Field(default={})  # what tells the method from others of the sweep
     plan: str | None = None  # the name of rules that go together, of which `method` is the first one's
     rules: tuple[Rule, ...] = ()  # of that plan; their blocks are those of the cell
 
@@ -77,10 +78,11 @@ def schedule(direction: Direction, num_blocks: int) -> tuple[int, ...]:
             return tuple(blocks[middle:])
         case "middle_out":  # of two that are equally far from the middle the later one first
             return tuple(sorted(blocks, key=lambda block: (abs(2 * block - num_blocks + 1), -block)))
-    return tuple(blocks)
+        case "first" | "single":
+            return tuple(blocks)
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """A value as a part of a folder's name."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("_")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,7 +26,7 @@ class Contender(Settings):
 
     @field_validator("method", mode="before")
     @classmethod
-    def _size_left_open(cls, value: Any) -> Any:
+    def _size_left_open(cls, value: object) -> object:
         return with_sizes(value)
 
 
@@ -70,7 +70,7 @@ class Comparison(Settings):
 
     @field_validator("budgets", "seeds")
     @classmethod
-    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if len(set(values)) < len(values):
             raise ValueError(f"each must stand there once, got {list(values)}")
         return values

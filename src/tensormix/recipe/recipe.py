@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,8 @@ from tensormix.settings import (
     Search,
     Settings,
     Source,
+    is_list,
+    is_mapping,
 )
 
 
@@ -49,12 +51,12 @@ class Recipe(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _sizes_left_open(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("plan"), list | tuple):
+    def _sizes_left_open(cls, data: object) -> object:
+        if not is_mapping(data) or (data.get("budget") is None and data.get("search") is None):
             return data
-        if data.get("budget") is None and data.get("search") is None:
+        if not is_list(rules := data.get("plan")):
             return data
-        rules = [{**r, "method": with_sizes(r.get("method"))} if isinstance(r, dict) else r for r in data["plan"]]
+        rules = [{**r, "method": with_sizes(r.get("method"))} if is_mapping(r) else r for r in rules]
         return {**data, "plan": rules}
 
     @model_validator(mode="after")
@@ -203,27 +205,22 @@ def load_with_recipe(cls: type[Model], path: Path, where: str, model: str | None
     return validated(cls, data, where)
 
 
-def _placed_recipe(data: dict[str, Any], folder: Path, model: str | None) -> dict[str, Any]:
+def _placed_recipe(data: dict[str, object], folder: Path, model: str | None) -> dict[str, object]:
     """The same data with relative paths taken from `folder`; a model that is no folder there is a Hub id."""
-    placed = placed_files(data, folder)
+    placed: dict[str, object] = placed_files(data, folder)
     for key in ("model", "start"):
-        if isinstance(placed.get(key), str) and is_path(placed[key], folder):
-            placed[key] = placed_path(placed[key], folder)
+        if isinstance(name := placed.get(key), str) and is_path(name, folder):
+            placed[key] = placed_path(name, folder)
     if model is not None:
         placed["model"] = model
     recover = placed.get("recover")
-    if isinstance(recover, dict):
-        if isinstance(recover.get("text"), str):
-            recover["text"] = MixtureFile.load(placed_path(recover["text"], folder)).model_dump(exclude_defaults=True)[
-                "sources"
-            ]
+    if is_mapping(recover):
+        if isinstance(text := recover.get("text"), str):
+            recover["text"] = MixtureFile.load(placed_path(text, folder)).model_dump(exclude_defaults=True)["sources"]
         distill = recover.get("distill")
-        if (
-            isinstance(distill, dict)
-            and isinstance(distill.get("teacher"), str)
-            and is_path(distill["teacher"], folder)
-        ):
-            distill["teacher"] = placed_path(distill["teacher"], folder)
-        if isinstance(distill, dict) and isinstance(distill.get("cache"), str):
-            distill["cache"] = placed_path(distill["cache"], folder)
+        if is_mapping(distill):
+            if isinstance(teacher := distill.get("teacher"), str) and is_path(teacher, folder):
+                distill["teacher"] = placed_path(teacher, folder)
+            if isinstance(cache := distill.get("cache"), str):
+                distill["cache"] = placed_path(cache, folder)
     return placed

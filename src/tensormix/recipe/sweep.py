@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from tensormix.methods import Method
-from tensormix.plan import AnyMethod, Plan
+from tensormix.plan import AnyMethod, Plan, Rule
 from tensormix.reading import validated
-from tensormix.recipe.cell import Cell, Direction, schedule
+from tensormix.recipe.cell import Cell, Direction, Place, schedule
 from tensormix.recipe.recipe import Recipe, load_with_recipe
-from tensormix.settings import Settings
+from tensormix.settings import Settings, is_list, is_mapping
 
 Baseline = Literal["zero", "drop_blocks"]
 
@@ -26,7 +27,7 @@ class Depths(Settings):
 
     @field_validator("depths", mode="before")
     @classmethod
-    def _positive(cls, value: Any) -> Any:
+    def _positive(cls, value: object) -> object:
         return checked_depths(value)
 
 
@@ -39,7 +40,7 @@ class Baselines(Settings):
 
     @field_validator("depths", mode="before")
     @classmethod
-    def _positive(cls, value: Any) -> Any:
+    def _positive(cls, value: object) -> object:
         return None if value is None else checked_depths(value)
 
 
@@ -55,7 +56,7 @@ class Sweep(Settings):
     recipe: Recipe | None = None  # the same, written here; `load` fills it in from `base`
     # setting of the method -> values; the key `method` has whole methods in the place of the template's, and "of.keep"
     # is the setting `keep` of the method within a method
-    vary: dict[str, tuple[Any, ...]] = Field(default={})
+    vary: dict[str, tuple[object, ...]] = Field(default={})
     plans: dict[str, Plan] = Field(default={})  # name -> rules without blocks
     depths: Literal["all"] | tuple[int, ...] = "all"  # numbers of compressed blocks, for all directions
     # each with depths of its own; without any it is last, or only the listed blocks
@@ -68,13 +69,13 @@ class Sweep(Settings):
 
     @field_validator("depths", mode="before")
     @classmethod
-    def _positive(cls, value: Any) -> Any:
+    def _positive(cls, value: object) -> object:
         return checked_depths(value)
 
     @field_validator("directions", mode="before")
     @classmethod
-    def _as_mapping(cls, value: Any) -> Any:
-        return dict.fromkeys(value) if isinstance(value, list | tuple) else value
+    def _as_mapping(cls, value: object) -> object:
+        return dict.fromkeys(value) if is_list(value) else value
 
     @field_validator("blocks")
     @classmethod
@@ -173,21 +174,21 @@ class Sweep(Settings):
         """
         return load_with_recipe(cls, Path(path), "sweep", model)
 
-    def variants(self) -> list[tuple[Method, dict[str, Any]]]:
+    def variants(self) -> list[tuple[Method, dict[str, object]]]:
         """Every method of the sweep but the baselines, with the settings that tell it from the others.
 
         Raises ValueError for a setting or a value that a method does not have, and for two that are the same.
         """
         assert self.recipe is not None  # `load` and the validators see to it
         rules = self.recipe.plan.root
-        template = {**rules[0].method.model_dump()} if rules else {"name": "mixt"}
+        template: dict[str, object] = rules[0].method.model_dump() if rules else {"name": "mixt"}
         settings = {name: values for name, values in self.vary.items() if name != "method"}
         if self.plans and not rules and not self.vary:
             return []
         wholes = self.vary.get("method", () if rules or self.vary else ({"name": "mixt", "num_branches": 4},))
-        found: dict[str, tuple[Method, dict[str, Any]]] = {}
+        found: dict[str, tuple[Method, dict[str, object]]] = {}
         for whole in wholes or (None,):
-            start = template if whole is None else {"name": whole} if isinstance(whole, str) else dict(whole)
+            start = template if whole is None else whole if is_mapping(whole) else {"name": whole}
             own = {} if whole is None else {key: value for key, value in start.items() if key != "name"}
             for values in product(*settings.values()):
                 changes = {**own, **dict(zip(settings, values, strict=True))}
@@ -205,32 +206,33 @@ class Sweep(Settings):
         """
         cells: dict[str, Cell] = {}  # in order, without repeats
 
-        def add(places: Iterator[tuple[Any, tuple[int, ...]]], contenders: list[dict[str, Any]]) -> None:
+        def add(places: Iterator[tuple[Place, tuple[int, ...]]], contenders: list[_Template]) -> None:
             for direction, chosen in places:
                 for contender in contenders:
-                    cell = Cell(direction=direction, blocks=chosen, **contender)
+                    cell = Cell(direction=direction, blocks=chosen, **contender._asdict())
                     cells.setdefault(cell.name, cell)
 
         directions = tuple(self.directions) or (() if self.blocks else ("last",))
-        contenders: list[dict[str, Any]] = [{"method": method, "settings": own} for method, own in self.variants()]
-        contenders += [{"method": p.root[0].method, "plan": n, "rules": p.root} for n, p in self.plans.items()]
+        contenders = [_Template(method, settings=own) for method, own in self.variants()]
+        contenders += [_Template(p.root[0].method, plan=n, rules=p.root) for n, p in self.plans.items()]
         add(self._places(directions, None, num_blocks), contenders)
         if self.baselines is not None:
             nulls = [
-                {"method": validated(_Varied, {"method": {"name": n}}, "sweep").method} for n in self.baselines.methods
+                _Template(validated(_Varied, {"method": {"name": n}}, "sweep").method) for n in self.baselines.methods
             ]
             chosen = self.baselines.directions or (("last",) if "last" in directions or not self.blocks else ())
             add(self._places(chosen, self.baselines.depths, num_blocks), nulls)
         return tuple(cells.values())
 
     def _places(
-        self, directions: tuple[Direction, ...], depths: Any, num_blocks: int
-    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        self, directions: tuple[Direction, ...], depths: Literal["all"] | tuple[int, ...] | None, num_blocks: int
+    ) -> Iterator[tuple[Place, tuple[int, ...]]]:
         """The blocks of every cell of some directions, then those that are listed."""
         for direction in directions:
             order, own = schedule(direction, num_blocks), self.directions.get(direction)
             if direction == "single":
-                yield from ((direction, (block,)) for block in order)
+                for block in order:
+                    yield direction, (block,)
                 continue
             for depth in _resolved(depths or (own.depths if own else self.depths), direction, len(order), num_blocks):
                 yield direction, order[:depth]
@@ -240,23 +242,32 @@ class Sweep(Settings):
             yield "blocks", blocks
 
 
+class _Template(NamedTuple):
+    """A cell without its blocks."""
+
+    method: Method
+    settings: Mapping[str, object] = MappingProxyType({})
+    plan: str | None = None
+    rules: tuple[Rule, ...] = ()
+
+
 class _Varied(Settings):
     """For the validation of a method alone."""
 
     method: AnyMethod
 
 
-def checked_depths(value: Any) -> Any:
+def checked_depths(value: object) -> object:
     """`value` if it is "all" or a list of positive integers, without repeats. Raises ValueError otherwise."""
     if value == "all":
         return value
-    depths = value if isinstance(value, list | tuple) else [value]
+    depths = value if is_list(value) else [value]
     if not depths or any(not isinstance(depth, int) or isinstance(depth, bool) or depth < 1 for depth in depths):
         raise ValueError(f"depths must be 'all' or a list of numbers of blocks from 1, got {value!r}")
     return tuple(dict.fromkeys(depths))
 
 
-def _resolved(depths: Literal["all"] | tuple[int, ...], direction: str, largest: int, num_blocks: int) -> Any:
+def _resolved(depths: Literal["all"] | tuple[int, ...], direction: str, largest: int, num_blocks: int) -> Iterable[int]:
     if depths == "all":
         return range(1, largest + 1)
     if max(depths) > largest:
@@ -265,10 +276,11 @@ def _resolved(depths: Literal["all"] | tuple[int, ...], direction: str, largest:
     return depths
 
 
-def _changed(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _changed(data: dict[str, object], changes: dict[str, object]) -> dict[str, object]:
     """The same settings with some changed; "of.keep" is `keep` of the mapping `of`."""
     data = dict(data)
     for name, value in changes.items():
         first, _, rest = name.partition(".")
-        data[first] = _changed(data.get(first) or {}, {rest: value}) if rest else value
+        inner = data.get(first)
+        data[first] = _changed(inner if is_mapping(inner) else {}, {rest: value}) if rest else value
     return data

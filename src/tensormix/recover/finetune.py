@@ -169,6 +169,10 @@ class _Recovery:
     def _choose_rate(self, dataset: TaughtWindows, teacher: Any) -> Row:
         """Settle `rate` before anything is changed; the row says what its first step promises."""
         asked, size = self.settings.learning_rate, self.settings.batch_size
+        if self.settings.gradient == "zeroth_order":
+            assert asked != "auto"  # the settings see to it
+            self.rate = asked
+            return {"kind": "rate", "learning_rate": asked, "promised": None, "said": None}
         groups = parameter_groups(self.model, self.trained, 1.0, self.settings.core_rate)
         factors = {parameter: group["lr"] for group in groups for parameter in group["params"]}
         device = next(iter(self.trained)).device
@@ -270,14 +274,16 @@ class _Recovery:
         if start is not None:
             watch.rows = read_json(start / MARK)["rows"]
             judgements.rows[:] = read_json(start / MARK)["held_out"]
+        optimizers = optimizer_of(self.model, settings, self.trained, self.patches, self.rate, self.seed)
         trainer = DistillTrainer(
             model=self.model,
             args=arguments(settings, self.folder, self.dtype, self.seed, settings.steps - self.local_steps, self.rate),
             train_dataset=dataset,
             callbacks=[judgements, watch] if self.patches is None else [judgements, watch, Turns(self.patches)],
-            optimizers=optimizer_of(self.model, settings, self.trained, self.patches, self.rate),
+            optimizers=optimizers,
         )
         trainer.teacher, trainer.hidden = teacher, settings.distill.hidden
+        trainer.descent = optimizers[0] if settings.gradient == "zeroth_order" else None
         trainer.remove_callback(PrinterCallback)  # the rows say it
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         return watch.rows

@@ -135,19 +135,17 @@ class Patches:
             self._put(layer.name, layer.patched, layer.module)
         attach(self.model)
 
-    def optimizer(
-        self, learning_rate: float, warmup: float, weight_decay: float, steps: int, schedule: str = "cosine"
-    ) -> tuple[Any, Any]:
-        """AdamW and its schedule, of each half where the factors take turns: a warm-up, and a cosine to zero or none.
-
-        A matrix that is alpha / R times as large as LoRA's moves so much faster: Adam then makes the same steps.
-        """
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """For an optimizer. A matrix that is alpha / rank times as large as the papers' moves so much faster: Adam then
+        makes the same steps."""
         patches = [patch for layer in self.layers for patch in layer.patches]
-        groups = [
+        return [
             {"params": [parameter for patch in patches for parameter in patch.others], "lr": learning_rate},
             {"params": [patch.scaled for patch in patches], "lr": learning_rate * self.settings.scale},
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, warmup: float, steps: int, falling: str) -> LambdaLR:
+        """Of each half where the factors take turns: a warm-up, and then a cosine to zero or a constant."""
         turn = first_turn(steps) if self.take_turns else steps
 
         def rate(step: int) -> float:
@@ -155,10 +153,11 @@ class Patches:
             rising = math.ceil(warmup * length)
             if done < rising:
                 return done / rising
-            falling = 0.0 if schedule == "constant" else (done - rising) / max(1, length - rising)
-            return 0.5 * (1 + math.cos(math.pi * falling))
+            if falling == "constant":
+                return 1.0
+            return 0.5 * (1 + math.cos(math.pi * (done - rising) / max(1, length - rising)))
 
-        return optimizer, LambdaLR(optimizer, rate)
+        return LambdaLR(optimizer, rate)
 
 
 class Turns(TrainerCallback):

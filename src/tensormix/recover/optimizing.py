@@ -9,6 +9,7 @@ from torch import nn
 
 from tensormix.recover.lora import Patches
 from tensormix.recover.rates import compressed_parameters, parameter_groups
+from tensormix.recover.zeroth_order import ZerothOrderDescent
 from tensormix.settings import Recover
 
 
@@ -23,12 +24,18 @@ def trained_parameters(model: Any, settings: Recover, patches: Patches | None) -
 
 
 def optimizer_of(
-    model: Any, settings: Recover, trained: set[nn.Parameter], patches: Patches | None, rate: float
+    model: Any, settings: Recover, trained: set[nn.Parameter], patches: Patches | None, rate: float, seed: int
 ) -> tuple[Any, Any]:
     """With its schedule; None where the Trainer's own are meant."""
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if settings.gradient == "zeroth_order":
+            return ZerothOrderDescent(groups, rate, settings.weight_decay, settings.zeroth_order, seed)
+        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+
     if patches is not None:
-        return patches.optimizer(rate, settings.warmup, settings.weight_decay, settings.steps, settings.schedule)
-    if settings.core_rate == "same":
+        optimizer = make(patches.groups(rate))
+        return optimizer, patches.schedule(optimizer, settings.warmup, settings.steps, settings.schedule)
+    if settings.core_rate == "same" and settings.gradient == "exact":
         return None, None
-    groups = parameter_groups(model, trained, rate, settings.core_rate)
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True), None
+    return make(parameter_groups(model, trained, rate, settings.core_rate)), None

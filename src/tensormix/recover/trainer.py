@@ -20,6 +20,7 @@ from tensormix.data import IGNORED, Mixture
 from tensormix.recover.losses import Kept, counted, divergence, kept_divergence, relative_distance
 from tensormix.recover.teacher import TeacherLogits
 from tensormix.recover.watch import PATIENCE
+from tensormix.recover.zeroth_order import ZerothOrderDescent
 from tensormix.settings import Recover
 from tensormix.sites import blocks
 
@@ -83,6 +84,21 @@ class DistillTrainer(Trainer):
 
     teacher: nn.Module | None = None
     hidden: float = 0.0
+    descent: ZerothOrderDescent | None = None  # the optimizer, where there are no gradients
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self.descent is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.eval()  # both sides of a direction must be the same function
+        inputs = self._prepare_inputs(inputs)
+        whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        share = 1 if whole else 1 / self.args.gradient_accumulation_steps
+
+        def loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                return share * self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+
+        return self.descent.ask(loss, self.state.global_step)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         if _is_text(inputs):

@@ -12,9 +12,9 @@ from typing import Any
 
 from tensormix.rows import making, measuring
 
+# Any: which of the kinds below it is, is known when its `kind` has been read.
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]  # items done, items in all
-SiteProgress = Callable[[int, int, str], None]  # sites done, sites planned, the name of the last one
 StageProgress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 SweepProgress = Callable[[str, float, float], None]  # cell, work done, work in all
 

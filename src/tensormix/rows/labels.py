@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 METHODS = {
     "mixt": "MixT",
@@ -26,13 +26,13 @@ DIRECTIONS = {
 }
 
 
-def variant(method: str, settings: dict[str, Any]) -> str:
+def variant(method: str, settings: Mapping[str, object]) -> str:
     """A method of a sweep; with more settings than `num_branches` also those: "low rank (SVD), keep 0.5"."""
     said = [f"{name} {value}" for name, value in settings.items() if name != "num_branches"]
     return ", ".join([METHODS.get(method, method), *said]) if said else method
 
 
-def series(method: str, settings: dict[str, Any], direction: str) -> str:
+def series(method: str, settings: Mapping[str, object], direction: str) -> str:
     """A series of a sweep, in legends: "MixT, 4 branches, front to back"."""
     parts, branches = [METHODS.get(method, method)], settings.get("num_branches")
     parts += [] if branches is None else [f"{branches} branch{'' if branches == 1 else 'es'}"]
@@ -40,7 +40,7 @@ def series(method: str, settings: dict[str, Any], direction: str) -> str:
     return ", ".join(parts + ([] if direction == "last" else [DIRECTIONS.get(direction, direction)]))
 
 
-def text_name(row: dict[str, Any]) -> str:
+def text_name(row: Mapping[str, object]) -> str:
     """A text that was measured, with what it is to the recovery, where a recipe says it."""
     domain = row.get("domain")
-    return f"{row['text']} ({domain.replace('_', '-')})" if domain else row["text"]
+    return f"{row['text']} ({str(domain).replace('_', '-')})" if domain else str(row["text"])

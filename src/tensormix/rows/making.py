@@ -1,6 +1,6 @@
 """Rows about how a model is made (allocate, reparameterise, compress, recover), and the cells of many runs."""
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 # allocate
 
@@ -26,7 +26,7 @@ class SizeRow(TypedDict):
     block: int
     role: str | None
     method: str
-    size: Any  # None: the site stays dense
+    size: int | float | str | list[int] | None  # None: the site stays dense
     setting: str | None  # which setting of the method the size is
     cost: int
     dense_cost: int
@@ -74,11 +74,11 @@ class SiteRow(TypedDict):
     seconds: float
     tokens_per_expert: NotRequired[list[int]]
     # facts of methods that fit by the inputs
-    fit_steps: NotRequired[Any]  # of a stack a list, as the three below
-    fit_residual: NotRequired[Any]
-    fit_precision: NotRequired[Any]
-    output_error: NotRequired[Any]
-    matched_output_error: NotRequired[Any]
+    fit_steps: NotRequired[int | list[int]]  # of a stack a list, as the three below
+    fit_residual: NotRequired[float | list[float]]
+    fit_precision: NotRequired[str | list[str]]
+    output_error: NotRequired[float | list[float]]
+    matched_output_error: NotRequired[float | list[float]]
     # facts of methods that choose blocks
     chosen_by: NotRequired[str]
     window: NotRequired[list[int]]
@@ -155,7 +155,7 @@ class SeriesRow(TypedDict):
     direction: str  # in which the blocks follow each other
     method: str
     num_branches: int | None  # where they are varied
-    settings: dict[str, Any]  # all that is varied
+    settings: dict[str, object]  # all that is varied
     variant: str  # the method with what is varied but the branches
     series: str  # all of it, for people
 

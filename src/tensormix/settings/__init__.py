@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .base import Settings, Source, listed
-from .training import Distill, EarlyStop, HeldOut, Lora, Recover
+from .base import Settings, Source, is_list, is_mapping, listed
+from .training import Distill, EarlyStop, HeldOut, Lora, Recover, ZerothOrder
 
 __all__ = [
     "Benchmark",
@@ -26,6 +26,9 @@ __all__ = [
     "Search",
     "Settings",
     "Source",
+    "ZerothOrder",
+    "is_list",
+    "is_mapping",
 ]
 
 
@@ -126,9 +129,9 @@ class Benchmark(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _by_name(cls, value: Any) -> Any:
+    def _by_name(cls, value: object) -> object:
         value = {"name": value} if isinstance(value, str) else value
-        return {"shots": 5, **value} if isinstance(value, dict) and value.get("name") == "mmlu" else value
+        return {"shots": 5, **value} if is_mapping(value) and value.get("name") == "mmlu" else value
 
 
 class Evaluate(Settings):

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def is_mapping(value: object) -> TypeGuard[dict[str, object]]:
+    """For what a file says, before it is checked."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[object] | tuple[object, ...]]:
+    return isinstance(value, list | tuple)
 
 
 class Settings(BaseModel):

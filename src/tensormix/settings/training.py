@@ -60,8 +60,24 @@ class Lora(Settings):
     def _of_its_form(self) -> Self:
         readers = {"bond": ("loretta",), "modes": ("loretta", "tt_lora")}
         for name, forms in readers.items():
-            if self.form not in forms and name in self.model_fields_set:
+            # What a file of a run says names every setting, so one that is as it would be without is not asked for.
+            if self.form not in forms and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"lora: {name} belongs to the form {' or '.join(forms)}, and form is {self.form}")
+        return self
+
+
+class ZerothOrder(Settings):
+    """How the gradient is estimated from losses alone, where `gradient` is zeroth_order."""
+
+    queries: int = Field(default=4, ge=1)  # random directions at the first step; each takes two forward passes
+    growth: float = Field(default=0.0, ge=0, lt=1)  # at step k there are queries * k ** growth of them
+    most_queries: int | None = Field(default=None, ge=1)  # and never more than these
+    perturbation: float = Field(default=1e-3, gt=0)  # how far along a direction the loss is asked, to either side
+
+    @model_validator(mode="after")
+    def _most_is_more(self) -> Self:
+        if self.most_queries is not None and self.most_queries < self.queries:
+            raise ValueError(f"most_queries ({self.most_queries}) must be at least queries ({self.queries})")
         return self
 
 
@@ -84,6 +100,8 @@ class Recover(Settings):
     diverged: float | None = Field(default=3.0, gt=0)  # stop when the loss is so far (nats) above its lowest
     parameters: Literal["all", "compressed", "lora"] = "all"  # which are trained; lora: patches of compressed layers
     lora: Lora = Lora()  # of parameters: lora
+    gradient: Literal["exact", "zeroth_order"] = "exact"  # zeroth_order: from forward passes alone, little memory
+    zeroth_order: ZerothOrder = ZerothOrder()
     # Every token, or answers alone: the letters of the exam, what the assistant says in a conversation (chat), the
     # last of several fields (field: question+answer). Of text that asks nothing every token counts either way.
     loss_on: Literal["all", "answers"] = "all"
@@ -115,4 +133,19 @@ class Recover(Settings):
             raise ValueError(
                 f"core_rate {self.core_rate} is of the matrices of operators, which parameters lora leaves as they are"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _without_gradients(self) -> Self:
+        if self.gradient == "exact":
+            return self
+        if self.learning_rate == "auto":
+            raise ValueError(
+                "gradient zeroth_order needs a number as learning_rate: auto looks at gradients, which are never "
+                "computed; 0.001 is one to begin with, for patches"
+            )
+        if self.loss == "local_then_kl":
+            raise ValueError("gradient zeroth_order is of the whole model; take the loss lm or kl")
+        if self.recompute:
+            raise ValueError("recompute saves memory of exact gradients; with gradient zeroth_order leave it out")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +44,11 @@ def check_left_out(model: nn.Module, stand_ins: Mapping[int, nn.Module]) -> None
             f"{root}.{needed}: block {reader} needs what it leaves to later blocks (such as keys and values), so it "
             f"cannot be left out; leave out block {reader} and those like it, or compress its layers"
         ) from error
+    if not _fails(twin, {}, use_cache=True) and _fails(twin, stand_ins, use_cache=True):
+        raise ValueError(
+            f"{root}.{min(stand_ins)}: with a cache the model needs more of it than hidden states, so it cannot be "
+            "left out; compress its layers instead"
+        )
 
 
 def _check_cache(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> None:
@@ -76,9 +82,9 @@ def _check_loading(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> None:
             twin.layers[index] = block
 
 
-def _fails(twin: Twin, stand_ins: Mapping[int, nn.Module]) -> bool:
+def _fails(twin: Twin, stand_ins: Mapping[int, nn.Module], **options: Any) -> bool:
     try:
-        twin.run(put=stand_ins)
+        twin.run(put=stand_ins, **options)
     except Exception:
         return True
     return False
