@@ -62,8 +62,8 @@ class StackedLinear(Operator):
         """Whether outside of a graph `multiply_groups` of so many rows is the better way, on the device of `x`.
 
         Measured on a CPU: a call costs more than a few small products, and with more than 1024 rows of float32 one
-        expert at a time was faster. The gradient of one expert at a time is as large as the whole stack for each of them, and an
-        offloaded stack (accelerate) is brought anew for each.
+        expert at a time was faster. But the gradient of one expert is as large as the whole stack, and an offloaded
+        stack (accelerate) is brought anew for each expert.
         """
         dear = torch.is_grad_enabled() or "_hf_hook" in vars(self)
         most = 1024 if x.element_size() >= 4 else num_rows
