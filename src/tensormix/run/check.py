@@ -41,7 +41,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """
     source = ModelSource(recipe.model)
     model = skeleton(source)
-    notes = notes_on(source, model) + _unknown_stacks(model) + _long_windows(recipe, model)
+    notes = notes_of(recipe, source, model)
     dense, foreseen = counts(model), foresee(recipe, source, model)
     sites = replace_empty(model, foreseen.plan)
     compressed = counts(model)
@@ -52,6 +52,11 @@ def check(recipe: Recipe) -> dict[str, Any]:
         **({"notes": notes} if notes else {}),
         **beside,
     }  # fmt: skip
+
+
+def notes_of(recipe: Recipe, source: ModelSource, model: Any) -> list[str]:
+    """What has to be known before the recipe is run, a sentence each; `model` is the skeleton of the source."""
+    return notes_on(source, model) + _unknown_stacks(model) + _long_windows(recipe, model)
 
 
 def _unknown_stacks(model: Any) -> list[str]:

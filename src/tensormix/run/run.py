@@ -27,9 +27,10 @@ from pathlib import Path
 
 from tensormix.allocation.laser_search import check_search
 from tensormix.evaluate import check_installed
-from tensormix.models import Sources
+from tensormix.models import Sources, skeleton
 from tensormix.recipe import Recipe
 from tensormix.rows import STAGES, StageProgress
+from tensormix.run.check import notes_of
 from tensormix.run.keys import dense_recipe, with_allocation
 from tensormix.run.stages import Stages
 from tensormix.storage.files import remove_unfinished, write_json
@@ -58,8 +59,9 @@ def run_recipe(
         teacher_cache: a folder for the dense model's logits, shared by the runs of a sweep; without it they are kept
             no longer than the recovery.
         sources: the dense models that are open already; runs that share them read each of them once for their keys.
-        say: called with one line about each text that a stage reads: documents, tokens, fields, chat template. The
-            lines stand in the file of the stage, too, as "texts".
+        say: called with one line about what stays dense since it is not known how it is multiplied, and the like, and
+            about each text that a stage reads: documents, tokens, fields, chat template. Those of texts stand in the
+            file of the stage, too, as "texts".
 
     Raises:
         ValueError: another process writes into the folder, or whatever a stage finds wrong with the recipe, the model
@@ -91,6 +93,9 @@ def _carry_out(
         reference = run_recipe(dense_recipe(recipe), folder / "dense", progress=progress, sources=sources, say=say)
     if recipe.evaluate.benchmarks:
         check_installed()  # before hours of work, not after them
+    if say is not None and len(recipe.plan.root):
+        for line in notes_of(recipe, sources[recipe.model], skeleton(sources[recipe.model])):
+            say(line)
     tell = progress or (lambda stage, done, total: None)
     if recipe.is_open:
         Stages(recipe, folder, reference, tell, workers, sources, say).finish("allocate")
