@@ -141,7 +141,8 @@ def dense_at(model: nn.Module, name: str) -> nn.Module:
 def _count_tokens(index: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Give the cache one number per token for block `index`, so that lengths, positions and masks stay right."""
     hidden = args[0] if args else kwargs["hidden_states"]
-    cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past", args[1] if len(args) > 1 else None))
+    given = (*(kwargs.get(name) for name in ("past_key_values", "layer_past")), *args[1:])  # some give it by place
+    cache: Any = next((one for one in given if hasattr(one, "update") and hasattr(one, "get_seq_length")), None)
     cache = getattr(cache, "self_attention_cache", cache)  # of a decoder that may attend to an encoder too
     layers = getattr(cache, "layers", ())
     own: Any = layers[index] if index < len(layers) else None
