@@ -52,7 +52,11 @@ def sites(tiny: Tiny) -> str:
             part.register_forward_hook(lambda part, *_, name=name: called.update({name: part}))
     logits(model, tiny.tokens(8, 16))
     found = {site.name: site for site in _linear(model)}
-    routers = {name for name, part in called.items() if out_features(part) in (1, NUM_EXPERTS) or "router" in name}
+    routers = {
+        name
+        for name, part in called.items()
+        if out_features(part) in (1, NUM_EXPERTS) or re.search(r"router|\.gate\.", name)
+    }
     missed = [name for name in called if name not in found and name not in routers and not name.endswith(CLIPPED)]
     assert not (extra := set(found) - set(called)), f"sites that text is not multiplied by: {some(extra)}"
     assert not (extra := set(found) & routers), f"routers among the sites: {some(extra)}"
