@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from configs import Tiny
-from trying import Refused, asked, batches, error, logits, plan
+from trying import NotTried, Refused, asked, batches, dense, error, logits, plan
 
 from tensormix.reparameterise import residual_basis, rotate_pairs, rotate_residual
 from tensormix.sites import find_sites
@@ -76,7 +76,9 @@ def turned_pairs(tiny: Tiny) -> str:
 
 def turned(tiny: Tiny, turn: Callable[[Any], Any]) -> str:
     model = tiny.make()
-    before = logits(model, tiny.tokens())
+    before = dense(lambda: logits(model, tiny.tokens()))
+    if error(dense(lambda: logits(model, tiny.tokens())), before) > 0:
+        raise NotTried("the dense model answers another time with other logits")
     try:
         turn(model)
     except ValueError as refusal:
