@@ -40,7 +40,7 @@ def test_opening_copies_nothing(family):
     weights = {site.name: site.weight for site in stacks(model)}
     old_sites = stacks(model)
     open_all(model)
-    assert {id(p) for p in model.parameters()} == before
+    assert {id(p) for p in model.parameters() if p.numel()} == before
     assert all(p.is_contiguous() for p in model.parameters()), "or a saved model would compute in another order"
     for site, old in zip(stacks(model), old_sites, strict=True):
         assert isinstance(site.module, DenseStack) and site.module is model.get_submodule(site.name)

@@ -74,7 +74,9 @@ def open_experts(model: nn.Module, name: str) -> Experts:
         # Saved in place of the weights that a loader without this package expects: it stops at the mismatch, where it
         # would else draw random experts. One expert of no size, because transformers splits and merges them per expert.
         stored = fused.get_parameter(EXPERT_WEIGHTS[stack])
-        experts.register_buffer(EXPERT_WEIGHTS[stack], torch.empty(1, 0, 0, dtype=stored.dtype, device=stored.device))
+        # A parameter, because some of its conversions ask the model for it.
+        empty = torch.empty(1, 0, 0, dtype=stored.dtype, device=stored.device)
+        experts.register_parameter(EXPERT_WEIGHTS[stack], nn.Parameter(empty, requires_grad=False))
     model.set_submodule(name, experts.train(fused.training))
     return experts
 
