@@ -117,7 +117,11 @@ def experts(family: str) -> None:
     compress(model, plan("1", r".*experts.*", name="svd", keep=0.5))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        assert torch.equal(logits(load_model(folder)), logits(model))
+        loaded = load_model(folder)
+    # Where a loaded tensor lies in memory decides in which order a CPU adds its products: the numbers are equal to
+    # the bit, what is computed from them is equal but for rounding.
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    close(loaded, logits(model))
 
 
 # Column -> what is tried, and whether the record promises it.
