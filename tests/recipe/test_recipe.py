@@ -14,6 +14,7 @@ from recipe_files import FULL, load
 from tensormix.methods import Mixt
 from tensormix.plan import Plan
 from tensormix.recipe import MixtureFile, Recipe, Sweep
+from tensormix.recipe.comparison import Comparison
 from tensormix.settings import Evaluate, Perplexity, Profile, Source
 
 
@@ -171,6 +172,19 @@ def test_a_key_that_is_there_twice(tmp_path):
 def test_no_yaml(tmp_path):
     with pytest.raises(ValueError, match=r"recipe.yaml cannot be read as YAML: while parsing"):
         load(tmp_path, "a: [")
+
+
+@pytest.mark.parametrize(("verb", "more"), [("sweep", "vary: {num_branches: [4]}"), ("compare", "budgets: [0.5]")])
+def test_a_file_of_many_runs_names_its_verb(tmp_path, verb, more):
+    with pytest.raises(ValueError, match=f"tensormix {verb}"):
+        load(tmp_path, f"recipe: {{model: owner/name}}\n{more}")
+
+
+@pytest.mark.parametrize("kind", [Sweep, Comparison])
+def test_a_recipe_is_no_file_of_many_runs(tmp_path, kind):
+    (tmp_path / "one.yaml").write_text("model: owner/name\nplan: []")
+    with pytest.raises(ValueError, match="one recipe.*tensormix run"):
+        kind.load(tmp_path / "one.yaml")
 
 
 def test_no_mapping(tmp_path):

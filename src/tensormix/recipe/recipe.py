@@ -165,7 +165,11 @@ class Recipe(Settings):
         Raises ValueError if the file is missing, is no YAML, or holds a wrong key or value (one sentence, with the
         nearest right key).
         """
-        return validated(cls, _placed_recipe(read_yaml(Path(path)), Path(path).parent, model), "recipe")
+        data = read_yaml(Path(path))
+        if "recipe" in data or "base" in data:
+            verb = "compare" if "budgets" in data else "sweep"
+            raise ValueError(f"{path} is not one recipe but a file of many runs: use it with tensormix {verb}")
+        return validated(cls, _placed_recipe(data, Path(path).parent, model), "recipe")
 
     @property
     def digest(self) -> str:
@@ -191,6 +195,10 @@ def load_with_recipe(cls: type[Model], path: Path, where: str, model: str | None
     `model` replaces that of the recipe. Raises ValueError if both are given, and as `Recipe.load` does.
     """
     data = read_yaml(path)
+    if "model" in data and "plan" in data:
+        raise ValueError(
+            f"{path} is one recipe, not a {where}: use it with tensormix run, or name it as base in a file of a {where}"
+        )
     if data.get("base") is not None and data.get("recipe") is not None:
         raise ValueError(f"{where}: give base or recipe, not both")
     if isinstance(data.get("base"), str):
