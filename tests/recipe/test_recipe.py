@@ -183,7 +183,7 @@ def test_a_file_of_many_runs_names_its_verb(tmp_path, verb, more):
 @pytest.mark.parametrize("kind", [Sweep, Comparison])
 def test_a_recipe_is_no_file_of_many_runs(tmp_path, kind):
     (tmp_path / "one.yaml").write_text("model: owner/name\nplan: []")
-    with pytest.raises(ValueError, match="one recipe.*tensormix run"):
+    with pytest.raises(ValueError, match=r"one recipe.*tensormix run"):
         kind.load(tmp_path / "one.yaml")
 
 
