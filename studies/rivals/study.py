@@ -103,12 +103,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", type=Path, required=True, help="folder of the dense model")
     parser.add_argument("--only", nargs="*", help="names of variants")
+    parser.add_argument("--budgets", nargs="*", type=float, help="instead of those of study.yaml")
     options = parser.parse_args()
     settings = yaml.safe_load((HERE / "study.yaml").read_text())
     file = HERE / "results.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     there = {(row["variant"], row["keep"]) for row in map(json.loads, lines)}
-    for keep in settings["budgets"]:
+    for keep in options.budgets or settings["budgets"]:
         for variant in settings["variants"]:
             once = keep if variant["rules"] else 1.0
             wanted = not options.only or variant["name"] in options.only

@@ -20,6 +20,18 @@ from tensormix.operators.chain import start_chain
 from tensormix.statistics import Gram
 
 
+def saving_branches(method: MixtChain | MixtRotated, in_features: int, out_features: int) -> tuple[int, ...]:
+    """Every `num_branches` of an operator that the layer allows and that holds fewer numbers than the dense weight."""
+    found = {}
+    for count in range(1, in_features.bit_length() + out_features.bit_length()):
+        try:
+            found[count] = method.sized(count).empty(in_features, out_features).num_params
+        except ValueError:  # more branches than the widths have bonds for
+            break
+    smaller = {size: count for count, size in sorted(found.items()) if size < in_features * out_features}
+    return tuple(smaller[size] for size in sorted(smaller, reverse=True))
+
+
 class MixtChain(LinearMethod):
     """A product of `num_factors` mixtures with perfect shuffles between, fitted together to the outputs.
 
@@ -32,6 +44,7 @@ class MixtChain(LinearMethod):
     source = "ours"
     summary = "Several MixT one after another with index shuffles between, fitted together to the outputs."
     needs = (Gram,)
+    size = "num_branches"
 
     name: Literal["mixt_chain"] = "mixt_chain"
     num_branches: int = Field(ge=1)  # of every factor
@@ -40,6 +53,10 @@ class MixtChain(LinearMethod):
     shuffle: int = Field(default=2, ge=1)  # of the perfect shuffle between two factors; 1 is none
     steps: int = Field(default=200, ge=1)  # of L-BFGS, at most
     seed: int = 0  # of the start
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[int, ...]:
+        """Every number of branches that saves numbers; the largest layer first."""
+        return saving_branches(self, in_features, out_features)
 
     def empty(self, in_features: int, out_features: int) -> Chain:
         with torch.device("meta"):
@@ -76,12 +93,17 @@ class MixtRotated(LinearMethod):
     source = "ours"
     summary = "MixT between two learned Kronecker-factored changes of basis, fitted together to the outputs."
     needs = (Gram,)
+    size = "num_branches"
 
     name: Literal["mixt_rotated"] = "mixt_rotated"
     num_branches: int = Field(ge=1)
     bond: int = Field(default=2, ge=2)
     outer: int = Field(default=8, ge=1)  # size of the first factor of both bases; must divide both sizes of the layer
     steps: int = Field(default=200, ge=1)  # of L-BFGS, at most
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[int, ...]:
+        """Every number of branches that saves numbers; the largest layer first."""
+        return saving_branches(self, in_features, out_features)
 
     def empty(self, in_features: int, out_features: int) -> Chain:
         with torch.device("meta"):

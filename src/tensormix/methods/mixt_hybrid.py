@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import floor
+from math import ceil, floor
 from typing import Any, Literal
 
 import torch
@@ -70,12 +70,23 @@ class Hybrid(LinearMethod):
     """What the two methods have in common; `keep` counts the numbers of both terms."""
 
     needs = (Gram,)
+    size = "keep"
 
     keep: float = Field(gt=0, le=1)  # fraction of the dense parameters to keep, both terms together
     num_branches: int = Field(ge=1)  # of the mixture: the more, the more of `keep` goes to the other term
     bond: int = Field(default=2, ge=2)
     rounds: int = Field(default=30, ge=1)  # at most
     tolerance: float = Field(default=1e-3, ge=0, allow_inf_nan=False)  # ends when 3 rounds gain less of the error
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[float, ...]:
+        """One for every size of the other term, beside the mixture; none where the layer has no such mixture."""
+        try:
+            with torch.device("meta"):
+                mixture = self._mixture(in_features, out_features).num_params
+        except ValueError:  # more branches than the widths have bonds for
+            return ()
+        dense, step = in_features * out_features, self._stride(in_features, out_features)
+        return tuple(ceil(count / dense * 1e6) / 1e6 for count in range(mixture + step, dense + 1, step))
 
     def fit(self, weight: Tensor, stats: Statistics) -> Sum:  # (O, I)
         """Raises ValueError if the layer does not allow the budget, or the inputs were all zero or not finite."""
@@ -123,6 +134,10 @@ class Hybrid(LinearMethod):
     @abstractmethod
     def _least(self, in_features: int, out_features: int) -> int:
         """The fewest numbers of the other term."""
+
+    def _stride(self, in_features: int, out_features: int) -> int:
+        """How many numbers lie between two sizes of the other term."""
+        return self._least(in_features, out_features)
 
     @abstractmethod
     def _step(self, gram: Tensor, weight: Tensor, room: int) -> OtherStep:  # (I, I), (O, I)
@@ -192,6 +207,9 @@ class MixtSparse(Hybrid):
 
     def _least(self, in_features: int, out_features: int) -> int:
         return 1
+
+    def _stride(self, in_features: int, out_features: int) -> int:
+        return max(1, in_features * out_features // 64)
 
     def _step(self, gram: Tensor, weight: Tensor, room: int) -> OtherStep:
         scaled = ScaledGram.of(damped(gram, 0.005, 0.01), weight.dtype)  # as `hassle_free` damps

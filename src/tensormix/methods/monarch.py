@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tensormix.fitting.ranks import rank_for
+from tensormix.fitting.ranks import keeps, rank_for
 from tensormix.fitting.whitened_fit import fit_whitened, whitened
 from tensormix.methods.base import LinearMethod, Statistics
 from tensormix.operators import Monarch as MonarchOperator
@@ -29,11 +29,18 @@ class MonarchMethod(LinearMethod):
     source = "arXiv 2204.00595 and 2406.06248; the fit to the outputs is ours"
     summary = "Two block-diagonal factors with an index shuffle between, projected and then fitted to the outputs."
     needs = (Gram,)
+    size = "keep"
 
     name: Literal["monarch"] = "monarch"
     keep: float = Field(gt=0, le=1)  # fraction of the dense parameters to keep
     blocks: int = Field(default=4, ge=1)  # of each factor; must divide both sizes of the layer
     steps: int = Field(default=200, ge=1)  # of L-BFGS, at most
+
+    def allowed_sizes(self, in_features: int, out_features: int) -> tuple[float, ...]:
+        """Those of whole ranks in every block; none where the blocks do not divide the layer."""
+        if in_features % self.blocks or out_features % self.blocks:
+            return ()
+        return keeps(in_features, out_features)[self.blocks - 1 :: self.blocks]
 
     def empty(self, in_features: int, out_features: int) -> MonarchOperator:
         with torch.device("meta"):
