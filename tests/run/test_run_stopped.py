@@ -16,7 +16,7 @@ from tensormix.run import run_recipe, stage_rows
 
 def written(tiny: Path, folder: Path) -> Path:
     """A recipe whose blocks take long enough to be stopped between, and that measures nothing."""
-    method = {"name": "monarch", "keep": 0.5, "blocks": 4, "steps": 60}
+    method = {"name": "monarch", "keep": 0.5, "blocks": 4, "steps": 400}
     data = {
         "model": str(tiny),
         "plan": [{"sites": r".*mlp\..*", "method": method}],
