@@ -12,6 +12,7 @@ from tensormix.compression import Home, compress
 from tensormix.compression.checkpoint import compress_checkpoint
 from tensormix.models import load_model
 from tensormix.recipe import Recipe
+from tensormix.report import build_report
 from tensormix.run import run_recipe, stage_rows
 from tensormix.run.check import check
 from tensormix.settings import Budget
@@ -87,6 +88,8 @@ def test_a_run_decides_once_and_goes_on_from_the_plan(tiny, tmp_path):
     foreseen = check(recipe)
     assert foreseen["assumed"] and 0.5 < foreseen["budget"][0]["achieved_keep"] <= 0.7
     run_recipe(recipe, tmp_path)
+    page = build_report([tmp_path]).read_text()
+    assert "Plans within the budget" in page and "What regions became" in page
     found = check_stages(tmp_path)
     assert found["allocate"] == {"budget", "size", "contender", "candidate"}
     decided = read_json(tmp_path / "allocate.json")

@@ -109,7 +109,7 @@ def _measured_whole(
         survey = make_survey()
         survey.look()
         return _decided(model, budget, survey, source, partial(train_ranks, model, batches, budget))
-    survey = make_survey(weigh=weigher(model, batches, budget.measure), keep=budget.keep)
+    survey = make_survey(weigh=weigher(model, batches, budget.measure, budget.tokens), keep=budget.keep)
     survey.run(calibration)
     return _decided(model, budget, survey, source)
 

@@ -68,6 +68,7 @@ def site_row(item: Found, option: Option) -> Row:
         "dense_cost": item.options.dense_cost,
         "error": option.error,
         "importance": item.importance,
+        "importance_error": item.importance_error,
     }
 
 

@@ -32,6 +32,7 @@ class SizeRow(TypedDict):
     dense_cost: int
     error: float | None
     importance: float | None
+    importance_error: NotRequired[float | None]  # one standard error, over the tokens that it was measured on
 
 
 class CandidateRow(TypedDict):
@@ -58,8 +59,8 @@ class ContenderRow(TypedDict):
     cost: int | None  # of the sites; None: it cannot meet the budget
     predicted: float | None  # the sum of what its candidates lose alone, nats per token
     bound: float | None  # no choice of its methods is predicted to lose less
-    # What the whole plan loses on windows that no fit saw. None: it cannot meet the budget, or it has one size everywhere
-    # and is predicted to lose more than another plan was measured to.
+    # What the whole plan loses on windows that no fit saw. None: it cannot meet the budget, or it has one size
+    # everywhere and is predicted to lose more than another plan was measured to.
     measured: float | None
     measured_error: float | None  # one standard error, over the tokens
     tokens: int  # on which it was measured
