@@ -5,7 +5,8 @@
 The settings of each model are in study.yaml. First `auto` decides on the plan, from the calibration windows alone; then
 the plan that it chose, and with `--all` each plan that it was measured against, is compressed anew on all calibration
 windows and judged by the perplexity of texts that it has not seen. Rows are appended to results.jsonl: one for the
-decision ("allocate", with every candidate and every contender) and one for each plan ("judged").
+decision ("allocate", with every candidate and every contender) and one for each plan ("judged"). What is there is not
+done again.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def judged(model: Any, tokenizer: Any, texts: dict[str, Any], data: Path) -> dic
     return found
 
 
-def decide(path: Path, settings: dict[str, Any], keep: float, data: Path) -> tuple[dict[str, Any], dict[str, Plan]]:
-    """The row of the decision, and the plans: that which stayed as "chosen"."""
+def decide(path: Path, settings: dict[str, Any], keep: float, data: Path) -> dict[str, Any]:
+    """The row of the decision, with every plan that was measured."""
     tokenizer, began = load_tokenizer(path), time.perf_counter()
 
     def tell(done: int, total: int, name: str) -> None:
@@ -71,8 +72,7 @@ def decide(path: Path, settings: dict[str, Any], keep: float, data: Path) -> tup
     budget, batches = Budget(keep=keep, of="parameters"), calibration(tokenizer, settings["calibration"], data)
     found = allocate(path, plan, budget, batches, tell, dtype="float32")
     row = {"kind": "allocate", "keep": keep, "settings": settings, "seconds": round(time.perf_counter() - began, 1)}
-    row |= {"rows": found.rows, "plan": found.plan.model_dump(mode="json")}
-    return row, {"chosen": found.plan, **found.others}
+    return row | {"rows": found.rows, "plans": {name: p.model_dump(mode="json") for name, p in found.others.items()}}
 
 
 def judge(path: Path, settings: dict[str, Any], plan: Plan | None, data: Path) -> dict[str, Any]:
@@ -86,8 +86,6 @@ def judge(path: Path, settings: dict[str, Any], plan: Plan | None, data: Path) -
         "dense_sites": sum(row["dense_parameters"] for row in rows),
         "model": sum(parameter.numel() for parameter in model.parameters()),
     }
-    if rows:
-        model.dequantize()
     return {"parameters": numbers, "seconds": seconds, **judged(model, tokenizer, settings["texts"], data)}
 
 
@@ -104,20 +102,28 @@ def main() -> None:
     settings = yaml.safe_load((HERE / "study.yaml").read_text())["models"][options.model]
     path = options.models / options.model
 
-    def write(row: dict[str, Any]) -> None:
+    file = HERE / "results.jsonl"
+    there = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    there = [row for row in there if row["model"] == options.model]
+
+    def write(row: dict[str, Any]) -> dict[str, Any]:
         whole = {"model": options.model, **row, "environment": environment(), "finished": now()}
-        with (HERE / "results.jsonl").open("a") as rows:
+        with file.open("a") as rows:
             rows.write(json.dumps(whole) + "\n")
         print({key: value for key, value in row.items() if not isinstance(value, list | dict)}, flush=True)
+        return whole
 
     for keep in options.keep or settings["budgets"]:
-        row, plans = decide(path, settings, keep, options.data)
-        write(row)
-        for contender in (row for row in row["rows"] if row["kind"] == "contender"):
-            print(contender, flush=True)
-        for name, plan in {"dense": None, **plans}.items():
-            if options.all or name in ("dense", "chosen"):
-                write({"kind": "judged", "keep": keep, "plan": name, **judge(path, settings, plan, options.data)})
+        known = [row for row in there if row["kind"] == "allocate" and row["keep"] == keep]
+        decided = known[0] if known else write(decide(path, settings, keep, options.data))
+        contenders = [row for row in decided["rows"] if row["kind"] == "contender"]
+        chosen = next(row["contender"] for row in contenders if row["chosen"])
+        for name, plan in {"dense": None, **decided["plans"]}.items():
+            judged_before = any(row["kind"] == "judged" and (row["keep"], row["plan"]) == (keep, name) for row in there)
+            if (options.all or name in ("dense", chosen)) and not judged_before:
+                row = {"kind": "judged", "keep": keep, "plan": name, "chosen": name == chosen}
+                rules = None if plan is None else Plan.model_validate(plan)
+                write(row | judge(path, settings, rules, options.data))
 
 
 if __name__ == "__main__":
