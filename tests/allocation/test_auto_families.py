@@ -5,6 +5,7 @@ import torch
 
 from plans import one_rule
 from tensormix.allocation import allocate
+from tensormix.allocation.choice import plan_of
 from tensormix.allocation.competition import compete
 from tensormix.allocation.regions import Regions
 from tensormix.allocation.rises import Rises
@@ -55,6 +56,20 @@ def test_candidates_come_and_go_and_leave_the_model_as_it_was(family):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(model(WINDOWS[2]).logits, before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("method", ["svd_llm", "flat_llm", "mean_output"])
+def test_a_candidate_loses_what_the_compressed_model_does(family, method):
+    """Biases included: those that move to an operator, and those that a method gives itself."""
+    model, other = make(family).eval(), make(family).eval()
+    regions = Regions(model, auto([{"name": method}]).choice, Home(), "parameters", 0.5)
+    rises = Rises(model, WINDOWS[2:], "kl")
+    losses = compete(model, regions.regions, WINDOWS[:2], rises, torch.float64, Activations(), lambda name: None)
+    region = next(region for region in regions.regions if region.block == 1)
+    candidate = next(candidate for candidate in region.candidates if candidate.size in (0.5, None))
+    compress(other, plan_of({region: candidate}), WINDOWS[:2])
+    assert losses[candidate].mean == pytest.approx(rises.of(other).mean, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2_moe", "gemma3"])

@@ -92,7 +92,8 @@ class Tails:
         """What the model gives on each batch as it is now, of which the blocks before `index` are unchanged."""
         for number in range(self.num_batches):
             with self._from(index, number):
-                yield self._run(number)
+                out = self._run(number)
+            yield out
 
     @contextmanager
     def _from(self, index: int, number: int) -> Iterator[None]:
