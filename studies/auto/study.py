@@ -3,7 +3,7 @@
     python studies/auto/study.py --model smollm2 --models ../models --data ../shared/data
 
 The settings of each model are in study.yaml. First `auto` decides on the plan, from the calibration windows alone; then
-the plan that it chose, and with `--all` each plan that it was measured against, is compressed anew on all calibration
+the plan that it chose, and with `--plans` others that it was measured against, are compressed anew on all calibration
 windows and judged by the perplexity of texts that it has not seen. Rows are appended to results.jsonl: one for the
 decision ("allocate", with every candidate and every contender) and one for each plan ("judged"). What is there is not
 done again.
@@ -95,9 +95,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("../models"), help="folder of the models' folders")
     parser.add_argument("--model", required=True, help="a name in study.yaml")
     parser.add_argument("--keep", type=float, nargs="*", help="instead of those of study.yaml")
-    parser.add_argument(
-        "--all", action="store_true", help="judge every plan that was measured, not the chosen one alone"
-    )
+    parser.add_argument("--plans", nargs="*", default=[], help="contenders that are judged too, beside the chosen one")
     options = parser.parse_args()
     settings = yaml.safe_load((HERE / "study.yaml").read_text())["models"][options.model]
     path = options.models / options.model
@@ -120,7 +118,7 @@ def main() -> None:
         chosen = next(row["contender"] for row in contenders if row["chosen"])
         for name, plan in {"dense": None, **decided["plans"]}.items():
             judged_before = any(row["kind"] == "judged" and (row["keep"], row["plan"]) == (keep, name) for row in there)
-            if (options.all or name in ("dense", chosen)) and not judged_before:
+            if name in ("dense", chosen, *options.plans) and not judged_before:
                 row = {"kind": "judged", "keep": keep, "plan": name, "chosen": name == chosen}
                 rules = None if plan is None else Plan.model_validate(plan)
                 write(row | judge(path, settings, rules, options.data))

@@ -65,7 +65,7 @@ class Auto(Method):
     def sizes(self, keep: float) -> list[float]:
         """The fractions that are tried where a method allows many sizes; `keep` is the budget's."""
         around = (keep / 2, 0.75 * keep, keep + (1 - keep) / 3, keep + 2 * (1 - keep) / 3)
-        return sorted({*(around if self.keeps is None else self.keeps), keep} - {1.0})
+        return sorted({*((round(x, 4) for x in around) if self.keeps is None else self.keeps), keep} - {1.0})
 
     @property
     def labels(self) -> dict[str, Method]:
