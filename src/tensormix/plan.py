@@ -22,7 +22,7 @@ _COUNTED = re.compile(r"(last|first) +(\d+)")
 _RANGE = re.compile(r"(\d+)(?: *- *(\d+))?")
 _KINDS = {
     "matrix": ("linear", "experts"), "stack": ("experts",), "layers": ("linear",),
-    "block": ("block",), "span": ("block",), "model": ("block",),
+    "block": ("block",), "span": ("block",), "model": ("block",), "choice": ("linear", "experts"),
 }  # what a method takes -> the sites that it works on  # fmt: skip
 
 
@@ -163,6 +163,8 @@ class Plan(RootModel[tuple[Rule, ...]]):
                     f"{rule.method.name} changes the whole model: it must be the only rule of its plan, with blocks "
                     "'all'; compress the result once more for the rest"
                 )
+            if rule.method.takes == "choice" and len(rules) > 1:
+                raise ValueError("auto must be the only rule of its plan: put other methods among its own")
         return rules
 
     @classmethod
@@ -188,12 +190,17 @@ class Plan(RootModel[tuple[Rule, ...]]):
         """The method that changes the whole model, if the plan is such a one."""
         return next((rule.method for rule in self.root if rule.method.takes == "model"), None)
 
+    @property
+    def choice(self) -> Rule | None:
+        """The only rule, if its method is still to be chosen among several."""
+        return next((rule for rule in self.root if rule.method.takes == "choice"), None)
+
     def resolve(self, sites: Sequence[Site], num_blocks: int) -> dict[str, Method]:
         """The method of each site that gets one, in the order of `sites`.
 
         Raises:
             ValueError: a rule matches no site, asks for blocks that the model lacks, or for a part of a fused site,
-                or its blocks are still to be chosen by measuring.
+                or its blocks or its method are still to be chosen by measuring.
         """
         chosen: dict[str, Method] = {}
         dropped: set[int | None] = set()
@@ -201,6 +208,8 @@ class Plan(RootModel[tuple[Rule, ...]]):
         for number, rule in enumerate(self.root):
             if rule.method.num_chosen is not None:
                 raise ValueError(f"plan[{number}] ({rule}): its blocks are chosen by measuring, which was not done")
+            if rule.method.takes == "choice":
+                raise ValueError(f"plan[{number}] ({rule}): auto is decided by a recipe with a budget; run one")
             try:
                 matched = self._matched(rule, sites, num_blocks)
             except ValueError as error:

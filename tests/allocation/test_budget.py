@@ -206,7 +206,9 @@ def test_importance_is_the_divergence_for_each_unit_of_error(llama):
     before = model(BATCHES[0]).logits.detach()
     changed = compress(model, allocate(llama, plan, Budget(keep=10 * 80 / (32 * 48))).plan)[0]
     after = model(BATCHES[0]).logits.detach()
-    assert row["importance"] * changed["relative_error"] ** 2 == pytest.approx(float(divergences(before, after).mean()))
+    assert row["importance"] * changed["relative_error"] ** 2 == pytest.approx(
+        float(divergences(before, after).mean()), rel=1e-4
+    ), "up to log-probabilities in fp32"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 import tensormix.methods
 from tensormix.methods import (
     METHODS,
+    Auto,
     BlastMethod,
     BlockMethod,
     BttMethod,
@@ -140,7 +141,7 @@ def test_the_table_key_is_the_name_and_the_words_are_there(name):
     assert cls.source and cls.summary.endswith(".")
     kinds = {
         "matrix": LinearMethod, "stack": StackMethod, "layers": JointMethod,
-        "block": BlockMethod, "span": SpanMethod, "model": ModelMethod,
+        "block": BlockMethod, "span": SpanMethod, "model": ModelMethod, "choice": Auto,
     }  # fmt: skip
     assert issubclass(cls, kinds[cls.takes])
     assert isinstance(cls.needs, tuple)

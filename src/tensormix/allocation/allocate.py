@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensormix.allocation.contest import Contest
 from tensormix.allocation.one_keep import STEPS, at_keep, costs, is_joint, largest_keep
 from tensormix.allocation.one_width import allocate_width
 from tensormix.allocation.outcome import (
@@ -32,6 +33,7 @@ from tensormix.allocation.ways import WAYS, Chosen, train_ranks
 from tensormix.compression import Calibration, Home, Progress
 from tensormix.compression.from_files import Source
 from tensormix.compression.kinds import planned_units
+from tensormix.compression.streams import Stream
 from tensormix.models import ModelSource, fill_buffers, load_model, skeleton
 from tensormix.plan import Plan
 from tensormix.settings import Budget
@@ -50,18 +52,21 @@ def allocate(
     *,
     tokenizer: Any = None,
     dtype: str = "auto",
+    inputs: Stream = "propagated",
     precision: torch.dtype = torch.float64,
     spill: Path | None = None,
     device: str = "cpu",
 ) -> Allocation:
     """The sizes of all sites of `plan` within `budget`, from the files of `model`, which are read block by block.
 
-    Only two hold the whole model in memory: "sensitivity" measures what each site alone does to the logits, and
-    "learned", for the ranks of dobi_svd, trains all of them together (see `tensormix.allocation.learned`).
+    Only three hold the whole model in memory: "sensitivity" measures what each site alone does to the logits,
+    "learned", for dobi_svd, trains all ranks together (`tensormix.allocation.learned`), and the method `auto` measures
+    candidates and whole plans (`tensormix.allocation.contest`), and holds it twice.
 
     Args:
         plan, batches, tokenizer: as in `compress`; with batches the errors of "greedy" are those on the inputs.
         dtype: that the compressed model will have; "auto" is that of the checkpoint.
+        inputs: as in `compress`, for the plans that the method `auto` compares.
         spill: a folder for the activations between blocks.
 
     Raises:
@@ -72,13 +77,12 @@ def allocate(
     model, plan = ModelSource.of(model), Plan.of(plan)
     if plan.whole is not None:
         return allocate_width(model, plan, budget, partial(skeleton, model, dtype=dtype))
-    joint, bare = is_joint(plan), skeleton(model, dtype=dtype)
-    if joint and budget.by != "uniform":
-        name = plan.root[0].method.name
-        raise ValueError(f"budget: {name} divides its keep within each block by itself: only by 'uniform' among blocks")
+    if plan.choice is not None:
+        return _contest(model, plan, budget, batches, tokenizer, dtype, inputs, precision, spill, device, progress)
+    joint, bare = is_joint(plan, budget.by), skeleton(model, dtype=dtype)
     way, batches = WAYS[budget.by], None if batches is None else list(batches_of(bare, batches, tokenizer) or ())
-    options: dict[str, Any] = {"of": budget.of, "errors": way.errors, "levels": budget.levels}
-    options["with_inputs"] = batches is not None
+    levels, given = budget.levels, batches is not None
+    options: dict[str, Any] = {"of": budget.of, "errors": way.errors, "levels": levels, "with_inputs": given}
     if way.needs_whole_model:
         whole: Any = load_model(model, dtype=dtype)
         make_survey = partial(Survey, whole.to(device), plan, _Counted(model, dtype), progress, **options)
@@ -105,9 +109,28 @@ def _measured_whole(
         survey = make_survey()
         survey.look()
         return _decided(model, budget, survey, source, partial(train_ranks, model, batches, budget))
-    survey = make_survey(weigh=weigher(model, batches, budget.measure), keep=budget.keep)
+    survey = make_survey(weigh=weigher(model, batches, budget.measure, budget.tokens), keep=budget.keep)
     survey.run(calibration)
     return _decided(model, budget, survey, source)
+
+
+def _contest(
+    source: ModelSource, plan: Plan, budget: Budget, batches: Any, tokenizer: Any, dtype: str, inputs: Stream,
+    precision: torch.dtype, spill: Path | None, device: str, progress: Progress | None,
+) -> Allocation:  # fmt: skip
+    """Of several methods; without batches what may come of it, as their costs are."""
+    tell = progress or (lambda done, total, name: None)
+    if batches is None:
+        bare = skeleton(source, dtype=dtype)
+        return Contest(bare, source, _home(bare, source, "cpu"), plan, budget, lambda: bare, tell).foreseen()
+
+    def fresh() -> Any:
+        model: Any = load_model(source, dtype=dtype)
+        return model.to(device)
+
+    whole = fresh()
+    calibration = Calibration(list(batches_of(whole, batches, tokenizer) or ()), inputs, precision, Activations(spill))
+    return Contest(whole, source, _Counted(source, dtype), plan, budget, fresh, tell).held(calibration)
 
 
 class _Counted(Home):

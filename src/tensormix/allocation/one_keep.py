@@ -12,14 +12,20 @@ from tensormix.sites import Site, find_sites
 STEPS = 256  # of `keep`
 
 
-def is_joint(plan: Plan) -> bool:
-    """Whether the plan has only methods that change layers together. Raises ValueError if it has some of both."""
+def is_joint(plan: Plan, by: str) -> bool:
+    """Whether the plan has only methods that change layers together.
+
+    Raises ValueError if it has some of both, or if such a plan is to be divided `by` anything but "uniform".
+    """
     kinds = {rule.method.takes == "layers" for rule in plan.root}
     if len(kinds) > 1:
         names = sorted({rule.method.name for rule in plan.root})
         raise ValueError(
             f"budget: {', '.join(names)} cannot share one budget: some change layers together, some do not"
         )
+    if kinds == {True} and by != "uniform":
+        name = plan.root[0].method.name
+        raise ValueError(f"budget: {name} divides its keep within each block by itself: only by 'uniform' among blocks")
     return kinds == {True}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -28,10 +28,14 @@ class ImpossibleBudget(ValueError):
 
 @dataclass(frozen=True)
 class Allocation:
-    """A plan with all sizes, and the rows that say how it came about."""
+    """A plan with all sizes, and the rows that say how it came about.
+
+    `others` has every plan that was measured whole, by the name of the contender, where methods competed.
+    """
 
     plan: Plan
     rows: list[Row]
+    others: Mapping[str, Plan] = field(default_factory=dict)
 
 
 def total_row(budget: Budget, whole: int, asked: int, outside: int, rows: list[Row]) -> Row:
@@ -64,6 +68,7 @@ def site_row(item: Found, option: Option) -> Row:
         "dense_cost": item.options.dense_cost,
         "error": option.error,
         "importance": item.importance,
+        "importance_error": item.importance_error,
     }
 
 

@@ -65,6 +65,7 @@ def _budget(recipe: Recipe, data: Data) -> Resolved:
         data.batches(),
         lambda done, total, _: data.progress(done, total),
         dtype=recipe.dtype,
+        inputs="propagated" if settings is None else settings.inputs,
         precision=torch.float64 if settings is None else getattr(torch, settings.precision),
         spill=data.spill if settings is not None and settings.spill else None,
         device=data.device,
@@ -76,7 +77,8 @@ def _budget_foreseen(recipe: Recipe, source: ModelSource, model: nn.Module) -> F
     assert recipe.budget is not None
     uniform = recipe.budget.model_copy(update={"by": "uniform"})
     decided = allocate(source, recipe.plan, uniform, dtype=recipe.dtype)
-    return Foreseen(decided.plan, WAYS[recipe.budget.by].needs_weights, {"budget": decided.rows})
+    is_assumed = WAYS[recipe.budget.by].needs_weights or recipe.plan.choice is not None
+    return Foreseen(decided.plan, is_assumed, {"budget": decided.rows})
 
 
 def _search(recipe: Recipe, data: Data) -> Resolved:

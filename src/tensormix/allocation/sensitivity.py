@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tensormix.allocation.rises import Rise, Rises, first_tokens
 from tensormix.allocation.survey import Weigh, in_place
-from tensormix.evaluate.divergence import divergences
 from tensormix.evaluate.forward import quiet
 from tensormix.sites import Site, blocks
 
 
-def weigher(model: nn.Module, batches: Sequence[Tensor], measure: str) -> Weigh:  # batches of (B, T)
-    """A function from a site and an operator to how much worse `model` is with that operator there.
+def weigher(model: nn.Module, batches: Sequence[Tensor], measure: str, tokens: int) -> Weigh:  # batches of (B, T)
+    """A function from a site and an operator to how much worse `model` is with that operator there, on `tokens` tokens.
+
+    It runs from the block of the site on: what the dense model feeds each block is held.
 
     `measure` is "kl" (mean KL divergence from the dense model, nats per token), "loss" (rise of the mean negative
     log-likelihood, nats per token) or "angle" (of the site's block: the mean angle between the hidden states before
@@ -26,26 +29,13 @@ def weigher(model: nn.Module, batches: Sequence[Tensor], measure: str) -> Weigh:
     """
     if not batches:
         raise ValueError("budget: sensitivity is measured on calibration text, and there is none")
-    return {"kl": _by_kl, "loss": _by_loss, "angle": _by_angle}[measure](model, batches)
+    if measure == "angle":
+        return _by_angle(model, batches)
+    rises = Rises(model, first_tokens(batches, tokens), measure)
 
-
-def _by_kl(model: nn.Module, batches: Sequence[Tensor]) -> Weigh:
-    dense = _logits(model, batches)
-
-    def weigh(site: Site, operator: nn.Module) -> float:
+    def weigh(site: Site, operator: nn.Module) -> Rise:
         with in_place(model, site, operator):
-            pairs = zip(dense, _logits(model, batches), strict=True)
-            return _mean(divergences(ours, theirs) for ours, theirs in pairs)
-
-    return weigh
-
-
-def _by_loss(model: nn.Module, batches: Sequence[Tensor]) -> Weigh:
-    dense = _loss(model, batches)
-
-    def weigh(site: Site, operator: nn.Module) -> float:
-        with in_place(model, site, operator):
-            return _loss(model, batches) - dense
+            return rises.at(site.block or 0)
 
     return weigh
 
@@ -80,14 +70,6 @@ def _logits(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
         return [model(batch.to(device), use_cache=False).logits for batch in batches]
 
 
-def _loss(model: nn.Module, batches: Sequence[Tensor]) -> float:
-    return _mean(
-        F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten().to(logits.device), reduction="none"
-        )
-        for logits, batch in zip(_logits(model, batches), batches, strict=True)
-    )
-
-
-def _mean(parts: Iterable[Tensor]) -> float:
-    return float(torch.cat([part.flatten().double().cpu() for part in parts]).mean())
+def _mean(parts: Iterable[Tensor]) -> Rise:
+    each = torch.cat([part.flatten().double().cpu() for part in parts])
+    return Rise(float(each.mean()), float(each.std()) / sqrt(len(each)) if len(each) > 1 else 0.0)

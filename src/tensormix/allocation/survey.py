@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tensormix.allocation.rises import Rise
 from tensormix.compression import Home, Progress, Walk
 from tensormix.compression.units import Statistics, Unit
 from tensormix.fitting.divide import Option, SiteOptions
@@ -25,7 +26,7 @@ from tensormix.sites import Site, install
 from tensormix.sites.fused_experts import is_fused
 from tensormix.statistics import Gram
 
-Weigh = Callable[[Site, nn.Module], float]  # how much worse the model is with this operator at this site
+Weigh = Callable[[Site, nn.Module], Rise]  # how much worse the model is with this operator at this site
 LEAST = 1e-12  # of an importance: one that rounding left at zero or below still counts as something
 
 
@@ -37,6 +38,7 @@ class Found:
     methods: dict[Any, Method]  # size -> the method at that size
     options: SiteOptions
     importance: float | None = None  # a measured rise divided by the relative error that made it
+    importance_error: float | None = None  # one standard error of that, over the tokens
 
 
 class Survey(Walk):
@@ -124,19 +126,23 @@ class Survey(Walk):
         points = sorted((self._cost(sized, site), size) for size, sized in units.items())
         options = [Option(size, cost, errors[size]) for cost, size in points]
         kept = _falling([*options, Option(None, dense_cost, 0.0)])
-        importance = self._importance(site, units, kept, stats) if self.weigh is not None else None
+        rise = self._rise(site, units, kept, stats) if self.weigh is not None else (None, None)
         methods = {size: sized.method for size, sized in units.items()}
-        self.found[unit.name] = Found(site, methods, SiteOptions(unit.name, dense_cost, tuple(kept)), importance)
+        self.found[unit.name] = Found(site, methods, SiteOptions(unit.name, dense_cost, tuple(kept)), *rise)
 
-    def _importance(self, site: Site, units: dict[Any, Unit], options: list[Option], stats: Statistics) -> float:
+    def _rise(
+        self, site: Site, units: dict[Any, Unit], options: list[Option], stats: Statistics
+    ) -> tuple[float, float]:
+        """The importance of a site and its standard error."""
         dense = options[-1].cost
         smaller = [option for option in options if option.cost < dense and option.error > 0]
         if not smaller:
-            return LEAST
+            return LEAST, 0.0
         probed = min(smaller, key=lambda option: abs(option.cost - self.keep * dense))
         assert self.weigh is not None
         operator = units[probed.size].fit(stats).operators[site.name]
-        return max(self.weigh(site, operator) / probed.error, LEAST)
+        rise = self.weigh(site, operator)
+        return max(rise.mean / probed.error, LEAST), rise.error / probed.error
 
     def _cost(self, unit: Unit, site: Site) -> int:
         """Whole units of what is left at the site; the same for sites of one shape, and so remembered."""

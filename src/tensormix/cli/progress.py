@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+PAUSE = 30.0  # seconds after which a line says how far one cell is, where nobody watches
+
 
 @contextmanager
 def stage_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
@@ -30,10 +32,11 @@ def stage_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def cell_bars(console: Console) -> Iterator[Callable[[str, float, float], None]]:
-    """One bar for a whole sweep, with the time left by the work done so far; plain lines where nobody watches."""
+    """One bar for a whole sweep, with the time left by the work done so far; plain lines where nobody watches: at each
+    cell, and every half minute within one."""
     with _bars(console, TextColumn("{task.fields[left]}")) as bars:
         task = bars.add_task("sweep", total=1.0, left="")
-        began, last = time.perf_counter(), [""]
+        began, last, told = time.perf_counter(), [""], [0.0]
 
         def progress(what: str, done: float, total: float) -> None:
             seconds = time.perf_counter() - began
@@ -42,9 +45,9 @@ def cell_bars(console: Console) -> Iterator[Callable[[str, float, float], None]]
             )
             bars.update(task, completed=done, total=total, description=what, left="" if done >= total else left)
             cell = what.partition(":")[0]
-            if not console.is_terminal and cell != last[0]:
+            if not console.is_terminal and (cell != last[0] or seconds - told[0] >= PAUSE):
                 console.print(f"{100 * done / total:3.0f} %  {duration(seconds)} gone, {left}  {cell}")
-                last[0] = cell
+                last[0], told[0] = cell, seconds
 
         yield progress
 

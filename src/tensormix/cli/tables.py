@@ -82,7 +82,9 @@ def show_budget(console: Console, total: dict[str, Any], assumed: bool) -> None:
         f"budget: {total['asked']:,} of {total['dense']:,} {total['of']} (keep {total['keep']:g} of the "
         f"{total['over']}); the sizes above come to {total['achieved']:,} ({total['achieved_keep']:.4f})"
     )
-    if assumed:
+    if assumed and total["by"] == "auto":
+        console.print("The run measures what each method loses; those above are one choice that costs about as much.")
+    elif assumed:
         console.print("The run decides the sizes from weights or inputs; those above are what by: uniform would give.")
     console.print()
 

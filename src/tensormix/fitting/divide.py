@@ -168,13 +168,21 @@ def by_sensitivity(sites: Sequence[SiteOptions], budget: int, importance: Mappin
 def lower_bound(sites: Sequence[SiteOptions], budget: int) -> float:
     """No choice within the budget has a smaller sum of errors, up to rounding: the optimum if the one step that does
     not fit could be taken in part (Dantzig 1957). Raises ValueError as `by_spectrum` does."""
-    hulls, room = _start(sites, budget)
-    error = fsum(hull[-1].error for hull in hulls)
-    steps = [(_gain(cheap, dear), dear.cost - cheap.cost) for hull in hulls for dear, cheap in pairwise(hull)]
-    for gain, cost in sorted(steps, reverse=True):
+    room = _start(sites, budget)[1]
+    _, error, steps = steps_of(sites, room)
+    for gain, cost in steps:
         error -= gain * min(cost, room)
         room -= min(cost, room)
     return error
+
+
+def steps_of(sites: Sequence[SiteOptions], room: int) -> tuple[int, float, list[tuple[float, int]]]:
+    """The cost and the error of the cheapest options together, and every step on the hulls of what costs at most
+    `room` more, the best first: how much error each unit of its cost saves, and its cost."""
+    hulls = [_hull(site.allowed, site.allowed[0], room) for site in sites]
+    steps = [(_gain(cheap, dear), dear.cost - cheap.cost) for hull in hulls for dear, cheap in pairwise(hull)]
+    cheapest = [hull[-1] for hull in hulls]
+    return sum(o.cost for o in cheapest), fsum(o.error for o in cheapest), sorted(steps, reverse=True)
 
 
 def iprs(importance: Mapping[Key, float], keep: float) -> dict[Key, float]:

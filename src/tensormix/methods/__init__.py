@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from tensormix.methods.auto import Auto
 from tensormix.methods.base import BlockMethod, JointMethod, LinearMethod, Method, ModelMethod, SpanMethod, StackMethod
 from tensormix.methods.blast import BlastMethod
 from tensormix.methods.btt import BttMethod
@@ -42,6 +43,7 @@ from tensormix.methods.tucker_heads import TuckerAttention
 
 __all__ = [
     "METHODS",
+    "Auto",
     "BlastMethod",
     "BlockMethod",
     "BttMethod",
@@ -119,6 +121,7 @@ METHODS: dict[str, type[Method]] = {
     "trawl": Trawl,
     "td_moe": TdMoe,
     "mobe": Mobe,
+    "auto": Auto,
 }
 
 
@@ -134,9 +137,11 @@ def with_sizes(data: Any) -> Any:
     return {cls.size: cls.largest, **data}
 
 
-# Only here are all methods known among which the `of` of rounding chooses.
+# Only here are all methods known among which the `of` of rounding and the `among` of auto choose.
 _linear = [cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and not issubclass(cls, Rounding)]
 for _rounding in (Rtn, Gptq):
     _rounding.model_rebuild(
         _types_namespace={"AnyLinearMethod": Annotated[reduce(or_, _linear), Field(discriminator="name")]}
     )
+_candidates = [cls for cls in METHODS.values() if cls is not Auto]
+Auto.model_rebuild(_types_namespace={"AnyCandidate": Annotated[reduce(or_, _candidates), Field(discriminator="name")]})

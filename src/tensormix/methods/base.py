@@ -26,13 +26,13 @@ class Method(BaseModel):
     """The fields are the whole configuration; unknown keys are refused. A method sees tensors, never models.
 
     `takes` says what is fitted together: one matrix (of a stack of experts each for itself), a stack, layers of one
-    block or of several by their roles, a block, several consecutive blocks, or the whole model. The other class
-    attributes say what a method offers beside its fit.
+    block or of several by their roles, a block, several consecutive blocks, or the whole model; of a choice among
+    methods nothing is. The other class attributes say what a method offers beside its fit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    takes: ClassVar[Literal["matrix", "stack", "layers", "block", "span", "model"]]
+    takes: ClassVar[Literal["matrix", "stack", "layers", "block", "span", "model", "choice"]]
     source: ClassVar[str]  # paper, or "ours"
     summary: ClassVar[str]  # one sentence
     needs: ClassVar[tuple[type, ...]] = ()  # statistics classes

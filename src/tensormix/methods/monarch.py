@@ -30,6 +30,7 @@ class MonarchMethod(LinearMethod):
     summary = "Two block-diagonal factors with an index shuffle between, projected and then fitted to the outputs."
     needs = (Gram,)
     size = "keep"
+    largest = 1.0
 
     name: Literal["monarch"] = "monarch"
     keep: float = Field(gt=0, le=1)  # fraction of the dense parameters to keep

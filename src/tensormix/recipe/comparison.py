@@ -57,6 +57,7 @@ class Comparison(Settings):
     over: Literal["sites", "model"] = "sites"
     by: Way = "uniform"  # of the methods that do not say it themselves
     measure: Literal["kl", "loss", "angle"] = "kl"  # of sensitivity, also for the null baselines
+    tokens: int = Field(default=512, ge=2)  # of the calibration text, on which sensitivity is measured for each site
     levels: int = Field(default=12, ge=1)  # sizes of a site that are fitted, where only a fit tells the error
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)  # of the calibration text and of the recovery
 
@@ -119,8 +120,9 @@ class Comparison(Settings):
             keep=cell.keep,
             of=self.of,
             over=self.over,
-            by=contender.by or self.by,
+            by=contender.by or ("uniform" if contender.method.takes == "choice" else self.by),  # auto divides by itself
             measure=self.measure,
+            tokens=self.tokens,
             levels=self.levels,
         )
         plan = [{"method": contender.method}]

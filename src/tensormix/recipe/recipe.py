@@ -10,7 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tensormix.diagnose.table import Diagnose
-from tensormix.methods import METHODS, with_sizes
+from tensormix.methods import METHODS, Auto, with_sizes
 from tensormix.plan import Plan
 from tensormix.reading import Model, is_path, placed_files, placed_path, read_yaml, validated
 from tensormix.settings import (
@@ -77,6 +77,19 @@ class Recipe(Settings):
             raise ValueError(
                 f"budget.by {self.budget.by!r} is measured on calibration text, and there is no such section"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        rule = self.plan.choice
+        if rule is None:
+            return self
+        if self.budget is None:
+            raise ValueError("auto chooses within a budget, and there is no such section; give one with keep")
+        if self.calibration is None:
+            raise ValueError("auto measures its candidates on calibration text, and there is no such section")
+        assert isinstance(rule.method, Auto)
+        rule.method.check_budget(self.budget.by, self.budget.measure)
         return self
 
     @model_validator(mode="after")

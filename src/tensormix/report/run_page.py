@@ -9,6 +9,7 @@ from markupsafe import Markup
 from tensormix.rows import STAGES
 
 from .boundary import model_name
+from .choices import choices_table, contenders_table
 from .costs import loss_figure, matching_figure, size_figure
 from .figure import Column, Table, data, table
 from .measures import Record, record, with_costs_of
@@ -60,6 +61,7 @@ def run_page(run: Run) -> Page:
     page.section("dense", "Inside the dense model", *weight_figures(list(runs_of(run))))
     costs = (operator_figure([run]), storage_table([run]), _resources(dense, [item]))
     page.section("resources", "What is saved", *costs)
+    page.section("choices", "What competed", contenders_table(run), choices_table(run))
     page.section("healing", "Matching and recovery", loss_figure([item]), matching_figure(run))
     none = say("parts", "empty", "The compress stage has not finished or replaced nothing.")
     page.section("sites", "Sites", sites_table(run) or none)

@@ -30,7 +30,7 @@ _EVALUATE = (
     measuring.MacroAccuracyRow,
 )
 ROWS: dict[str, tuple[type, ...]] = {
-    "allocate": (making.BudgetRow, making.SizeRow, making.TrialRow),
+    "allocate": (making.BudgetRow, making.SizeRow, making.CandidateRow, making.ContenderRow, making.TrialRow),
     "reparameterise": (making.BasesRow,),
     "compress": (making.SiteRow,),
     "direct": (*_EVALUATE, measuring.MacroDropRow, measuring.ModelSizeRow),

@@ -32,6 +32,39 @@ class SizeRow(TypedDict):
     dense_cost: int
     error: float | None
     importance: float | None
+    importance_error: NotRequired[float | None]  # one standard error, over the tokens that it was measured on
+
+
+class CandidateRow(TypedDict):
+    """What one region of a model could become where methods compete, and what the model loses by that alone."""
+
+    kind: Literal["candidate"]
+    region: str  # the module that holds its layers, or the block
+    block: int
+    method: str  # as it is called among those that compete
+    size: int | float | str | list[int] | None
+    cost: int | None  # None: refused
+    dense_cost: int
+    loss: float | None  # nats per token
+    loss_error: float | None  # one standard error, over the tokens
+    chosen: bool
+    refused: str | None  # why it cannot be there
+
+
+class ContenderRow(TypedDict):
+    """A whole plan within the budget: of all methods that compete, or of one alone."""
+
+    kind: Literal["contender"]
+    contender: str
+    cost: int | None  # of the sites; None: it cannot meet the budget
+    predicted: float | None  # the sum of what its candidates lose alone, nats per token
+    bound: float | None  # no choice of its methods is predicted to lose less
+    # What the whole plan loses on windows that no fit saw. None: it cannot meet the budget, or it has one size
+    # everywhere and is predicted to lose more than another plan was measured to.
+    measured: float | None
+    measured_error: float | None  # one standard error, over the tokens
+    tokens: int  # on which it was measured
+    chosen: bool
 
 
 class TrialRow(TypedDict):

@@ -42,6 +42,7 @@ class Budget(Settings):
         "uniform"  # how it is divided among the sites
     )
     measure: Literal["kl", "loss", "angle"] = "kl"  # of sensitivity: what says how much a site matters
+    tokens: int = Field(default=512, ge=2)  # of the calibration text, on which kl and loss are measured for each site
     levels: int = Field(default=12, ge=1)  # sizes of a site that are fitted, where only a fit tells the error
     steps: int = Field(default=100, ge=1)  # of training, where the sizes are learned
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tensormix.diagnose import Measurement, bisect_boundary
@@ -168,12 +168,12 @@ def cost(cell: Cell, num_blocks: int) -> float:
     return 1.0 - gone * cell.depth / num_blocks
 
 
-def within(tell: Callable[[float], None]) -> Callable[[str, int, int], None]:
-    """The progress of the stages of one cell as one share from 0 to 1."""
+def within(tell: Callable[[float], None], shares: Mapping[str, float] = SHARES) -> Callable[[str, int, int], None]:
+    """The progress of the stages of one cell as one share from 0 to 1, where each stage has its own of the time."""
 
     def progress(stage: str, done: int, total: int) -> None:
-        before = sum(SHARES[s] for s in STAGES[: STAGES.index(stage)])
-        tell(before + SHARES[stage] * done / max(total, 1))
+        before = sum(shares[s] for s in STAGES[: STAGES.index(stage)])
+        tell(before + shares[stage] * done / max(total, 1))
 
     return progress
 
