@@ -37,6 +37,8 @@ from tensormix.methods import (
     MonarchMethod,
     Narrow,
     PerHeadTt,
+    RoundedLowRank,
+    RoundedSparse,
     Rtn,
     Sola,
     SpanMethod,
@@ -88,6 +90,9 @@ CASES = [
     Rtn(bits=8),
     Gptq(bits=3, group=16),
     Gptq(bits=4, of=SvdLlm(keep=0.5)),
+    Gptq(bits=2, group=16, zero_bits=8),
+    RoundedLowRank(bits=3, group=16, rank=2),
+    RoundedSparse(bits=3, group=16, share=0.02),
     Rtn(bits=4, granularity="channel", of=SvdLlm(keep=0.5)),
 ]
 
@@ -120,6 +125,8 @@ def test_the_table_holds_every_method_that_is_written():
         "StackMethod",
         "ModelMethod",
         "Hybrid",
+        "IntegerGrid",
+        "RoundedSum",
         "Rounding",
         "SharedTucker",
         "TrainSettings",

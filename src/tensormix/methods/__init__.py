@@ -28,7 +28,9 @@ from tensormix.methods.monarch import MonarchMethod
 from tensormix.methods.narrow import Narrow
 from tensormix.methods.null import MeanOutput, ZeroMethod
 from tensormix.methods.per_head_tt import PerHeadTt
-from tensormix.methods.rounding import Rounding
+from tensormix.methods.rounded_low_rank import RoundedLowRank
+from tensormix.methods.rounded_sparse import RoundedSparse
+from tensormix.methods.rounding import IntegerGrid, Rounding
 from tensormix.methods.rtn import Rtn
 from tensormix.methods.slice_gpt import SliceGpt
 from tensormix.methods.sola import Sola
@@ -68,6 +70,8 @@ __all__ = [
     "MonarchMethod",
     "Narrow",
     "PerHeadTt",
+    "RoundedLowRank",
+    "RoundedSparse",
     "Rtn",
     "SliceGpt",
     "Sola",
@@ -109,6 +113,8 @@ METHODS: dict[str, type[Method]] = {
     "dobi_svd": DobiSvd,
     "rtn": Rtn,
     "gptq": Gptq,
+    "rounded_low_rank": RoundedLowRank,
+    "rounded_sparse": RoundedSparse,
     "sola": Sola,
     "streamline": Streamline,
     "flat_llm": FlatLlm,
@@ -135,8 +141,8 @@ def with_sizes(data: Any) -> Any:
 
 
 # Only here are all methods known among which the `of` of rounding chooses.
-_linear = [cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and not issubclass(cls, Rounding)]
-for _rounding in (Rtn, Gptq):
+_linear = [cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and not issubclass(cls, IntegerGrid)]
+for _rounding in (cls for cls in METHODS.values() if issubclass(cls, Rounding)):
     _rounding.model_rebuild(
         _types_namespace={"AnyLinearMethod": Annotated[reduce(or_, _linear), Field(discriminator="name")]}
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tensormix.methods.base import LinearMethod
 from tensormix.operators import Dense, Quantized
@@ -16,17 +16,8 @@ if TYPE_CHECKING:
     AnyLinearMethod = LinearMethod
 
 
-class _NeedsOfInner:
-    """Nothing, or what the inner method needs."""
-
-    def __get__(self, method: Rounding | None, _: Any = None) -> tuple[Any, ...]:
-        return () if method is None or method.of is None else method.of.needs
-
-
-class Rounding(LinearMethod):
-    """The weight, or what another method fits to it, as integers of a few bits and scales."""
-
-    needs: ClassVar[Any] = _NeedsOfInner()
+class IntegerGrid(LinearMethod):
+    """Which numbers integers of a few bits can stand for: (code - zero) * scale, in groups that share both."""
 
     size = "bits"
     largest = 8
@@ -35,7 +26,7 @@ class Rounding(LinearMethod):
     granularity: Literal["tensor", "channel", "group"] = "group"  # what shares a scale: a matrix, a row, part of one
     group: int = Field(default=128, ge=1)  # how many neighbours in a row share a scale
     symmetric: bool = True  # no zero points
-    of: AnyLinearMethod | None = None  # whose cores or factors are rounded; without it the weight itself
+    zero_bits: Literal[8] | None = None  # of a zero point, so that it may lie between codes; None: as `bits`
 
     @field_validator("group")
     @classmethod
@@ -47,9 +38,36 @@ class Rounding(LinearMethod):
             )
         return group
 
+    @model_validator(mode="after")
+    def _zeros_of_their_own(self) -> Self:
+        if self.zero_bits is not None and self.symmetric:
+            raise ValueError(f"zero_bits {self.zero_bits} has no meaning with symmetric true, which has no zero points")
+        return self
+
     @property
     def is_differentiable(self) -> bool:
         return False
+
+    @property
+    def rounding_sizes(self) -> dict[str, Any]:
+        """What `Quantized` calls them."""
+        group = self.group if self.granularity == "group" else self.granularity
+        return {"bits": self.bits, "group": group, "symmetric": self.symmetric, "zero_bits": self.zero_bits}
+
+
+class _NeedsOfInner:
+    """Nothing, or what the inner method needs."""
+
+    def __get__(self, method: Rounding | None, _: Any = None) -> tuple[Any, ...]:
+        return () if method is None or method.of is None else method.of.needs
+
+
+class Rounding(IntegerGrid):
+    """The weight, or what another method fits to it, as integers of a few bits and scales."""
+
+    needs: ClassVar[Any] = _NeedsOfInner()
+
+    of: AnyLinearMethod | None = None  # whose cores or factors are rounded; without it the weight itself
 
     def allowed_sizes(self, in_features: int, out_features: int) -> Sequence[Any]:
         """Of `of` the sizes of that method, whose numbers all get these bits; of the weight itself the bits."""
@@ -65,8 +83,3 @@ class Rounding(LinearMethod):
             op = Quantized(inner=inner, **self.rounding_sizes)
         op.bias = inner.bias
         return op
-
-    @property
-    def rounding_sizes(self) -> dict[str, Any]:
-        group = self.group if self.granularity == "group" else self.granularity
-        return {"bits": self.bits, "group": group, "symmetric": self.symmetric}
