@@ -1,6 +1,7 @@
 """Rounding with correction (GPTQ, arXiv 2210.17323): what one column loses is made up for by the columns after it.
 
-Shape letters: O rows, I columns, S groups of a row, G numbers of a group, A rows of scales, as in `Packed`; R rank.
+Shape letters: O rows, I columns, S groups of a row, G numbers of a group, A rows of scales, as in `Packed`; R rank, H
+heads, C channels of a head.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ REFITS = 8  # of scales and zeros to the codes that are nearest on them
 def searched_grid(part: Packed, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:  # (O, I), (I,) or (O, I)
     """Scales and zeros (A, S), for each group those whose nearest numbers lose least of all cut ranges.
 
-    A loss counts by the importance of its column: the mean square of the input. Where zeros may lie between codes, the
-    best grid for those codes follows, and the nearest codes on it, in turn: no step raises the loss.
+    A loss counts by the importance of its column, the mean square of the input, or of its number. Where zeros may lie
+    between codes, the best grid for those codes follows, and the nearest codes on it, in turn: no step raises the loss.
     """
     wide, weights = part.grouped(weight), part.grouped(importance.expand_as(weight))  # (A, S, G)
     low, high = wide.amin(-1), wide.amax(-1)
@@ -38,7 +39,7 @@ def searched_grid(part: Packed, weight: Tensor, importance: Tensor) -> tuple[Ten
     for _ in range(REFITS if part.zeros is not None and part.parts > 1 else 0):
         codes = part.nearest(wide, scales, zeros)
         scales, zeros, least = _better(
-            part, wide, weights, _regression(part, wide, weights, codes), scales, zeros, least
+            part, wide, weights, fitted_grid(part, wide, weights, codes), scales, zeros, least
         )
     return scales, zeros
 
@@ -54,7 +55,7 @@ def _better(
     return scales, zeros, torch.minimum(loss, least)
 
 
-def _regression(part: Packed, wide: Tensor, weights: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:  # (A, S, G) each
+def fitted_grid(part: Packed, wide: Tensor, weights: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:  # (A, S, G) each
     """The line through numbers over codes that loses least, as a grid that can be stored."""
     total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
     code, number = ((weights * each).sum(-1, keepdim=True) / total for each in (codes, wide))  # means
@@ -76,7 +77,8 @@ class Columns(NamedTuple):
         """`damping` is added to the diagonal of `gram`, times its mean; positive where `gram` is singular."""
         order = gram.diagonal().argsort(descending=True, stable=True)
         damped = gram.double()[order][:, order]
-        damped.diagonal().add_(damping * gram.diagonal().mean())
+        mean = gram.diagonal().mean()
+        damped.diagonal().add_(damping * mean if mean > 0 else 1)
         return cls(order, inverse_factor(damped), gram.diagonal().clamp(min=0))
 
 
@@ -131,16 +133,29 @@ def round_corrected(part: Packed, weight: Tensor, columns: Columns) -> None:  # 
 
 
 def round_factors(
-    op: Quantized, weight: Tensor, left: Tensor, right: Tensor, gram: Tensor, columns: Columns, damping: float
-) -> None:  # (O, I), (O, R), (R, I), (I, I), all fp64
-    """Fill the two factors of a low rank: the right one rounded by the inputs, the left one fitted anew to what that
-    became, by least squares on what it passes on, and rounded by that.
+    op: Quantized, weight: Tensor, left: Tensor, right: Tensor, gram: Tensor, columns: Columns, damping: float,
+    heads: int = 1,
+) -> None:  # (H C, I), (H C, R), (H R, I), (I, I), all fp64  # fmt: skip
+    """Fill the two factors of a low rank, or of one for each head: the right one rounded by the inputs, the left one
+    fitted anew to what that became, by least squares on what it passes on, and rounded by that.
 
     Args:
         damping: of the Gram matrix of what is passed on, as in `Columns.of`.
     """
     round_corrected(packed_part(op, "right"), right, columns)
     right = packed_part(op, "right").numbers(weight.dtype)
-    passed = right @ gram @ right.T  # (R, R)
-    step = solved(passed, (weight - left @ right) @ gram @ right.T)
-    round_corrected(packed_part(op, "left"), left if step is None else left + step, Columns.of(passed, damping))
+    targets, passed_on = [], []
+    for wanted, ours, theirs in zip(*(each.chunk(heads) for each in (weight, left, right)), strict=True):
+        passed = theirs @ gram @ theirs.T  # (R, R)
+        step = solved(passed, (wanted - ours @ theirs) @ gram @ theirs.T)
+        targets.append(ours if step is None else ours + step)
+        passed_on.append(Columns.of(passed, damping))
+    part, whole = packed_part(op, "left"), torch.cat(targets)
+    sizes = torch.cat([each.sizes.expand_as(target) for each, target in zip(passed_on, targets, strict=True)])
+    grid = searched_grid(part, whole, sizes)
+    spread = (each.expand(len(whole), -1).chunk(heads) for each in grid)
+    codes = [
+        corrected_codes(part, target, each, *own)[0]
+        for target, each, *own in zip(targets, passed_on, *spread, strict=True)
+    ]
+    part.put(*grid, torch.cat(codes))

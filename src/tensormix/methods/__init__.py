@@ -18,6 +18,7 @@ from tensormix.methods.drop_blocks import DropBlocks
 from tensormix.methods.flat_llm import FlatLlm
 from tensormix.methods.gptq import Gptq
 from tensormix.methods.hassle_free import HassleFree
+from tensormix.methods.hqq import Hqq
 from tensormix.methods.laser import Laser, laser_search
 from tensormix.methods.lestd import LeStd
 from tensormix.methods.mixt import Mixt
@@ -29,6 +30,7 @@ from tensormix.methods.narrow import Narrow
 from tensormix.methods.null import MeanOutput, ZeroMethod
 from tensormix.methods.per_head_tt import PerHeadTt
 from tensormix.methods.rounded_low_rank import RoundedLowRank
+from tensormix.methods.rounded_parts import RoundedParts
 from tensormix.methods.rounded_sparse import RoundedSparse
 from tensormix.methods.rounding import IntegerGrid, Rounding
 from tensormix.methods.rtn import Rtn
@@ -54,6 +56,7 @@ __all__ = [
     "FlatLlm",
     "Gptq",
     "HassleFree",
+    "Hqq",
     "JointMethod",
     "Laser",
     "LeStd",
@@ -113,6 +116,7 @@ METHODS: dict[str, type[Method]] = {
     "dobi_svd": DobiSvd,
     "rtn": Rtn,
     "gptq": Gptq,
+    "hqq": Hqq,
     "rounded_low_rank": RoundedLowRank,
     "rounded_sparse": RoundedSparse,
     "sola": Sola,
@@ -145,4 +149,9 @@ _linear = [cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and 
 for _rounding in (cls for cls in METHODS.values() if issubclass(cls, Rounding)):
     _rounding.model_rebuild(
         _types_namespace={"AnyLinearMethod": Annotated[reduce(or_, _linear), Field(discriminator="name")]}
+    )
+_rounders = [cls for cls in METHODS.values() if issubclass(cls, Rounding)]
+for _rounded in (cls for cls in METHODS.values() if issubclass(cls, RoundedParts)):
+    _rounded.model_rebuild(
+        _types_namespace={"AnyRounding": Annotated[reduce(or_, _rounders), Field(discriminator="name")]}
     )

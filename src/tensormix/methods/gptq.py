@@ -12,10 +12,8 @@ from torch import Tensor
 
 from tensormix.fitting.output_error import output_error
 from tensormix.fitting.rounding_steps import Columns, packed_part, round_corrected, round_factors
-from tensormix.fitting.whitening import check_inputs
-from tensormix.methods.base import Statistics
-from tensormix.methods.rounding import Rounding
-from tensormix.operators import Dense, LowRank, Quantized, StructuredLinear
+from tensormix.methods.rounding import Rounding, Seen
+from tensormix.operators import Dense, LowRank, PerHead, Quantized, StructuredLinear
 from tensormix.operators.base import computing_dtype
 from tensormix.statistics import Gram, HeldOutGram
 
@@ -51,40 +49,37 @@ class Gptq(Rounding):
     symmetric: bool = False
     damping: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # times the mean eigenvalue; None: by tokens
 
-    def empty(self, in_features: int, out_features: int) -> Quantized:
-        made = super().empty(in_features, out_features)
-        _check_inner(made.inner)
-        return made
-
-    def fit(self, weight: Tensor, stats: Statistics) -> Quantized:  # (O, I)
-        return self.fit_with_facts(weight, stats)[0]
-
-    def fit_with_facts(self, weight: Tensor, stats: Statistics) -> tuple[Quantized, dict[str, Any]]:  # (O, I)
-        weight = weight.detach()
-        inner = Dense.from_dense(weight) if self.of is None else self.of.fit(weight, stats)
+    def emptied(self, inner: StructuredLinear) -> Quantized:
         _check_inner(inner)
-        every, held = stats[Gram].mean.to(weight.device).double(), stats[HeldOutGram].mean.to(weight.device).double()
-        check_inputs(every)
-        damping = damping_for(self.damping, stats[Gram].num_tokens, weight.shape[1])
+        return super().emptied(inner)
+
+    def rounded(
+        self, inner: StructuredLinear, weight: Tensor, seen: Seen | None
+    ) -> tuple[Quantized, dict[str, Any]]:  # (O, I)
+        assert seen is not None
+        _check_inner(inner)
+        held = seen.held_out
+        damping = damping_for(self.damping, seen.num_tokens, weight.shape[1])
         plain = Quantized.of(inner, **self.rounding_sizes)
-        facts: dict[str, Any] = {"rounding": "nearest", "calibration_tokens": stats[Gram].num_tokens}
-        if bool(held.any() and (every - held).any()):  # else too few tokens to hold some out
+        facts: dict[str, Any] = {"rounding": "nearest", "calibration_tokens": seen.num_tokens}
+        if bool(held.any() and (seen.gram - held).any()):  # else too few tokens to hold some out
             errors = {"nearest": _error(weight, plain, held)}
-            errors["corrected"] = _error(weight, self.corrected(weight, inner, every - held, damping), held)
+            errors["corrected"] = _error(weight, self.corrected(weight, inner, seen.gram - held, damping), held)
             facts |= {"rounding": min(errors, key=lambda name: errors[name]), "held_out_errors": errors}
         if facts["rounding"] == "nearest":
             return plain, facts
-        return self.corrected(weight, inner, every, damping), facts
+        return self.corrected(weight, inner, seen.gram, damping), facts
 
     def corrected(self, weight: Tensor, inner: StructuredLinear, gram: Tensor, damping: float) -> Quantized:
         """`inner`, which was fitted to `weight` (O, I), rounded by the inputs of this Gram matrix (I, I)."""
         columns = Columns.of(gram, damping)
         if isinstance(inner, Dense):
             return self.corrected_by(inner, columns)
-        assert isinstance(inner, LowRank)
+        assert isinstance(inner, LowRank | PerHead)
         op = Quantized.of(inner, **self.rounding_sizes)
         left, right = inner.left.detach().double(), inner.right.detach().double()
-        round_factors(op, weight.double(), left, right, gram, columns, damping)
+        heads = inner.num_heads if isinstance(inner, PerHead) else 1
+        round_factors(op, weight.double(), left, right, gram, columns, damping, heads)
         return op
 
     def corrected_by(self, inner: Dense, columns: Columns) -> Quantized:
@@ -101,10 +96,10 @@ def damping_for(given: float | None, num_tokens: int, in_features: int) -> float
 
 
 def _check_inner(inner: StructuredLinear) -> None:
-    if not isinstance(inner, Dense | LowRank):
+    if not isinstance(inner, Dense | LowRank | PerHead):
         raise ValueError(
             f"gptq rounds a weight, or the two factors of a low rank, with correction, and a {type(inner).__name__} is "
-            "neither: take rtn for it"
+            "neither: take rtn or hqq for it"
         )
 
 

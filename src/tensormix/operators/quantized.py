@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -106,6 +107,13 @@ class Quantized(StructuredLinear):
 
     def to_dense(self) -> Tensor:  # (O, I)
         return self.dequantized().to_dense().detach()
+
+    def packed(self) -> Iterator[tuple[str, Packed]]:
+        """The integers that stand for each parameter of the inner operator, by its name there."""
+        for name in self.inner.state_dict():
+            part = self._stored(name)
+            if isinstance(part, Packed):
+                yield name, part
 
     def _stored(self, name: str) -> Packed | Tensor | None:
         """What stands here for the inner operator's tensor `name`; None for an empty one."""
