@@ -1,4 +1,4 @@
-"""Bits of 2, 3, 4 and 8 mixed under one budget, on a real model: better than the same bits everywhere, and no larger."""
+"""Bits of 2, 3, 4 and 8 mixed under one budget, on a real model: better than the same bits everywhere, no larger."""
 
 from __future__ import annotations
 

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensormix.fitting.half_quadratic import set_apart
+from tensormix.fitting.half_quadratic import half_quadratic_grid, set_apart
 from tensormix.methods import Hqq, Rtn, SvdLlm
 from tensormix.operators import LowRank
+from tensormix.operators.packed import Packed
 from tensormix.plan import Plan
 
 O, I = 24, 64
@@ -55,6 +56,19 @@ def test_a_zero_between_codes_is_found():
     assert torch.equal(Hqq(bits=2, granularity="channel").fit(w, {}).to_dense(), w)
     whole = Hqq(bits=2, granularity="channel", zero_bits=None).fit(w, {})
     assert float((whole.to_dense() - w).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_large_errors_that_are_set_apart_leave_a_better_grid_for_the_others(bits):
+    """Without the proximal step (beta of nothing) the zeros are plain least squares, which large errors pull."""
+    w = weight(4, 200, 64) ** 3
+    part = Packed(w.shape, bits=bits, group=64, symmetric=False, zero_bits=8)
+    lost = []
+    for beta in (10.0, 1e-9):
+        scales, zeros = half_quadratic_grid(part, w, norm=0.7, steps=20, with_scales=True, beta=beta)
+        part.put(scales, zeros, part.nearest(part.grouped(w), scales, zeros))
+        lost.append(float((part.numbers(torch.float32) - w).abs().pow(0.7).sum()))
+    assert lost[0] < 0.99 * lost[1]
 
 
 def test_the_proximal_step_is_the_minimum_it_stands_for():

@@ -8,11 +8,13 @@ from pydantic import ValidationError
 
 from tensormix.compression import compress
 from tensormix.fitting.output_error import output_error
+from tensormix.fitting.rounding_steps import Columns, round_factors
 from tensormix.methods import FlatLlm, Gptq, Hqq, Narrow, Rtn, SvdLlm
 from tensormix.methods.base import Heads, Layer
 from tensormix.methods.flat_llm import head_bases, leading_neurons
 from tensormix.methods.narrow import loudest_neurons, value_maps
 from tensormix.operators import Dense, PerHead, Placed, Quantized
+from tensormix.operators.packed import Packed
 from tensormix.plan import Plan
 from tensormix.statistics import Gram, HeldOutGram
 from zoo import make, token_ids
@@ -128,12 +130,17 @@ def test_factors_of_heads_are_corrected_each_for_its_own_inputs():
 
 
 def test_the_left_factor_of_a_low_rank_sees_what_rounding_made_of_the_right_one():
-    """With the left factor in 8 bits it is the least squares for the rounded right one, to the step of 8 bits."""
+    """The right one has 2 bits, the left one 8: it is the least squares for the rounded one, to the step of 8 bits."""
     layers, inputs, stats = block()
-    op = Gptq(bits=8, group=16, of=SvdLlm(keep=0.5)).fit(layers["q"].weight, stats["q"]).dequantized()
-    right, x = op.right.detach().double(), inputs["q"].double()
+    factors = SvdLlm(keep=0.5).fit(layers["q"].weight, stats["q"])
+    left, right = factors.left.detach().double(), factors.right.detach().double()
+    op, gram = Quantized.of(factors, bits=8, group=16, symmetric=False), stats["q"][Gram].mean
+    op.right = Packed(right.shape, bits=2, group=16, symmetric=False)
+    round_factors(op, layers["q"].weight.double(), left, right, gram, Columns.of(gram, 0.01), 0.01)
+    right, x = op.right.numbers(torch.float64), inputs["q"].double()
     best = torch.linalg.lstsq(x @ right.T, x @ layers["q"].weight.double().T).solution.T
-    assert float((op.left.detach() - best).norm() / best.norm()) < 0.01
+    assert float((op.left.numbers(torch.float64) - best).norm() / best.norm()) < 0.05
+    assert float((left - best).norm() / best.norm()) > 0.1
 
 
 def test_a_whole_layer_is_rounded_where_everything_is_kept():

@@ -62,7 +62,8 @@ def fitted_grid(part: Packed, wide: Tensor, weights: Tensor, codes: Tensor) -> t
     spread = (weights * (codes - code).square()).sum(-1)
     slope = (weights * (codes - code) * (wide - number)).sum(-1) / spread.clamp_min(torch.finfo(wide.dtype).tiny)
     low = number[..., 0] - slope * code[..., 0]
-    return part.grid(torch.where(slope > 0, low, 0), torch.where(slope > 0, low + slope * part.top, 0))
+    high = torch.where(slope > 0, low + slope * part.top, 0)
+    return part.grid(torch.where(slope > 0, low, 0), high, covers=False)
 
 
 class Columns(NamedTuple):

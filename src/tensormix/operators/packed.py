@@ -86,8 +86,11 @@ class Packed(nn.Module):
         scales, zeros = self.grid(wide.amin(-1), wide.amax(-1))
         self.put(scales, zeros, self.nearest(wide, scales, zeros).flatten(1)[:, : self.length])
 
-    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:  # (A, S) each
-        """Scales and zeros, in the dtype of what is given, of groups whose numbers go from `low` to `high`."""
+    def grid(self, low: Tensor, high: Tensor, covers: bool = True) -> tuple[Tensor, Tensor]:  # (A, S) each
+        """Scales and zeros, in the dtype of what is given, of groups whose numbers go from `low` to `high`.
+
+        `covers` says that neither end may be missed by more than half a scale.
+        """
         low, high = low.clamp_max(0), high.clamp_min(0)
         steps = self.middle if self.zeros is None else 2**self.bits - 1
         exact = (torch.maximum(high, -low) if self.zeros is None else high - low) / steps
@@ -95,7 +98,7 @@ class Packed(nn.Module):
         # To the nearest, the largest number moves by at most steps / 256 codes: less than half a code of 127, but not
         # of 255, so asymmetric scales are rounded up.
         scales = exact.to(SCALE_DTYPE)
-        if self.zeros is not None:
+        if self.zeros is not None and covers:
             above = torch.nextafter(scales, torch.full_like(scales, torch.inf))
             scales = torch.where(scales < exact, above, scales)
         if not scales.isfinite().all():
