@@ -144,7 +144,8 @@ class FlatLlm(RoundedParts):
         for role in neuron_roles(layers):
             weight, bias = layers[role].weight, layers[role].bias
             if role == "down":
-                left = None if seen[role] is None else seen[role].chosen(chosen)
+                inputs = seen[role]
+                left = None if inputs is None else inputs.chosen(chosen)
                 inner = self.stored(dense(weight, refitted(weight, gram, chosen)), left)
                 made[role] = with_bias(Placed(*weight.shape[::-1], inner=inner).to(weight), bias)
                 continue

@@ -85,8 +85,8 @@ class Seen:
 
     def chosen(self, columns: Tensor) -> Seen:  # (K,)
         """Of some of the inputs alone."""
-        picked = (each[columns][:, columns] for each in (self.gram, self.held_out))
-        return Seen(*picked, self.num_tokens)
+        gram, held_out = (each[columns][:, columns] for each in (self.gram, self.held_out))
+        return Seen(gram, held_out, self.num_tokens)
 
 
 class _NeedsOfInner:
