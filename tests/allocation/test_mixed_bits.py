@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensormix.allocation import allocate
+from budget_plans import BATCHES, save_varied_llama
+from tensormix.allocation import ImpossibleBudget, allocate
 from tensormix.compression import compress
 from tensormix.data import packed_source
 from tensormix.models import ModelSource, load_model, load_tokenizer
 from tensormix.plan import Plan
 from tensormix.recipe import Recipe
-from tensormix.settings import Source
+from tensormix.settings import Budget, Source
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODEL, TEXT = SHARED / "models" / "stories260K", SHARED / "text" / "tinystories_1000.json"
-pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="shared/data is not beside the checkout: no stories260K")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def loss(model, judged):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not MODEL.exists(), reason="shared/data is not beside the checkout: no stories260K")
 @pytest.mark.parametrize("method", [{"name": "rtn", "symmetric": False}, {"name": "gptq"}, {"name": "hqq"}], ids=str)
 def test_mixed_bits_beat_uniform_ones_of_the_same_size(method, text):
     judged, batches = text
@@ -56,3 +57,21 @@ def test_mixed_bits_beat_uniform_ones_of_the_same_size(method, text):
     sizes = {row["size"] for row in found.rows[1:]}
     assert after == found.rows[0]["achieved"] <= bits and len(sizes) >= 3 and sizes <= {2, 3, 4, 8, None}
     assert loss(model, judged) < uniform
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "gptq"}, {"name": "rounded_low_rank", "bits": 2, "rounds": 1}, {"name": "rounded_sparse", "bits": 2}],
+    ids=lambda method: method["name"],
+)
+def test_a_budget_below_the_fewest_bits_says_the_smallest_and_above_it_decides(method, tmp_path):
+    folder, plan = save_varied_llama(tmp_path), [{"method": {**method, "group": 16}}]
+
+    def recipe(keep):
+        budget, text = {"keep": keep, "by": "greedy"}, {"text": {"facts": True}}
+        return Recipe.model_validate({"model": str(folder), "plan": plan, "budget": budget, "calibration": text})
+
+    with pytest.raises(ImpossibleBudget, match=r"cannot be met; the smallest possible is 0\.\d+"):
+        allocate(folder, recipe(0.05).plan, Budget(keep=0.05, by="greedy", levels=3), BATCHES)
+    found = allocate(folder, recipe(0.2).plan, Budget(keep=0.2, by="greedy", levels=3), BATCHES)
+    assert found.rows[0]["achieved"] <= found.rows[0]["asked"] and len({row["size"] for row in found.rows[1:]}) > 1
