@@ -132,7 +132,8 @@ class Narrow(RoundedParts):
     ) -> dict[str, StructuredLinear]:
         (H, G, C), (D, I) = heads, (len(o.weight), v.weight.shape[1])
         P, kept = self._channels(D), self._kept(C, D, "channels of a head")
-        wide, root = widened(o.weight[:P], gram_root(grams["o"]))  # (P, H C), (H C, K)
+        noisy = self.with_noise(grams["o"], v.weight, grams["v"], seen["v"])
+        wide, root = widened(o.weight[:P], gram_root(noisy))  # (P, H C), (H C, K)
         into, back = value_maps(wide, root @ root.T, heads, kept)  # (G, R, C), (G, C, R)
         every = torch.block_diag(*into.repeat_interleave(H // G, dim=0))  # (H R, H C)
         left = wide @ torch.block_diag(*back.repeat_interleave(H // G, dim=0))  # (P, H R)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from tensormix.fitting.output_error import output_error
 from tensormix.methods.base import JointMethod, Statistics
 from tensormix.methods.rounding import Rounding, Seen
 from tensormix.operators import Dense, StructuredLinear
@@ -15,6 +17,8 @@ from tensormix.statistics import Gram, HeldOutGram
 if TYPE_CHECKING:
     # The union of the methods that round. `tensormix.methods` resolves the name when its table is complete.
     AnyRounding = Rounding
+
+EPSILON = torch.finfo(torch.float64).tiny  # of a weight whose outputs are all zero nothing can be missed
 
 
 class RoundedParts(JointMethod):
@@ -55,6 +59,22 @@ class RoundedParts(JointMethod):
             assert isinstance(operator, Dense)  # which is its own target
             weight = operator.matrix
         return self.rounding.rounded(operator, weight.detach(), seen)[0]
+
+    def with_noise(self, gram: Tensor, weight: Tensor, inputs: Tensor, seen: Seen | None) -> Tensor:
+        """The Gram matrix (C, C) of what layers pass on, and the noise that rounding `weight` (O, I) adds to it.
+
+        The noise counts as the same in all channels. Whoever undoes directions that carry less than it would blow it up.
+
+        Args:
+            inputs: (I, I), the Gram matrix of the inputs of `weight`, as `seen` is where rounding needs that.
+        """
+        if self.rounding is None:
+            return gram
+        weight = weight.detach()
+        missed = weight - self.rounding.rounded(Dense.from_dense(weight), weight, seen)[0].to_dense()
+        inputs = inputs.to(weight.device).double()
+        share = output_error(missed.double(), inputs) / max(output_error(weight.double(), inputs), EPSILON)
+        return gram + share * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
 
     def stored_empty(self, operator: StructuredLinear) -> StructuredLinear:
         """The same on meta."""
