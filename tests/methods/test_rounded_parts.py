@@ -12,7 +12,7 @@ from tensormix.fitting.rounding_steps import Columns, round_factors
 from tensormix.methods import FlatLlm, Gptq, Hqq, Narrow, Rtn, SvdLlm
 from tensormix.methods.base import Heads, Layer
 from tensormix.methods.flat_llm import head_bases, leading_neurons
-from tensormix.methods.narrow import loudest_neurons, value_maps
+from tensormix.methods.narrow import loudest_neurons
 from tensormix.operators import Dense, PerHead, Placed, Quantized
 from tensormix.operators.packed import Packed
 from tensormix.plan import Plan
@@ -55,6 +55,10 @@ def test_nothing_is_lost_by_the_structure_but_what_it_loses_without_rounding(kin
     """At 8 bits a layer is what the structure alone makes of it, to less than a hundredth."""
     layers, inputs, stats = block()
     alone, both = (m.fit(layers, stats, HEADS) for m in (kind(keep=0.6), kind(keep=0.6, rounding=Gptq(bits=8))))
+    if kind is Narrow:  # v and o may pass values on in another basis
+        made = [attended(each["v"], each["o"], inputs["v"]) for each in (alone, both)]
+        assert (made[1] - made[0]).norm() < 0.02 * made[0].norm()
+        layers = {role: layer for role, layer in layers.items() if role not in ("v", "o")}
     for role in layers:
         wanted = out(alone[role], inputs[role])
         assert (out(both[role], inputs[role]) - wanted).norm() < 0.01 * wanted.norm()
@@ -68,7 +72,9 @@ def test_every_layer_is_nearer_than_when_the_structure_is_rounded_to_nearest(kin
     alone = kind(keep=0.6).fit(layers, stats, HEADS)
     ours = kind(keep=0.6, rounding=Gptq(**sizes)).fit(layers, stats, HEADS)
     theirs = kind(keep=0.6, rounding=Rtn(**sizes, symmetric=False)).fit(layers, stats, HEADS)
-    inputs |= {"o": values_left(kind, layers, stats), "down": inputs["down"][:, chosen_of(kind, layers, stats)]}
+    inputs |= {"o": values_left(stats), "down": inputs["down"][:, chosen_of(kind, layers, stats)]}
+    if kind is Narrow:  # whose value maps depend on what rounding adds
+        layers = {role: layer for role, layer in layers.items() if role not in ("v", "o")}
     for role in layers:
         x = inputs[role]
         if role in ("o", "down"):  # what these read is no longer in the channels in which it was
@@ -106,14 +112,52 @@ def chosen_of(kind, layers, stats, count=int(0.6 * F)):
     return loudest_neurons(layers["down"].weight, gram, count) if kind is Narrow else leading_neurons(gram, count, 1e-6)
 
 
-def values_left(kind, layers, stats):
-    """What o reads of the values once each head has 7 of its 12 channels."""
-    gram, z = stats["o"][Gram].mean, block()[1]["o"]
-    if kind is Narrow:
-        maps = value_maps(layers["o"].weight.double(), gram, HEADS, 7)[0]
-    else:
-        maps = head_bases(gram, HEADS, 7).mT
-    return z @ torch.block_diag(*maps.repeat_interleave(2, dim=0)).float().T
+def values_left(stats):
+    """What o reads of the values once each head has 7 of its 12 channels, in FLAT-LLM."""
+    maps = head_bases(stats["o"][Gram].mean, HEADS, 7).mT
+    return block()[1]["o"] @ torch.block_diag(*maps.repeat_interleave(2, dim=0)).float().T
+
+
+def attended(op_v, op_o, x, heads=HEADS):
+    """What v and o make of inputs when every token attends to itself alone."""
+    values = out(op_v, x).unflatten(-1, (heads.num_kv_heads, -1))
+    return out(op_o, values.repeat_interleave(heads.num_heads // heads.num_kv_heads, dim=-2).flatten(-2))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_value_maps_do_not_undo_directions_that_drown_in_what_rounding_adds(bits):
+    """Half of what a head carries is a thousandth of the rest, and o reads it 300 times as loud, so it counts a little.
+
+    What rounding adds to v is louder than that by far; maps that undo it lose everything.
+    """
+    generator, quiet = torch.Generator().manual_seed(3), 1e-3
+    turn, *mix = (
+        torch.linalg.qr(torch.randn(size, size, generator=generator)).Q for size in (I, HEADS.head_dim, HEADS.head_dim)
+    )
+    sizes = torch.cat([torch.ones(I // 2), quiet * torch.ones(I // 2)])
+    x, new = (torch.randn(N, I, generator=generator) * sizes @ turn.T for _ in range(2))
+    rows = torch.randn(2, 12, I, generator=generator)
+    rows[:, :6, I // 2 :], rows[:, 6:, : I // 2] = 0, 0
+    heard = torch.cat([torch.ones(6), 0.3 / quiet * torch.ones(6)])
+    read = torch.randn(I, 2, 2, 12, generator=generator) * heard
+    v = torch.stack([q @ each for q, each in zip(mix, rows, strict=True)]).flatten(0, 1) @ turn.T
+    o = torch.stack([read[:, head] @ mix[head].T for head in range(2)], dim=1).flatten(1)
+    layers = {"v": Layer(v), "o": Layer(o)}
+    z = (x @ v.T).view(N, 2, 1, 12).expand(N, 2, 2, 12).flatten(1)
+    stats = {"v": seen(x), "o": seen(z)}
+    wanted = attended(*(Dense.from_dense(layers[role].weight) for role in "vo"), new)
+    lost = {}
+    for kind in (Narrow, Deaf):
+        made = kind(keep=0.6, rounding=Gptq(bits=bits, group=16)).fit(layers, stats, HEADS)
+        lost[kind] = float((attended(made["v"], made["o"], new) - wanted).norm() / wanted.norm())
+    assert lost[Narrow] < 0.5 < 2 < lost[Deaf], lost
+
+
+class Deaf(Narrow):
+    """Maps of the values as if nothing were rounded."""
+
+    def share_lost(self, weight, gram, seen):
+        return 0.0
 
 
 def test_factors_of_heads_are_corrected_each_for_its_own_inputs():

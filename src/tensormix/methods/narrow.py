@@ -18,7 +18,7 @@ from tensormix.fitting.ranks import rank_for
 from tensormix.fitting.whitening import best_on_inputs, check_inputs, gram_root, refit_left, refitted, widened
 from tensormix.methods.base import Heads, Layer, Statistics, Symmetry, about
 from tensormix.methods.neurons import check_parts, dense, neuron_bias, neuron_roles, unchanged, value_bias, with_bias
-from tensormix.methods.rounded_parts import RoundedParts
+from tensormix.methods.rounded_parts import RoundedParts, through_noise
 from tensormix.methods.rounding import Seen
 from tensormix.operators import Dense, LowRank, Placed, StructuredLinear
 from tensormix.statistics import Gram
@@ -132,8 +132,10 @@ class Narrow(RoundedParts):
     ) -> dict[str, StructuredLinear]:
         (H, G, C), (D, I) = heads, (len(o.weight), v.weight.shape[1])
         P, kept = self._channels(D), self._kept(C, D, "channels of a head")
-        noisy = self.with_noise(grams["o"], v.weight, grams["v"], seen["v"])
-        wide, root = widened(o.weight[:P], gram_root(noisy))  # (P, H C), (H C, K)
+        target, noisy = o.weight[:P], grams["o"]
+        if self.rounding is not None:
+            target, noisy = through_noise(target, noisy, self.share_lost(v.weight, grams["v"], seen["v"]))
+        wide, root = widened(target, gram_root(noisy))  # (P, H C), (H C, K)
         into, back = value_maps(wide, root @ root.T, heads, kept)  # (G, R, C), (G, C, R)
         every = torch.block_diag(*into.repeat_interleave(H // G, dim=0))  # (H R, H C)
         left = wide @ torch.block_diag(*back.repeat_interleave(H // G, dim=0))  # (P, H R)

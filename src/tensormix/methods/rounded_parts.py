@@ -9,6 +9,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from tensormix.fitting.output_error import output_error
+from tensormix.fitting.whitening import solved
 from tensormix.methods.base import JointMethod, Statistics
 from tensormix.methods.rounding import Rounding, Seen
 from tensormix.operators import Dense, StructuredLinear
@@ -60,22 +61,25 @@ class RoundedParts(JointMethod):
             weight = operator.matrix
         return self.rounding.rounded(operator, weight.detach(), seen)[0]
 
-    def with_noise(self, gram: Tensor, weight: Tensor, inputs: Tensor, seen: Seen | None) -> Tensor:
-        """The Gram matrix (C, C) of what layers pass on, and the noise that rounding `weight` (O, I) adds to it.
-
-        The noise counts as the same in all channels. Whoever undoes directions that carry less than it would blow it up.
-
-        Args:
-            inputs: (I, I), the Gram matrix of the inputs of `weight`, as `seen` is where rounding needs that.
-        """
-        if self.rounding is None:
-            return gram
-        weight = weight.detach()
+    def share_lost(self, weight: Tensor, gram: Tensor, seen: Seen | None) -> float:  # (O, I), (I, I)
+        """What rounding the weight itself loses of its squared outputs: how loud the noise is that it adds to them."""
+        assert self.rounding is not None
+        weight, gram = weight.detach(), gram.to(weight.device).double()
         missed = weight - self.rounding.rounded(Dense.from_dense(weight), weight, seen)[0].to_dense()
-        inputs = inputs.to(weight.device).double()
-        share = output_error(missed.double(), inputs) / max(output_error(weight.double(), inputs), EPSILON)
-        return gram + share * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        return output_error(missed.double(), gram) / max(output_error(weight.double(), gram), EPSILON)
 
     def stored_empty(self, operator: StructuredLinear) -> StructuredLinear:
         """The same on meta."""
         return operator if self.rounding is None else self.rounding.emptied(operator)
+
+
+def through_noise(weight: Tensor, gram: Tensor, share: float) -> tuple[Tensor, Tensor]:  # (O, C), (C, C)
+    """The matrix that makes W z of z and noise, by least squares, and the Gram matrix of both.
+
+    The noise is as loud in all channels, and `share` of z altogether: W G (G + N)^-1, the filter of Wiener. What
+    carries less than the noise is left alone instead of blown up. Without noise it is W.
+    """
+    noisy = gram.double() + share * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+    wide = weight.detach().to(noisy)
+    step = solved(noisy, wide @ (gram.double() - noisy))
+    return (wide, gram) if step is None else (wide + step, noisy.to(gram))
