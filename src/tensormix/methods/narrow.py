@@ -35,6 +35,9 @@ class Narrow(RoundedParts):
     v and o: of every head of values the R = keep / width C directions that o makes most of; then o by least squares.
     gate, up, down: the N = keep / width F neurons of which down puts out most; then down by least squares.
     q and k: two factors, the best on the inputs, since rotary positions fix the basis of their outputs.
+
+    With `rounding` all of these are stored in integers; the directions of the values are chosen, and o is fitted, for
+    values with the noise that rounding v adds to them.
     """
 
     source = "ours; cores as in Tucker, coordinates as in arXiv 2401.15024, heads as in arXiv 2505.23966"
