@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tensormix.compression import compress
-from tensormix.fitting.rounding_steps import corrected_codes, searched_grid
+from tensormix.fitting.rounding_steps import Columns, corrected_codes, searched_grid
 from tensormix.methods import Gptq, Rtn, SvdLlm
-from tensormix.operators.quantized import Packed
+from tensormix.operators.packed import Packed
 from tensormix.plan import Plan
 from tensormix.statistics import Gram, HeldOutGram
 from zoo import make, token_ids
@@ -56,7 +56,8 @@ def test_it_beats_rounding_to_nearest_on_new_tokens(bits, symmetric):
 def test_with_inputs_that_are_not_correlated_each_number_is_the_nearest():
     w, part = weight().double(), Packed((O, I), bits=3, group=16, symmetric=False)
     scales, zeros = searched_grid(part, w, torch.ones(I, dtype=torch.float64))
-    found = corrected_codes(part, w, torch.diag(torch.rand(I).double() + 0.1), scales, zeros, damping=0.01)
+    columns = Columns.of(torch.diag(torch.rand(I).double() + 0.1), 0.01)
+    found = corrected_codes(part, w, columns, scales, zeros)[0]
     nearest = part.nearest(part.grouped(w), scales, zeros).flatten(1)
     assert torch.equal(found, nearest)
 
@@ -74,7 +75,7 @@ def test_two_columns_reach_the_best_of_all_codes():
             missed = (torch.tensor([codes]).double() - zeros) * scales - w
             return float(missed @ gram @ missed.T)
 
-        found = corrected_codes(part, w, gram, scales, zeros, damping=1e-9)[0].tolist()
+        found = corrected_codes(part, w, Columns.of(gram, 1e-9), scales, zeros)[0][0].tolist()
         first = int(gram.diagonal().argmax())
         same = [codes for codes in product(range(4), repeat=2) if codes[first] == found[first]]
         assert loss(found) == pytest.approx(min(map(loss, same)), abs=1e-9)
@@ -129,7 +130,7 @@ def test_a_low_rank_is_refitted_to_what_its_right_factor_became():
 
 def test_what_it_cannot_correct_is_refused_by_name():
     method = Gptq.model_validate({"bits": 4, "of": {"name": "mixt", "num_branches": 3}})
-    with pytest.raises(ValueError, match=r"gptq.*MixT.*rtn"):
+    with pytest.raises(ValueError, match=r"gptq.*MixT.*rtn or hqq"):
         method.empty(64, 64)
 
 

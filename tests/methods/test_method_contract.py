@@ -23,6 +23,7 @@ from tensormix.methods import (
     FlatLlm,
     Gptq,
     HassleFree,
+    Hqq,
     JointMethod,
     Laser,
     LeStd,
@@ -38,6 +39,8 @@ from tensormix.methods import (
     MonarchMethod,
     Narrow,
     PerHeadTt,
+    RoundedLowRank,
+    RoundedSparse,
     Rtn,
     Sola,
     SpanMethod,
@@ -89,6 +92,11 @@ CASES = [
     Rtn(bits=8),
     Gptq(bits=3, group=16),
     Gptq(bits=4, of=SvdLlm(keep=0.5)),
+    Gptq(bits=2, group=16, zero_bits=8),
+    Hqq(bits=2, group=16),
+    Hqq(bits=3, granularity="channel", of=SvdLlm(keep=0.5)),
+    RoundedLowRank(bits=3, group=16, rank=2),
+    RoundedSparse(bits=3, group=16, share=0.02),
     Rtn(bits=4, granularity="channel", of=SvdLlm(keep=0.5)),
 ]
 
@@ -121,6 +129,9 @@ def test_the_table_holds_every_method_that_is_written():
         "StackMethod",
         "ModelMethod",
         "Hybrid",
+        "IntegerGrid",
+        "RoundedParts",
+        "RoundedSum",
         "Rounding",
         "SharedTucker",
         "TrainSettings",
@@ -191,6 +202,10 @@ JOINT = [
     Narrow(keep=0.3),
     Narrow(keep=0.3, width=0.5),
     Narrow(keep=1.0),
+    Narrow(keep=0.3, width=0.5, rounding=Gptq(bits=3, group=16)),
+    FlatLlm(keep=0.7, rounding=Gptq(bits=4, granularity="tensor")),
+    FlatLlm(keep=1.0, rounding=Hqq(bits=3, group=16)),
+    Narrow(keep=0.3, rounding=Rtn(bits=4, granularity="channel")),
     Sola(ranks=Ranks(q=3, k=4, o=5, gate=6, up=7, down=8)),
     Sola(ranks=Ranks(q=3, up=7), prime=0.0),
     Sola(keep=1.0, prime=0.5),
@@ -217,8 +232,9 @@ def joint_inputs(method, dtype=torch.float32):
     stats = {}
     for role, shape in shapes_of(method).items():
         stats[role] = {kind: kind(shape[1]) for kind in method.needs_at(role)}
+        x = torch.randn(20, shape[1])  # fewer tokens than the down projection has inputs
         for statistic in stats[role].values():
-            statistic.update(torch.randn(20, shape[1]))  # fewer tokens than the down projection has inputs
+            statistic.update(x)
     return layers, stats
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tensormix.compression import compress
 from tensormix.explain import explain
 from tensormix.methods import METHODS, Gptq, LinearMethod, MeanOutput, Mixt, Rtn, Svd, ZeroMethod
-from tensormix.methods.rounding import Rounding
+from tensormix.methods.rounding import IntegerGrid
 from tensormix.operators import Dense, LowRank, MixT, Quantized
 from tensormix.plan import Plan
 from tensormix.statistics import InputMean
@@ -225,7 +225,7 @@ def test_without_a_walk_a_bad_weight_is_refused_too(bad, symmetric):
 
 
 def test_every_linear_method_but_this_may_stand_inside():
-    linear = {cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and not issubclass(cls, Rounding)}
+    linear = {cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and not issubclass(cls, IntegerGrid)}
     for rounding in (Rtn, Gptq):
         annotation = str(rounding.model_fields["of"].annotation)
         assert all(f".{cls.__name__}" in annotation for cls in linear)
@@ -248,7 +248,7 @@ def test_it_survives_json_and_is_frozen():
     [
         ({"bits": 5}, r"plan\[0\].method.bits: must be 2, 3, 4 or 8, got 5\."),
         ({"bits": True}, r"method.bits: must be 2, 3, 4 or 8, got True"),
-        ({}, r"plan\[0\].method: missing 'bits'\. Known: name, bits, granularity, group, symmetric, of\."),
+        ({}, r"plan\[0\].method: missing 'bits'\. Known: name, bits, granularity, group, symmetric, zero_bits, of\."),
         (
             {"bits": 4, "granularity": "chanel"},
             r"'tensor', 'channel' or 'group', got 'chanel', did you mean 'channel'\?",

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tensormix.operators import Dense, LowRank, MixT, Padded, Quantized, Sparse, Sum, Zero, build
-from tensormix.operators.quantized import WORDS, Packed, num_packed_bytes, pack, unpack
+from tensormix.operators.packed import WORDS, Packed, num_packed_bytes, pack, unpack
 
 I, O = 48, 80
 BITS = sorted(WORDS)

@@ -24,7 +24,7 @@ from records import PAGE, all_records, page
 from trying import answer, logits
 
 ROWS = Path(__file__).parents[2] / "docs" / "families.jsonl"
-SECONDS = 60  # for one feature of one class
+SECONDS = 180  # for one feature of one class
 
 
 def stands(tiny: Tiny) -> dict[str, str] | None:

@@ -19,6 +19,7 @@ from tensormix.methods.drop_blocks import DropBlocks
 from tensormix.methods.flat_llm import FlatLlm
 from tensormix.methods.gptq import Gptq
 from tensormix.methods.hassle_free import HassleFree
+from tensormix.methods.hqq import Hqq
 from tensormix.methods.laser import Laser, laser_search
 from tensormix.methods.lestd import LeStd
 from tensormix.methods.mixt import Mixt
@@ -29,7 +30,10 @@ from tensormix.methods.monarch import MonarchMethod
 from tensormix.methods.narrow import Narrow
 from tensormix.methods.null import MeanOutput, ZeroMethod
 from tensormix.methods.per_head_tt import PerHeadTt
-from tensormix.methods.rounding import Rounding
+from tensormix.methods.rounded_low_rank import RoundedLowRank
+from tensormix.methods.rounded_parts import RoundedParts
+from tensormix.methods.rounded_sparse import RoundedSparse
+from tensormix.methods.rounding import IntegerGrid, Rounding
 from tensormix.methods.rtn import Rtn
 from tensormix.methods.slice_gpt import SliceGpt
 from tensormix.methods.sola import Sola
@@ -54,6 +58,7 @@ __all__ = [
     "FlatLlm",
     "Gptq",
     "HassleFree",
+    "Hqq",
     "JointMethod",
     "Laser",
     "LeStd",
@@ -70,6 +75,8 @@ __all__ = [
     "MonarchMethod",
     "Narrow",
     "PerHeadTt",
+    "RoundedLowRank",
+    "RoundedSparse",
     "Rtn",
     "SliceGpt",
     "Sola",
@@ -111,6 +118,9 @@ METHODS: dict[str, type[Method]] = {
     "dobi_svd": DobiSvd,
     "rtn": Rtn,
     "gptq": Gptq,
+    "hqq": Hqq,
+    "rounded_low_rank": RoundedLowRank,
+    "rounded_sparse": RoundedSparse,
     "sola": Sola,
     "streamline": Streamline,
     "flat_llm": FlatLlm,
@@ -138,10 +148,15 @@ def with_sizes(data: Any) -> Any:
 
 
 # Only here are all methods known among which the `of` of rounding and the `among` of auto choose.
-_linear = [cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and not issubclass(cls, Rounding)]
-for _rounding in (Rtn, Gptq):
+_linear = [cls for cls in METHODS.values() if issubclass(cls, LinearMethod) and not issubclass(cls, IntegerGrid)]
+for _rounding in (cls for cls in METHODS.values() if issubclass(cls, Rounding)):
     _rounding.model_rebuild(
         _types_namespace={"AnyLinearMethod": Annotated[reduce(or_, _linear), Field(discriminator="name")]}
+    )
+_rounders = [cls for cls in METHODS.values() if issubclass(cls, Rounding)]
+for _rounded in (cls for cls in METHODS.values() if issubclass(cls, RoundedParts)):
+    _rounded.model_rebuild(
+        _types_namespace={"AnyRounding": Annotated[reduce(or_, _rounders), Field(discriminator="name")]}
     )
 _candidates = [cls for cls in METHODS.values() if cls is not Auto]
 Auto.model_rebuild(_types_namespace={"AnyCandidate": Annotated[reduce(or_, _candidates), Field(discriminator="name")]})

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from tensormix.fitting.ranks import rank_for
 from tensormix.fitting.whitening import check_inputs, gram_root, output_basis, refitted, widened
-from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, Symmetry, about
+from tensormix.methods.base import Heads, Layer, Statistics, Symmetry, about
 from tensormix.methods.neurons import check_parts, dense, neuron_bias, neuron_roles, unchanged, value_bias, with_bias
+from tensormix.methods.rounded_parts import RoundedParts
+from tensormix.methods.rounding import Seen
 from tensormix.operators import Dense, PerHead, Placed, StructuredLinear
 from tensormix.statistics import Gram
 
 
-class FlatLlm(JointMethod):
+class FlatLlm(RoundedParts):
     """Principal components of every head, and the neurons that the others cannot stand in for.
 
     v and o: the leading R eigenvectors Q of the Gram matrix of a head's outputs, summed over the heads that share keys
@@ -50,7 +52,7 @@ class FlatLlm(JointMethod):
         return () if self.keep == 1 else ("turned values", "neurons")
 
     def needs_at(self, role: str) -> tuple[type, ...]:
-        return (Gram,) if role in ("q", "k", "o", "down") else ()
+        return self.with_rounding((Gram,) if role in ("q", "k", "o", "down") else ())
 
     def empty(self, shapes: Mapping[str, tuple[int, int]], heads: Heads | None) -> dict[str, StructuredLinear]:
         check_parts(self.name, shapes)
@@ -59,21 +61,23 @@ class FlatLlm(JointMethod):
 
     def _operator(self, role: str, O: int, I: int, heads: Heads | None) -> StructuredLinear:
         if self.keep == 1:
-            return Dense(I, O)
+            return self.stored_empty(Dense(I, O))
         if role in ("gate", "up"):
-            return Placed(I, O, inner=Dense(I, self._kept(O, "neurons")))
+            return Placed(I, O, inner=self.stored_empty(Dense(I, self._kept(O, "neurons"))))
         if role == "down":
-            return Placed(I, O, inner=Dense(self._kept(I, "neurons"), O))
+            return Placed(I, O, inner=self.stored_empty(Dense(self._kept(I, "neurons"), O)))
         assert heads is not None
         if role in ("v", "o"):
             kept = self._kept(heads.head_dim, "channels of a head")
             if role == "v":
-                return Placed(I, O, inner=Dense(I, heads.num_kv_heads * kept), out_groups=heads.num_kv_heads)
-            return Placed(I, O, inner=Dense(heads.num_heads * kept, O), in_groups=heads.num_heads)
+                core = self.stored_empty(Dense(I, heads.num_kv_heads * kept))
+                return Placed(I, O, inner=core, out_groups=heads.num_kv_heads)
+            core = self.stored_empty(Dense(heads.num_heads * kept, O))
+            return Placed(I, O, inner=core, in_groups=heads.num_heads)
         num_heads = O // heads.head_dim
         with about(role):
             rank = rank_for("FlatLlm", self.keep, I, heads.head_dim)
-        return PerHead(I, O, num_heads=num_heads, rank=rank)
+        return self.stored_empty(PerHead(I, O, num_heads=num_heads, rank=rank))
 
     def _kept(self, count: int, what: str) -> int:
         kept = floor(self.keep * count + 1e-9)  # the margin undoes the rounding of keep
@@ -88,32 +92,35 @@ class FlatLlm(JointMethod):
     def fit(
         self, layers: Mapping[str, Layer], stats: Mapping[str, Statistics], heads: Heads | None
     ) -> dict[str, StructuredLinear]:
-        if self.keep == 1:
-            return unchanged(layers)
         made: dict[str, StructuredLinear] = {}
+        seen = {role: self.seen(stats.get(role), layer.weight) for role, layer in layers.items()}
+        if self.keep == 1:
+            return {role: self.stored(operator, seen[role]) for role, operator in unchanged(layers).items()}
         for role in layers.keys() & {"q", "k"}:
             assert heads is not None
             with about(role):
-                made[role] = self._heads_alone(layers[role], stats[role][Gram].mean, heads.head_dim)
+                made[role] = self._heads_alone(layers[role], stats[role][Gram].mean, heads.head_dim, seen[role])
         if "o" in layers:
             assert heads is not None
             with about("o"):
-                made |= self._values(layers["v"], layers["o"], stats["o"][Gram].mean, heads)
+                made |= self._values(layers["v"], layers["o"], stats["o"][Gram].mean, heads, seen)
         if "down" in layers:
             with about("down"):
-                made |= self._neurons(layers, stats["down"][Gram].mean)
+                made |= self._neurons(layers, stats["down"][Gram].mean, seen)
         return {role: made[role] for role in layers}
 
-    def _heads_alone(self, layer: Layer, gram: Tensor, head_dim: int) -> StructuredLinear:  # (I, I)
+    def _heads_alone(self, layer: Layer, gram: Tensor, head_dim: int, seen: Seen | None) -> StructuredLinear:  # (I, I)
         rank = rank_for("FlatLlm", self.keep, layer.weight.shape[1], head_dim)
         wide, root = widened(layer.weight, gram_root(gram))
         parts = wide.split(head_dim)
         left = torch.stack([output_basis(part, root, rank) for part in parts])
         right = torch.stack([basis.T @ part for basis, part in zip(left, parts, strict=True)])
         operator = PerHead.from_factors(layer.weight, left, right)
-        return with_bias(operator, layer.bias)
+        return with_bias(self.stored(operator, seen, layer.weight), layer.bias)
 
-    def _values(self, v: Layer, o: Layer, gram: Tensor, heads: Heads) -> dict[str, StructuredLinear]:  # (I, I)
+    def _values(
+        self, v: Layer, o: Layer, gram: Tensor, heads: Heads, seen: Mapping[str, Seen | None]
+    ) -> dict[str, StructuredLinear]:  # (I, I)
         (H, G, C), kept = heads, self._kept(heads.head_dim, "channels of a head")
         bases = head_bases(gram, heads, kept)  # (G, C, R)
         wide = bases.to(torch.promote_types(bases.dtype, v.weight.dtype))
@@ -121,21 +128,28 @@ class FlatLlm(JointMethod):
         read = o.weight.to(wide).unflatten(1, (H, C)).transpose(0, 1)  # (H, O, C)
         read = (read @ wide.repeat_interleave(H // G, dim=0)).transpose(0, 1).flatten(1)  # (O, H R)
         I, O = v.weight.shape[1], o.weight.shape[0]
-        ours = Placed(I, G * C, inner=dense(v.weight, turned.flatten(0, 1)), out_groups=G).to(v.weight)
-        theirs = Placed(H * C, O, inner=dense(o.weight, read), in_groups=H).to(o.weight)
+        core = self.stored(dense(v.weight, turned.flatten(0, 1)), seen["v"])
+        ours = Placed(I, G * C, inner=core, out_groups=G).to(v.weight)
+        turn = torch.block_diag(*wide.mT.repeat_interleave(H // G, dim=0))  # (H R, H C)
+        core = self.stored(dense(o.weight, read), None if seen["o"] is None else seen["o"].through(turn))
+        theirs = Placed(H * C, O, inner=core, in_groups=H).to(o.weight)
         return {"v": with_bias(ours, value_bias(v.bias, wide.mT)), "o": with_bias(theirs, o.bias)}
 
-    def _neurons(self, layers: Mapping[str, Layer], gram: Tensor) -> dict[str, StructuredLinear]:  # (I, I)
+    def _neurons(
+        self, layers: Mapping[str, Layer], gram: Tensor, seen: Mapping[str, Seen | None]
+    ) -> dict[str, StructuredLinear]:  # (I, I)
         down = layers["down"]
         chosen = leading_neurons(gram, self._kept(down.weight.shape[1], "neurons"), self.ridge)
         made: dict[str, StructuredLinear] = {}
         for role in neuron_roles(layers):
             weight, bias = layers[role].weight, layers[role].bias
             if role == "down":
-                inner = dense(weight, refitted(weight, gram, chosen))
+                inputs = seen[role]
+                left = None if inputs is None else inputs.chosen(chosen)
+                inner = self.stored(dense(weight, refitted(weight, gram, chosen)), left)
                 made[role] = with_bias(Placed(*weight.shape[::-1], inner=inner).to(weight), bias)
                 continue
-            inner = dense(weight, weight[chosen])
+            inner = self.stored(dense(weight, weight[chosen]), seen[role])
             made[role] = with_bias(Placed(*weight.shape[::-1], inner=inner).to(weight), neuron_bias(bias, chosen))
         return made
 

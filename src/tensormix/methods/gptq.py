@@ -1,22 +1,20 @@
 """Rounding that makes up for itself.
 
-Shape letters: O out_features, I in_features, R rank.
+Shape letters: O out_features, I in_features.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from tensormix.fitting.rounding_steps import corrected_codes, searched_grid
-from tensormix.fitting.whitening import check_inputs, solved
-from tensormix.methods.base import Statistics
-from tensormix.methods.rounding import Rounding
-from tensormix.operators import Dense, LowRank, Quantized, StructuredLinear
-from tensormix.operators.quantized import Packed
+from tensormix.fitting.output_error import output_error
+from tensormix.fitting.rounding_steps import Columns, packed_part, round_corrected, round_factors
+from tensormix.methods.rounding import Rounding, Seen
+from tensormix.operators import Dense, LowRank, PerHead, Quantized, StructuredLinear
+from tensormix.operators.base import computing_dtype
 from tensormix.statistics import Gram, HeldOutGram
 
 FEW = 10  # tokens per column: with fewer a Gram matrix says little about small directions
@@ -36,7 +34,8 @@ class Gptq(Rounding):
     """Small integers found column by column: what rounding one column loses, the columns after it make up for.
 
     The range of each group is cut where that loses least. An eighth of the tokens is held out: where they say that
-    plain rounding is better, which happens with few tokens, it is kept (`rounding` in the row says which it was).
+    plain rounding is better, which happens with few tokens, it is kept (`rounding` in the row says which it was, and
+    `calibration_tokens` how many tokens there were).
 
     With `of`, a method that gives a low rank: the right factor is rounded so, the left one is fitted anew to what that
     became, and rounded too, by the inputs that it gets.
@@ -50,65 +49,59 @@ class Gptq(Rounding):
     symmetric: bool = False
     damping: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # times the mean eigenvalue; None: by tokens
 
-    def empty(self, in_features: int, out_features: int) -> Quantized:
-        made = super().empty(in_features, out_features)
-        _check_inner(made.inner)
-        return made
-
-    def fit(self, weight: Tensor, stats: Statistics) -> Quantized:  # (O, I)
-        return self.fit_with_facts(weight, stats)[0]
-
-    def fit_with_facts(self, weight: Tensor, stats: Statistics) -> tuple[Quantized, dict[str, Any]]:  # (O, I)
-        weight = weight.detach()
-        inner = Dense.from_dense(weight) if self.of is None else self.of.fit(weight, stats)
+    def emptied(self, inner: StructuredLinear) -> Quantized:
         _check_inner(inner)
-        every, held = stats[Gram].mean.to(weight.device).double(), stats[HeldOutGram].mean.to(weight.device).double()
-        check_inputs(every)
-        damping = self.damping or DAMPING[stats[Gram].num_tokens < FEW * weight.shape[1]]
+        return super().emptied(inner)
+
+    def rounded(
+        self, inner: StructuredLinear, weight: Tensor, seen: Seen | None
+    ) -> tuple[Quantized, dict[str, Any]]:  # (O, I)
+        assert seen is not None
+        _check_inner(inner)
+        held = seen.held_out
+        damping = damping_for(self.damping, seen.num_tokens, weight.shape[1])
         plain = Quantized.of(inner, **self.rounding_sizes)
-        errors = {"nearest": _error(weight, plain, held)}
-        errors["corrected"] = _error(weight, self._corrected(weight, inner, every - held, damping), held)
-        facts = {"rounding": min(errors, key=lambda name: errors[name]), "held_out_errors": errors}
-        if not bool(held.any()):  # too few tokens to hold some out
-            facts = {"rounding": "nearest"}
+        facts: dict[str, Any] = {"rounding": "nearest", "calibration_tokens": seen.num_tokens}
+        if bool(held.any() and (seen.gram - held).any()):  # else too few tokens to hold some out
+            errors = {"nearest": _error(weight, plain, held)}
+            errors["corrected"] = _error(weight, self.corrected(weight, inner, seen.gram - held, damping), held)
+            facts |= {"rounding": min(errors, key=lambda name: errors[name]), "held_out_errors": errors}
         if facts["rounding"] == "nearest":
             return plain, facts
-        return self._corrected(weight, inner, every, damping), facts
+        return self.corrected(weight, inner, seen.gram, damping), facts
 
-    def _corrected(self, weight: Tensor, inner: StructuredLinear, gram: Tensor, damping: float) -> Quantized:
-        op = Quantized.of(inner, **self.rounding_sizes)
+    def corrected(self, weight: Tensor, inner: StructuredLinear, gram: Tensor, damping: float) -> Quantized:
+        """`inner`, which was fitted to `weight` (O, I), rounded by the inputs of this Gram matrix (I, I)."""
+        columns = Columns.of(gram, damping)
         if isinstance(inner, Dense):
-            _round(_part(op, "matrix"), weight.double(), gram, damping)
-            return op
-        assert isinstance(inner, LowRank)
+            return self.corrected_by(inner, columns)
+        assert isinstance(inner, LowRank | PerHead)
+        op = Quantized.of(inner, **self.rounding_sizes)
         left, right = inner.left.detach().double(), inner.right.detach().double()
-        _round(_part(op, "right"), right, gram, damping)
-        right = _part(op, "right").numbers(torch.float64)
-        passed = right @ gram @ right.T  # (R, R)
-        step = solved(passed, (weight.double() - left @ right) @ gram @ right.T)
-        _round(_part(op, "left"), left if step is None else left + step, passed, damping)
+        heads = inner.num_heads if isinstance(inner, PerHead) else 1
+        round_factors(op, weight.double(), left, right, gram, columns, damping, heads)
+        return op
+
+    def corrected_by(self, inner: Dense, columns: Columns) -> Quantized:
+        """A weight rounded with correction by the inputs of these columns."""
+        op = Quantized.of(inner, **self.rounding_sizes)
+        matrix = inner.matrix.detach()
+        round_corrected(packed_part(op, "matrix"), matrix.to(computing_dtype(matrix)), columns)
         return op
 
 
+def damping_for(given: float | None, num_tokens: int, in_features: int) -> float:
+    """What is added to a Gram matrix, times the mean of its diagonal."""
+    return given or DAMPING[num_tokens < FEW * in_features]
+
+
 def _check_inner(inner: StructuredLinear) -> None:
-    if not isinstance(inner, Dense | LowRank):
+    if not isinstance(inner, Dense | LowRank | PerHead):
         raise ValueError(
             f"gptq rounds a weight, or the two factors of a low rank, with correction, and a {type(inner).__name__} is "
-            "neither: take rtn for it"
+            "neither: take rtn or hqq for it"
         )
 
 
-def _part(op: Quantized, name: str) -> Packed:
-    part = getattr(op, name)
-    assert isinstance(part, Packed)
-    return part
-
-
-def _round(part: Packed, weight: Tensor, gram: Tensor, damping: float) -> None:  # (O, I), (I, I)
-    scales, zeros = searched_grid(part, weight, gram.diagonal().clamp(min=0))
-    part.put(scales, zeros, corrected_codes(part, weight, gram, scales, zeros, damping))
-
-
 def _error(weight: Tensor, op: Quantized, gram: Tensor) -> float:  # (O, I), (I, I)
-    missed = weight.double() - op.to_dense().double()
-    return float(((missed @ gram) * missed).sum())
+    return output_error(weight.double() - op.to_dense().double(), gram)

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from tensormix.fitting.ranks import rank_for
 from tensormix.fitting.whitening import best_on_inputs, check_inputs, gram_root, refit_left, refitted, widened
-from tensormix.methods.base import Heads, JointMethod, Layer, Statistics, Symmetry, about
+from tensormix.methods.base import Heads, Layer, Statistics, Symmetry, about
 from tensormix.methods.neurons import check_parts, dense, neuron_bias, neuron_roles, unchanged, value_bias, with_bias
+from tensormix.methods.rounded_parts import RoundedParts, through_noise
+from tensormix.methods.rounding import Seen
 from tensormix.operators import Dense, LowRank, Placed, StructuredLinear
 from tensormix.statistics import Gram
 
 
-class Narrow(JointMethod):
+class Narrow(RoundedParts):
     """Dense layers between the leading coordinates of both of their sides, as in a narrow model inside the wide one.
 
     A weight in the bases of its inputs and of its outputs, both sorted by energy, has most of its energy in a leading
@@ -33,6 +35,9 @@ class Narrow(JointMethod):
     v and o: of every head of values the R = keep / width C directions that o makes most of; then o by least squares.
     gate, up, down: the N = keep / width F neurons of which down puts out most; then down by least squares.
     q and k: two factors, the best on the inputs, since rotary positions fix the basis of their outputs.
+
+    With `rounding` all of these are stored in integers; the directions of the values are chosen, and o is fitted, for
+    values with the noise that rounding v adds to them.
     """
 
     source = "ours; cores as in Tucker, coordinates as in arXiv 2401.15024, heads as in arXiv 2505.23966"
@@ -60,7 +65,7 @@ class Narrow(JointMethod):
         return () if self.keep == 1 else ("mapped values", "neurons")
 
     def needs_at(self, role: str) -> tuple[type, ...]:
-        return (Gram,)
+        return self.with_rounding((Gram,))
 
     def empty(self, shapes: Mapping[str, tuple[int, int]], heads: Heads | None) -> dict[str, StructuredLinear]:
         check_parts(self.name, shapes)
@@ -69,20 +74,23 @@ class Narrow(JointMethod):
 
     def _operator(self, role: str, O: int, I: int, heads: Heads | None) -> StructuredLinear:
         if self.keep == 1:
-            return Dense(I, O)
+            return self.stored_empty(Dense(I, O))
         if role in ("q", "k"):
             with about(role):
-                return LowRank(I, O, rank=rank_for("Narrow", self.keep, I, O))
+                return self.stored_empty(LowRank(I, O, rank=rank_for("Narrow", self.keep, I, O)))
         if role in ("gate", "up"):
-            return Placed(I, O, inner=Dense(self._channels(I), self._kept(O, I, "neurons")))
+            return Placed(I, O, inner=self._core(self._channels(I), self._kept(O, I, "neurons")))
         if role == "down":
-            return Placed(I, O, inner=Dense(self._kept(I, O, "neurons"), self._channels(O)))
+            return Placed(I, O, inner=self._core(self._kept(I, O, "neurons"), self._channels(O)))
         assert heads is not None
         (H, G, C), D = heads, I if role == "v" else O
         kept = self._kept(C, D, "channels of a head")
         if role == "v":
-            return Placed(I, O, inner=Dense(self._channels(I), G * kept), out_groups=G)
-        return Placed(I, O, inner=Dense(H * kept, self._channels(O)), in_groups=H)
+            return Placed(I, O, inner=self._core(self._channels(I), G * kept), out_groups=G)
+        return Placed(I, O, inner=self._core(H * kept, self._channels(O)), in_groups=H)
+
+    def _core(self, I: int, O: int) -> StructuredLinear:
+        return self.stored_empty(Dense(I, O))
 
     def _channels(self, D: int) -> int:
         return max(1, round(self.width * D))
@@ -102,46 +110,59 @@ class Narrow(JointMethod):
     def fit(
         self, layers: Mapping[str, Layer], stats: Mapping[str, Statistics], heads: Heads | None
     ) -> dict[str, StructuredLinear]:
-        if self.keep == 1:
-            return unchanged(layers)
         made: dict[str, StructuredLinear] = {}
+        seen = {role: self.seen(stats.get(role), layer.weight) for role, layer in layers.items()}
+        if self.keep == 1:
+            return {role: self.stored(operator, seen[role]) for role, operator in unchanged(layers).items()}
         grams = {role: stats[role][Gram].mean for role in layers}
         for role in layers.keys() & {"q", "k"}:
             with about(role):
                 layer = layers[role]
                 rank = rank_for("Narrow", self.keep, *layer.weight.shape[::-1])
-                made[role] = with_bias(best_on_inputs(layer.weight, gram_root(grams[role]), rank), layer.bias)
+                factors = best_on_inputs(layer.weight, gram_root(grams[role]), rank)
+                made[role] = with_bias(self.stored(factors, seen[role], layer.weight), layer.bias)
         if "o" in layers:
             assert heads is not None
             with about("o"):
-                made |= self._values(layers["v"], layers["o"], grams, heads)
+                made |= self._values(layers["v"], layers["o"], grams, seen, heads)
         if "down" in layers:
             with about("down"):
-                made |= self._neurons(layers, grams)
+                made |= self._neurons(layers, grams, seen)
         return {role: made[role] for role in layers}
 
-    def _values(self, v: Layer, o: Layer, grams: Mapping[str, Tensor], heads: Heads) -> dict[str, StructuredLinear]:
+    def _values(
+        self, v: Layer, o: Layer, grams: Mapping[str, Tensor], seen: Mapping[str, Seen | None], heads: Heads
+    ) -> dict[str, StructuredLinear]:
         (H, G, C), (D, I) = heads, (len(o.weight), v.weight.shape[1])
         P, kept = self._channels(D), self._kept(C, D, "channels of a head")
-        wide, root = widened(o.weight[:P], gram_root(grams["o"]))  # (P, H C), (H C, K)
+        target, noisy = o.weight[:P], grams["o"]
+        if self.rounding is not None:
+            target, noisy = through_noise(target, noisy, self.share_lost(v.weight, grams["v"], seen["v"]))
+        wide, root = widened(target, gram_root(noisy))  # (P, H C), (H C, K)
         into, back = value_maps(wide, root @ root.T, heads, kept)  # (G, R, C), (G, C, R)
         every = torch.block_diag(*into.repeat_interleave(H // G, dim=0))  # (H R, H C)
         left = wide @ torch.block_diag(*back.repeat_interleave(H // G, dim=0))  # (P, H R)
-        theirs = Placed(H * C, D, inner=dense(o.weight, refit_left(wide, left, every, root)), in_groups=H).to(o.weight)
+        left = refit_left(wide, left, every, root)
+        writer = self.stored(dense(o.weight, left), None if seen["o"] is None else seen["o"].through(every))
+        theirs = Placed(H * C, D, inner=writer, in_groups=H).to(o.weight)
         read = self._reader(v.weight, grams["v"]).to(into).unflatten(0, (G, C))  # (G, C, P)
-        ours = Placed(I, G * C, inner=dense(v.weight, (into @ read).flatten(0, 1)), out_groups=G).to(v.weight)
+        reader = self.stored(dense(v.weight, (into @ read).flatten(0, 1)), _leading(seen["v"], P))
+        ours = Placed(I, G * C, inner=reader, out_groups=G).to(v.weight)
         return {"v": with_bias(ours, value_bias(v.bias, into)), "o": with_bias(theirs, o.bias)}
 
-    def _neurons(self, layers: Mapping[str, Layer], grams: Mapping[str, Tensor]) -> dict[str, StructuredLinear]:
+    def _neurons(
+        self, layers: Mapping[str, Layer], grams: Mapping[str, Tensor], seen: Mapping[str, Seen | None]
+    ) -> dict[str, StructuredLinear]:
         down = layers["down"]
         D, F = down.weight.shape
         P = self._channels(D)
         chosen = loudest_neurons(down.weight[:P], grams["down"], self._kept(F, D, "neurons"))
-        inner = dense(down.weight, refitted(down.weight[:P], grams["down"], chosen))
+        left = None if seen["down"] is None else seen["down"].chosen(chosen)
+        inner = self.stored(dense(down.weight, refitted(down.weight[:P], grams["down"], chosen)), left)
         made: dict[str, StructuredLinear] = {"down": with_bias(Placed(F, D, inner=inner).to(down.weight), down.bias)}
         for role in set(neuron_roles(layers)) - {"down"}:
             weight = layers[role].weight
-            inner = dense(weight, self._reader(weight[chosen], grams[role]))
+            inner = self.stored(dense(weight, self._reader(weight[chosen], grams[role])), _leading(seen[role], P))
             bias = neuron_bias(layers[role].bias, chosen)
             made[role] = with_bias(Placed(D, F, inner=inner).to(weight), bias)
         return made
@@ -152,6 +173,11 @@ class Narrow(JointMethod):
         if P == weight.shape[1]:
             return weight
         return refitted(weight, gram, torch.arange(P, device=weight.device))
+
+
+def _leading(seen: Seen | None, count: int) -> Seen | None:
+    """Of the first inputs alone."""
+    return None if seen is None else seen.chosen(torch.arange(count))
 
 
 def value_maps(weight: Tensor, gram: Tensor, heads: Heads, rank: int) -> tuple[Tensor, Tensor]:

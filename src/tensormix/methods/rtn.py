@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from tensormix.methods.base import Statistics
-from tensormix.methods.rounding import Rounding
-from tensormix.operators import Dense, Quantized
+from tensormix.methods.rounding import Rounding, Seen
+from tensormix.operators import Quantized, StructuredLinear
 
 
 class Rtn(Rounding):
@@ -23,6 +22,7 @@ class Rtn(Rounding):
 
     name: Literal["rtn"] = "rtn"
 
-    def fit(self, weight: Tensor, stats: Statistics) -> Quantized:  # (O, I)
-        inner = Dense.from_dense(weight) if self.of is None else self.of.fit(weight, stats)
-        return Quantized.of(inner, **self.rounding_sizes)
+    def rounded(
+        self, inner: StructuredLinear, weight: Tensor, seen: Seen | None
+    ) -> tuple[Quantized, dict[str, Any]]:  # (O, I)
+        return Quantized.of(inner, **self.rounding_sizes), {}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tensormix.operators.base import StructuredLinear, computing_dtype
 from tensormix.operators.low_rank import LowRank
-from tensormix.operators.quantized import Packed
+from tensormix.operators.packed import Packed
 
 
 class Remapped(StructuredLinear):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tensormix.operators import Cost, Experts, Operator, bits_of
-from tensormix.operators.quantized import Packed
+from tensormix.operators.packed import Packed
 from tensormix.sites.families import is_conv1d
 from tensormix.sites.fused_experts import dense_stack, experts_per_token, is_fused, stack_names
 
