@@ -90,7 +90,7 @@ def measure(variant: dict[str, Any], keep: float, options: argparse.Namespace) -
         "model": sum(p.numel() for p in model.parameters()),
         "dense_model": before,
     }
-    if rows:
+    if any(row["role"] for row in rows):  # not where blocks are dropped: they have no dense form
         model.dequantize()  # the same matrices written out: some structures take minutes to read 12,000 tokens
     facts = {"parameters": parameters, "seconds": round(seconds, 1), **judged(model, tokenizer, options.data)}
     facts |= asked(model.bfloat16(), tokenizer, options.data)

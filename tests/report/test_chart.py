@@ -9,10 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_page import Element, parse
 
+from tensormix.report.boundary import Boundary
 from tensormix.report.chart import chart
+from tensormix.report.measures import Record
 from tensormix.report.parts import Arrow, Cells, Level, Line, Mark, Part, Point, Series
 from tensormix.report.scales import Axis, Scale, Steps, log_ticks, nice_ticks, padded, step_place
+from tensormix.report.series import boundary_marks, styles_of
 from tensormix.report.svg import HEIGHT, LEFT, RIGHT, SHAPES, TOP, WIDTH, Style
+
+
+def test_plans_without_a_look_of_their_own_look_different():
+    records = [Record(f"cell {index}", method=f"plan {index}", direction="middle_to_late") for index in range(16)]
+    assert len({(style.colour, style.shape) for style in styles_of(records).values()}) == 16
+
+
+def test_boundaries_at_one_place_are_one_mark():
+    ends = {"low": 6, "high": 8, "method": "mixt", "direction": "last"}
+    known = [
+        Boundary({"value": value, "num_branches": branches, **ends})
+        for value, branches in ((7, 2), (7, 3), (5, 4), (None, 5))
+    ]
+    assert [mark.label for mark in boundary_marks(known)] == ["N_B = 7 (2, 3 br.)", "N_B = 5 (4 br.)"]
+    assert [mark.label for mark in boundary_marks(known[:2])] == ["boundary N_B = 7"]
+
 
 BLUE, FREE = Style("c-blue"), Axis()
 numbers = st.floats(-1e6, 1e6).map(lambda x: round(x, 3))

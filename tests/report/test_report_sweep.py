@@ -223,6 +223,18 @@ def test_unfinished_cells_are_listed(real_unfinished_sweep: Path, tmp_path: Path
     assert len(csv_rows(page.id("accuracy"), "accuracy.csv")) == num_cells - missing
 
 
+def test_a_sweep_without_mixt_back_to_front_waits_for_no_boundary_of_it(sweep: Path, tmp_path: Path) -> None:
+    folder = copied(sweep, tmp_path)
+    data = json.loads((folder / "sweep.json").read_text())
+    for row in [*data["cells"], *data["boundary"]]:
+        if row.get("direction") == "last":
+            row["direction"] = "middle_to_late"
+    (folder / "sweep.json").write_text(json.dumps(data))
+    page = page_of(folder)
+    assert "side by side" in page.all("h1")[0].text() and model_of(sweep) in page.all("h1")[0].text()
+    assert "boundary is at" not in page.all("p", "lead")[0].text()
+
+
 def test_a_sweep_with_nothing_finished_still_gives_a_page(real_sweep: Path, tmp_path: Path) -> None:
     content = json.loads((real_sweep / "sweep.json").read_text())
     (tmp_path / "sweep").mkdir()

@@ -133,6 +133,12 @@ def test_a_depth_beyond_the_model_is_refused_before_anything_is_done(tiny, tmp_p
     assert not (tmp_path / "s").exists()
 
 
+def test_a_size_that_a_layer_does_not_allow_is_refused_before_anything_is_done(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"last-04-mixt9: .*num_branches=9 is too large.*largest possible"):
+        run_sweep(sweep(tiny, vary={"num_branches": [1, 9]}), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
 def test_every_stage_has_its_share_of_the_progress():
     assert list(SHARES) == list(STAGES) and sum(SHARES.values()) == pytest.approx(1)
 

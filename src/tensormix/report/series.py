@@ -30,6 +30,10 @@ STYLES = (  # of groups that have no look of their own
     Style("c-ink", "plus"),
     Style("c-yellow", "cross"),
 )
+# Of methods and plans that have no look of their own: no two in sixteen are alike.
+SHAPES = ("cross", "star", "plus", "down", "diamond", "triangle", "circle", "square")
+COLOURS = "red blue green purple yellow sky orange ink blue red ink orange purple green yellow sky".split()
+SPARE = [Style(f"c-{colour}", shape) for shape, colour in zip(SHAPES * 2, COLOURS, strict=True)]
 DEPTH = Axis("N_B, number of blocks replaced", whole, include=(0.0,), room=0.03)
 BLOCK = Axis("block, counted from 0", whole, least=0.5)
 
@@ -38,12 +42,16 @@ def styles_of(records: Iterable[Record]) -> Styles:
     """Colour by method and branches, shape likewise, hollow and dashed for front to back."""
     keys = list(dict.fromkeys(item.series for item in records))
     mixts = sorted({key[2] or 0 for key in keys if key[0] == "mixt"}, key=lambda num: (num != 4, num))
+    spare = list(dict.fromkeys(key[0] for key in keys if key[0] != "mixt" and key[0] not in OTHERS))
     styles = {}
     for key in keys:
         if key[0] == "mixt":
             colour, shape = MIXT[mixts.index(key[2] or 0) % len(MIXT)]
+        elif key[0] in OTHERS:
+            colour, shape = OTHERS[key[0]]
         else:
-            colour, shape = OTHERS.get(key[0], ("c-red", "cross"))
+            own = SPARE[spare.index(key[0]) % len(SPARE)]
+            colour, shape = own.colour, own.shape
         styles[key] = Style(colour, shape, hollow=key[1] != "last")
     return styles
 
@@ -93,17 +101,15 @@ def series_of(
 
 
 def boundary_marks(boundaries: Sequence[Boundary]) -> list[Mark]:
-    """The known boundaries with their intervals."""
-    known = [item for item in boundaries if item.value is not None]
-    several = len(known) > 1
-    return [
-        Mark(
-            item.value or 0.0,
-            item.low,
-            item.high,
-            f"N_B = {short(item.value)} ({item.series[2]} br.)"
-            if several and item.series[2] is not None
-            else f"boundary N_B = {short(item.value)}",
-        )
-        for item in known
-    ]
+    """The known boundaries with their intervals; those at one place are one mark, which names them all."""
+    places: dict[tuple[float, float | None, float | None], list[Boundary]] = {}
+    for item in boundaries:
+        if item.value is not None:
+            places.setdefault((item.value, item.low, item.high), []).append(item)
+    marks = []
+    for (value, low, high), there in places.items():
+        branches = [str(item.series[2]) for item in there if item.series[2] is not None]
+        several = len(places) > 1 and branches
+        words = f"N_B = {short(value)} ({', '.join(branches)} br.)" if several else f"boundary N_B = {short(value)}"
+        marks.append(Mark(value, low, high, words))
+    return marks

@@ -76,12 +76,15 @@ def opened(sweep: Sweep, dense: Record, records: list[Record]) -> Page:
     missing = [cell for cell in sweep.cells if not cell.is_finished]
     last = main.last_good if main else None
     no_exam = main is None and dense.accuracy is None and bool(dense.perplexity)
+    # Where nothing is MixT back to front and all is finished, no boundary of it is to come.
+    side_by_side = 0 if main or missing else len({item.series for item in records})
     banner = say("tops", "sweep_banner", len(missing), len(sweep.cells)) if missing else Markup()
-    lead = say("tops", "sweep_lead", main, nulls, farther, at, no_exam=no_exam, **savings(dense, at))
+    told = {"no_exam": no_exam, "side_by_side": side_by_side, **savings(dense, at)}
+    lead = say("tops", "sweep_lead", main, nulls, farther, at, **told)
     return Page(
         title=f"{short_name(model)}: transition boundary",
         eyebrow=say("tops", "eyebrow", "sweep", sweep.name, model),
-        headline=say("tops", "sweep_headline", model, num_blocks(sweep), main, last),
+        headline=say("tops", "sweep_headline", model, num_blocks(sweep), main, last, side_by_side),
         lead=[lead, key_figures(dense, at) or Markup(), banner],
     )
 

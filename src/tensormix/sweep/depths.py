@@ -17,10 +17,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tensormix.allocation.resolvers import foresee
 from tensormix.diagnose import Measurement, bisect_boundary
 from tensormix.models import Sources, skeleton
 from tensormix.recipe import Cell, Recipe, Sweep
 from tensormix.rows import STAGES, SweepProgress
+from tensormix.run.check import replace_empty
 from tensormix.run.keys import dense_recipe, is_done, stage_keys
 from tensormix.run.run import run_recipe
 from tensormix.sites import blocks
@@ -52,11 +54,13 @@ def run_sweep(sweep: Sweep, folder: Path, *, progress: SweepProgress | None = No
     """Make every cell that is missing, find the boundaries, write sweep.json; returns `folder`.
 
     Raises:
-        ValueError: a depth beyond the model, another process writes into the folder, or whatever a stage of a cell
-            finds wrong. Finished cells stay.
+        ValueError: a depth beyond the model, a size that a layer does not allow, another process writes into the
+            folder, or whatever a stage of a cell finds wrong. Finished cells stay.
     """
     tell = progress or (lambda what, done, total: None)
     job = _Sweep(sweep, folder)
+    if sweep.search == "scan":  # bisection may never come to its deepest cell
+        job.check_sizes()
     with only_process(folder):
         run_family(sweep, folder)
         (job.bisect if sweep.search == "bisect" else job.scan)(tell)
@@ -73,6 +77,17 @@ class _Sweep:
         self.sources = Sources()
         self.num_blocks = len(blocks(skeleton(self.sources[self.recipe.model])))
         self.cells = sweep.cells(self.num_blocks)
+
+    def check_sizes(self) -> None:
+        """Empty operators for the deepest cell of every series: a size that is impossible is said before any cell."""
+        deepest = {cell.series: cell for cell in sorted(self.cells, key=lambda cell: cell.depth)}
+        source = self.sources[self.recipe.model]
+        for cell in deepest.values():
+            model = skeleton(source)
+            try:
+                replace_empty(model, foresee(cell_recipe(self.recipe, cell), source, model).plan)
+            except ValueError as reason:
+                raise ValueError(f"{cell.name}: {reason}") from None
 
     def make(self, name: str, recipe: Recipe, progress: Callable[[str, int, int], None] | None = None) -> None:
         run_recipe(
