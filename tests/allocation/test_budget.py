@@ -213,7 +213,7 @@ def test_importance_is_the_divergence_for_each_unit_of_error(llama):
     changed = compress(model, allocate(llama, plan, Budget(keep=10 * 80 / (32 * 48))).plan)[0]
     after = model(BATCHES[0]).logits.detach()
     assert row["importance"] * changed["relative_error"] ** 2 == pytest.approx(
-        float(divergences(before, after).mean()), rel=1e-4
+        float(divergences(before, after).mean()), rel=1e-4, abs=1e-7
     ), "up to log-probabilities in fp32"
 
 
