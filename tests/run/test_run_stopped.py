@@ -16,7 +16,7 @@ from tensormix.run import run_recipe, stage_rows
 
 def written(tiny: Path, folder: Path) -> Path:
     """A recipe whose blocks take long enough to be stopped between, and that measures nothing."""
-    method = {"name": "monarch", "keep": 0.5, "blocks": 4, "steps": 400}
+    method = {"name": "monarch", "keep": 0.5, "blocks": 4, "steps": 200}
     data = {
         "model": str(tiny),
         "plan": [{"sites": r".*mlp\..*", "method": method}],
@@ -42,7 +42,9 @@ def test_ctrl_c_loses_nothing_and_changes_nothing(tiny, tmp_path):
     journal = out / "compressed.journal.jsonl"
     command = [sys.executable, "-m", "tensormix.cli", "run", str(file), "--out", str(out)]
     command += ["--threads", str(torch.get_num_threads())]  # sums depend on it
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # A test run that was itself started in the background inherits a Ctrl-C that is ignored, and passes it on.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **heard)
     while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 1):
         time.sleep(0.002)  # until the first block is finished
     process.send_signal(signal.SIGINT)
