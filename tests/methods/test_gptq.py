@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+from calibrated import correlated, error, seen
 from tensormix.compression import compress
 from tensormix.fitting.rounding_steps import Columns, corrected_codes, searched_grid
 from tensormix.methods import Gptq, Rtn, SvdLlm
@@ -19,27 +20,11 @@ I, O = 96, 40
 
 
 def inputs(num_tokens, size=I, seed=0):
-    """Correlated, some directions a hundred times smaller than others."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(size, size, generator=torch.Generator().manual_seed(99)) * torch.logspace(0, -2, size)
-    return torch.randn(num_tokens, size, generator=generator) @ mixing.T
-
-
-def seen(x):
-    stats = {kind: kind(x.shape[1]) for kind in (Gram, HeldOutGram)}
-    for statistic in stats.values():
-        statistic.update(x)
-    return stats
+    return correlated(num_tokens, size, decades=2, seed=seed)
 
 
 def weight(seed=0):
     return torch.randn(O, I, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def error(op, of, x):
-    """Relative, of the outputs on tokens that nobody fitted to."""
-    return float((x @ (op.to_dense() - of).T).norm() / (x @ of.T).norm())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from calibrated import correlated, seen
 from tensormix.compression import compress
 from tensormix.fitting.output_error import output_error
 from tensormix.fitting.rounding_steps import Columns, round_factors
@@ -23,24 +24,15 @@ I, F, N = 48, 96, 4000
 HEADS = Heads(4, 2, 12)
 
 
-def correlated(size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(size, size, generator=torch.Generator().manual_seed(size)) * torch.logspace(0, -1.5, size)
-    return torch.randn(N, size, generator=generator) @ mixing.T
-
-
-def seen(x):
-    stats = {kind: kind(x.shape[1]) for kind in (Gram, HeldOutGram)}
-    for statistic in stats.values():
-        statistic.update(x)
-    return stats
+def inputs_of(size, seed=0):
+    return correlated(N, size, decades=1.5, seed=seed, mixing=size)
 
 
 def block():
     generator = torch.Generator().manual_seed(7)
     shapes = {"q": (48, I), "k": (24, I), "v": (24, I), "o": (I, 48), "gate": (F, I), "up": (F, I), "down": (I, F)}
     layers = {role: Layer(torch.randn(shape, generator=generator)) for role, shape in shapes.items()}
-    x, z, h = correlated(I), correlated(48, 1), correlated(F, 2)
+    x, z, h = inputs_of(I), inputs_of(48, 1), inputs_of(F, 2)
     inputs = {role: {"o": z, "down": h}.get(role, x) for role in shapes}
     return layers, inputs, {role: seen(inputs[role]) for role in shapes}
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibrated import correlated, error, seen
 from tensormix.compression import compress
 from tensormix.fitting.output_error import output_error
 from tensormix.fitting.rounding_steps import Columns, corrected_codes, searched_grid
@@ -21,25 +22,11 @@ I, O = 96, 40
 
 
 def inputs(num_tokens, size=I, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(size, size, generator=torch.Generator().manual_seed(99)) * torch.logspace(0, -1, size)
-    return torch.randn(num_tokens, size, generator=generator) @ mixing.T
-
-
-def seen(x):
-    stats = {kind: kind(x.shape[1]) for kind in (Gram, HeldOutGram)}
-    for statistic in stats.values():
-        statistic.update(x)
-    return stats
+    return correlated(num_tokens, size, decades=1, seed=seed)
 
 
 def weight(seed=0, rows=O, columns=I):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def error(op, of, x):
-    return float((x @ (op.to_dense() - of).T).norm() / (x @ of.T).norm())
 
 
 NONE = [RoundedLowRank(bits=3, group=32, rank=0), RoundedSparse(bits=3, group=32, share=0.0)]

@@ -20,7 +20,8 @@ from tensormix.report.svg import HEIGHT, LEFT, RIGHT, SHAPES, TOP, WIDTH, Style
 
 def test_plans_without_a_look_of_their_own_look_different():
     records = [Record(f"cell {index}", method=f"plan {index}", direction="middle_to_late") for index in range(16)]
-    assert len({(style.colour, style.shape) for style in styles_of(records).values()}) == 16
+    known = [Record("cell", method=name) for name in ("mixt", "zero", "drop_blocks", "svd")]
+    assert len({(style.colour, style.shape) for style in styles_of([*records, *known]).values()}) == 20
 
 
 def test_boundaries_at_one_place_are_one_mark():

@@ -233,6 +233,15 @@ def test_a_sweep_without_mixt_back_to_front_waits_for_no_boundary_of_it(sweep: P
     page = page_of(folder)
     assert "side by side" in page.all("h1")[0].text() and model_of(sweep) in page.all("h1")[0].text()
     assert "boundary is at" not in page.all("p", "lead")[0].text()
+    data["cells"] = [row for row in data["cells"] if (row["method"], row["direction"]) == ("mixt", "middle_to_late")]
+    (folder / "sweep.json").write_text(json.dumps(data))
+    assert page_of(folder).all("h1")[0].text() == f"1 way to replace blocks of {model_of(sweep)}"
+
+
+def test_mixt_at_too_few_depths_has_no_boundary_yet(sweep: Path, tmp_path: Path) -> None:
+    folder = copied(sweep, tmp_path)
+    change(folder / "sweep.json", lambda content: content.update(boundary=[]))
+    assert "is not known yet" in page_of(folder).all("h1")[0].text()
 
 
 def test_a_sweep_with_nothing_finished_still_gives_a_page(real_sweep: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from tensormix.cli import progress
 from tensormix.recipe.comparison import Comparison
 from tensormix.rows import STAGES
 from tensormix.run import stage_rows
-from tensormix.sweep.compare import run_comparison, shares_of
+from tensormix.sweep.compare import run_comparison
+from tensormix.sweep.depths import shares_of
 
 AUTO = {"name": "auto", "among": [{"name": "svd_llm"}, {"name": "flat_llm"}], "tokens": 16}
 

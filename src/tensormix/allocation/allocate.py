@@ -130,7 +130,7 @@ def _contest(
 
     whole = fresh()
     calibration = Calibration(list(batches_of(whole, batches, tokenizer) or ()), inputs, precision, Activations(spill))
-    return Contest(whole, source, _Counted(source, dtype), plan, budget, fresh, tell).held(calibration)
+    return Contest(whole, source, _Counted(source, dtype), plan, budget, fresh, tell).decided(calibration)
 
 
 class _Counted(Home):

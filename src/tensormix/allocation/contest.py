@@ -79,9 +79,9 @@ class Contest:
         assert chosen is not None  # or the budget would have been impossible
         return Allocation(plan_of(chosen.choice), self._rows([], chosen, {}, []))
 
-    def held(self, calibration: Calibration) -> Allocation:
+    def decided(self, calibration: Calibration) -> Allocation:
         """The plan that stays, and the rows about it: the budget, its sites, every plan, every candidate."""
-        fit, apart = parted(list(calibration.batches or ()), self.auto.part)
+        fit, apart = split_windows(list(calibration.batches or ()), self.auto.part)
         alone = Rises(self.model, first_tokens(apart, self.auto.tokens), self.budget.measure)
         losses = compete(
             self.model, self.parts.regions, fit, alone, calibration.precision, calibration.activations, self._tell
@@ -204,7 +204,7 @@ def contender_row(chosen: Chosen | str, measured: Rise | None, tokens: int, is_b
     }
 
 
-def parted(batches: Sequence[Tensor], part: float) -> tuple[list[Tensor], list[Tensor]]:  # (B, T) each
+def split_windows(batches: Sequence[Tensor], part: float) -> tuple[list[Tensor], list[Tensor]]:  # (B, T) each
     """The windows one by one: those to fit on, and the last ones, `part` of all of them, which measure.
 
     Raises ValueError if there are less than two.

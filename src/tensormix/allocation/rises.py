@@ -23,6 +23,12 @@ class Rise(NamedTuple):
     mean: float
     error: float
 
+    @classmethod
+    def over(cls, parts: Iterable[Tensor]) -> Rise:
+        """Of the tokens of all parts, whatever their shapes."""
+        each = torch.cat([part.flatten().double().cpu() for part in parts])
+        return cls(float(each.mean()), float(each.std()) / sqrt(len(each)) if len(each) > 1 else 0.0)
+
 
 class Rises:
     """Asks what a change does to the predictions of `model`, from the changed block on.
@@ -63,9 +69,7 @@ class Rises:
             return self._mean(told)
 
     def _mean(self, told: Iterable[Tensor]) -> Rise:
-        pairs = zip(self._dense, told, strict=True)
-        each = torch.cat([self._of(before, after).flatten().double().cpu() for before, after in pairs])
-        return Rise(float(each.mean()), float(each.std()) / sqrt(len(each)) if len(each) > 1 else 0.0)
+        return Rise.over(self._of(before, after) for before, after in zip(self._dense, told, strict=True))
 
     def _of(self, before: Tensor, after: Tensor) -> Tensor:
         if self.measure == "loss":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from math import sqrt
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,20 +55,11 @@ def _by_angle(model: nn.Module, batches: Sequence[Tensor]) -> Weigh:
         block.register_forward_hook(watcher(index), with_kwargs=True) for index, block in enumerate(blocks(model))
     ]
     try:
-        _logits(model, batches)
+        with quiet(model):
+            for batch in batches:
+                model(batch.to(next(model.parameters()).device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    means = [_mean(of_block) for of_block in angles]
+    means = [Rise.over(of_block) for of_block in angles]
     return lambda site, operator: means[site.block or 0]
-
-
-def _logits(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
-    device = next(model.parameters()).device
-    with quiet(model):
-        return [model(batch.to(device), use_cache=False).logits for batch in batches]
-
-
-def _mean(parts: Iterable[Tensor]) -> Rise:
-    each = torch.cat([part.flatten().double().cpu() for part in parts])
-    return Rise(float(each.mean()), float(each.std()) / sqrt(len(each)) if len(each) > 1 else 0.0)

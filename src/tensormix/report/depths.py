@@ -35,7 +35,8 @@ def accuracy_figure(dense: Record, records: list[Record], boundaries: list[Bound
     styles, marks = styles_of(records), main_boundaries(boundaries)
     back = [item for item in records if item.direction == "last"]
     front = [item for item in records if item.direction != "last"]
-    charts = [_accuracy("Exam accuracy, back to front", dense, back or records, marks if back else [], styles)]
+    title = "Exam accuracy, back to front" if back else "Accuracy"
+    charts = [_accuracy(title, dense, back or records, marks if back else [], styles)]
     if front and back:
         both = [item for item in records if item.method == "mixt" or item.direction != "last"]
         charts.append(_accuracy("Exam accuracy, by direction", dense, both, marks, styles))

@@ -15,7 +15,7 @@ from .parts import Level, Line, Part, Point, Series
 from .read import Contest
 from .rendering import say
 from .scales import Axis
-from .series import DENSE, STYLES
+from .series import DENSE, look
 from .svg import Style
 
 NULLS = {
@@ -58,7 +58,7 @@ def styles_of(items: Sequence[Entry]) -> dict[str, Style]:
     taken = [label for label, item in methods.items() if not item.null]
     styles = {label: NULLS.get(item.method, OTHER_NULL) for label, item in methods.items() if item.null}
     for i, label in enumerate(taken):
-        styles[label] = Style(STYLES[i % len(STYLES)].colour, STYLES[(i + i // len(STYLES)) % len(STYLES)].shape)
+        styles[label] = look(i)
     return {label: styles[label] for label in methods}
 
 

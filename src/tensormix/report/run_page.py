@@ -18,7 +18,7 @@ from .page import Page, common_notes, environments_part, facts_part, settings_pa
 from .read import Run, runs_of
 from .rendering import say
 from .scaling import operator_figure
-from .series import STYLES
+from .series import look
 from .sites import measures_table, sites_table, storage_table, subjects_table
 from .sweep_page import key_figures, savings
 from .tables import compared, details_table, measured, measured_data, resources_table
@@ -114,7 +114,7 @@ def comparison_page(runs: Sequence[Run]) -> Page:
     items = [own_record(run, name) for run, name in zip(runs, names, strict=True)]
     models = {item: model_name(run.recipe) or MISSING for item, run in zip(items, runs, strict=True)}
     page = Page("Comparison of runs", Markup("tensormix · comparison"), Markup(f"{len(runs)} runs compared"))
-    styles = {item.series: STYLES[i % len(STYLES)] for i, item in enumerate(items)}
+    styles = {item.series: look(i) for i, item in enumerate(items)}
     dense = next((d for d in map(dense_record, runs, items) if d.resources), Record("dense", depth=0, method="dense"))
     page.section("runs", "Runs", comparison_table(items, models), say("tops", "terms"))
     page.section("cost", "Accuracy and cost", size_figure(dense, items, styles), tradeoff_figure(dense, items, styles))

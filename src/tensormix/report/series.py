@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 
 from .boundary import Boundary
 from .measures import Key, Record, by_series
@@ -30,34 +31,35 @@ STYLES = (  # of groups that have no look of their own
     Style("c-ink", "plus"),
     Style("c-yellow", "cross"),
 )
-# Of methods and plans that have no look of their own: no two in sixteen are alike.
-SHAPES = ("cross", "star", "plus", "down", "diamond", "triangle", "circle", "square")
-COLOURS = "red blue green purple yellow sky orange ink blue red ink orange purple green yellow sky".split()
-SPARE = [Style(f"c-{colour}", shape) for shape, colour in zip(SHAPES * 2, COLOURS, strict=True)]
 DEPTH = Axis("N_B, number of blocks replaced", whole, include=(0.0,), room=0.03)
 BLOCK = Axis("block, counted from 0", whole, least=0.5)
+
+
+def look(index: int) -> Style:
+    """The looks of groups that have none of their own, all different up to 64."""
+    rounds, place = divmod(index, len(STYLES))
+    return Style(STYLES[place].colour, STYLES[(place + rounds) % len(STYLES)].shape)
 
 
 def styles_of(records: Iterable[Record]) -> Styles:
     """Colour by method and branches, shape likewise, hollow and dashed for front to back."""
     keys = list(dict.fromkeys(item.series for item in records))
     mixts = sorted({key[2] or 0 for key in keys if key[0] == "mixt"}, key=lambda num: (num != 4, num))
-    spare = list(dict.fromkeys(key[0] for key in keys if key[0] != "mixt" and key[0] not in OTHERS))
+    taken = {*MIXT, *OTHERS.values()}
+    free = ((own.colour, own.shape) for own in map(look, count()) if (own.colour, own.shape) not in taken)
+    looks = dict(OTHERS)
     styles = {}
     for key in keys:
         if key[0] == "mixt":
             colour, shape = MIXT[mixts.index(key[2] or 0) % len(MIXT)]
-        elif key[0] in OTHERS:
-            colour, shape = OTHERS[key[0]]
         else:
-            own = SPARE[spare.index(key[0]) % len(SPARE)]
-            colour, shape = own.colour, own.shape
+            colour, shape = looks[key[0]] = looks.get(key[0]) or next(free)
         styles[key] = Style(colour, shape, hollow=key[1] != "last")
     return styles
 
 
 def styles_in_order(names: Iterable[str]) -> dict[str, Style]:
-    return {name: STYLES[index % len(STYLES)] for index, name in enumerate(dict.fromkeys(names))}
+    return {name: look(index) for index, name in enumerate(dict.fromkeys(names))}
 
 
 def where(item: Record) -> str:

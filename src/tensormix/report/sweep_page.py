@@ -42,7 +42,9 @@ def savings(dense: Record, at: Record | None) -> dict[str, list[tuple]]:
 def key_figures(dense: Record, at: Record | None) -> Markup | None:
     if at is None:
         return None
-    items = [{"name": "Accuracy", "value": percent(at.accuracy), "remark": f"dense {percent(dense.accuracy)}"}]
+    items = []
+    if at.accuracy is not None:
+        items = [{"name": "Accuracy", "value": percent(at.accuracy), "remark": f"dense {percent(dense.accuracy)}"}]
     for name, key, show in TILES:
         own, whole = at.resource(key), dense.resource(key)
         if own is not None:
@@ -53,7 +55,7 @@ def key_figures(dense: Record, at: Record | None) -> Markup | None:
         lengths = " and ".join(map(str, sorted(speeds)))
         remark = f"dense = 1; {lengths} token{'s' * (list(speeds) != [1])}"
         items.append({"name": "Speed", "value": "\u2013".join(ends) + "×", "remark": remark})
-    return say("parts", "tiles", items)
+    return say("parts", "tiles", items) if items else None
 
 
 def partly(sweep: Sweep) -> list[tuple[str, list[str]]]:
@@ -76,8 +78,9 @@ def opened(sweep: Sweep, dense: Record, records: list[Record]) -> Page:
     missing = [cell for cell in sweep.cells if not cell.is_finished]
     last = main.last_good if main else None
     no_exam = main is None and dense.accuracy is None and bool(dense.perplexity)
+    series = {item.series for item in records}
     # Where nothing is MixT back to front and all is finished, no boundary of it is to come.
-    side_by_side = 0 if main or missing else len({item.series for item in records})
+    side_by_side = 0 if missing or any(key[:2] == ("mixt", "last") for key in series) else len(series)
     banner = say("tops", "sweep_banner", len(missing), len(sweep.cells)) if missing else Markup()
     told = {"no_exam": no_exam, "side_by_side": side_by_side, **savings(dense, at)}
     lead = say("tops", "sweep_lead", main, nulls, farther, at, **told)

@@ -49,20 +49,27 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return type(value)(_cast(item, dtype) for item in value) if type(value) in (list, tuple) else value
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: notes how the model calls it, computes nothing."""
+class StandIn(nn.Module):
+    """Stands where a block was, and has its attributes, but computes nothing."""
 
     def __init__(self, block: nn.Module, returns: str) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not a submodule: the model must not see it
         self.pass_by = Bypass(returns=returns)
-        self.calls: list[Call] = []
 
     def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, e.g. attention_type
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["block"], name)
+
+
+class _Recorder(StandIn):
+    """Notes how the model calls the block."""
+
+    def __init__(self, block: nn.Module, returns: str) -> None:
+        super().__init__(block, returns)
+        self.calls: list[Call] = []
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls.append(Call(hidden_states, args, kwargs))

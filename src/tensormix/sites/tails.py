@@ -12,24 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensormix.operators import Bypass
+from tensormix.sites.calls import StandIn
 from tensormix.sites.locate import blocks
 from tensormix.sites.seen import returns_of, seen_in
 
 
-class _Before(nn.Module):
-    """Stands where a block was that need not run; the last of them hands on what is known to leave it."""
+class _Before(StandIn):
+    """A block that need not run; the last of them hands on what is known to leave it."""
 
     def __init__(self, block: nn.Module, returns: str, leaving: Tensor | None) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # not a submodule: the model must not see it
-        self.pass_by, self.leaving = Bypass(returns=returns), leaving
-
-    def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, e.g. attention_type
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
+        super().__init__(block, returns)
+        self.leaving = leaving
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.pass_by(hidden_states if self.leaving is None else self.leaving)

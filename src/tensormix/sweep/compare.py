@@ -17,13 +17,13 @@ from tensormix.allocation import ImpossibleBudget
 from tensormix.models import Sources
 from tensormix.recipe import Recipe
 from tensormix.recipe.comparison import NULLS, ComparedCell, Comparison
-from tensormix.rows import STAGES, Row, SweepProgress
+from tensormix.rows import Row, SweepProgress
 from tensormix.run.keys import dense_recipe, stage_rows, with_allocation
 from tensormix.run.run import run_recipe
 from tensormix.storage.bits import checkpoint_bits
 from tensormix.storage.files import environment, now, read_json, write_json
 from tensormix.storage.locks import only_process
-from tensormix.sweep.depths import finished, within
+from tensormix.sweep.depths import finished, shares_of, within
 
 
 def run_comparison(comparison: Comparison, folder: Path, *, progress: SweepProgress | None = None) -> Path:
@@ -62,19 +62,6 @@ def _make_cells(comparison: Comparison, recipe: Recipe, folder: Path, tell: Swee
         write_comparison(comparison, folder, impossible, sources)
     tell("done", len(todo), len(todo))
     write_comparison(comparison, folder, impossible, sources, ended=True)
-
-
-def shares_of(recipe: Recipe) -> dict[str, float]:
-    """Roughly what part of a cell's time each stage takes, to move the bar between two cells."""
-    budget, is_choice = recipe.budget, recipe.plan.choice is not None
-    measures = budget is not None and (budget.by in ("sensitivity", "learned") or is_choice)
-    rough = dict.fromkeys(STAGES, 0.0) | {"evaluate": 1.0}
-    rough |= {"allocate": 3.0 if measures else 0.5, "compress": 1.0} if len(recipe.plan.root) else {}
-    rough |= {"recover": 8.0} if recipe.recover is not None else {}
-    rough |= {"diagnose": 0.5} if recipe.diagnose is not None else {}
-    rough |= {"profile": 0.5} if recipe.profile is not None else {}
-    whole = sum(rough.values())
-    return {stage: part / whole for stage, part in rough.items()}
 
 
 def is_finished(recipe: Recipe, folder: Path, dense: Path, sources: Sources) -> bool:

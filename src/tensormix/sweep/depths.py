@@ -31,18 +31,6 @@ from tensormix.storage.locks import only_process
 from tensormix.sweep.boundaries import boundary_rows, cell_row, labels, measurement
 from tensormix.sweep.family import family_rows, run_family
 
-# Rough shares of one cell's time, only to move the bar between two cells.
-SHARES = {
-    "allocate": 0.0,
-    "reparameterise": 0.0,
-    "compress": 0.02,
-    "direct": 0.0,
-    "recover": 0.78,
-    "evaluate": 0.1,
-    "diagnose": 0.05,
-    "profile": 0.05,
-}
-
 
 def cell_recipe(recipe: Recipe, cell: Cell) -> Recipe:
     """The sweep's recipe with the plan of one cell; everything else is the same in all cells."""
@@ -132,8 +120,9 @@ class _Sweep:
         total, done = sum(costs.get(name, 0.3) for name in todo), 0.0
         for name, cell in todo.items():
             weight = costs.get(name, 0.3)
-            begun = within(lambda share, n=name, d=done, w=weight: tell(n, d + w * share, total))
-            self.make(name, self.recipe_of(cell) if cell else dense_recipe(self.recipe), begun)
+            job = self.recipe_of(cell) if cell else dense_recipe(self.recipe)
+            begun = within(lambda share, n=name, d=done, w=weight: tell(n, d + w * share, total), shares_of(job))
+            self.make(name, job, begun)
             done += weight
             tell(name, done, total)
             write_sweep(self.sweep, self.cells, self.folder)
@@ -183,7 +172,20 @@ def cost(cell: Cell, num_blocks: int) -> float:
     return 1.0 - gone * cell.depth / num_blocks
 
 
-def within(tell: Callable[[float], None], shares: Mapping[str, float] = SHARES) -> Callable[[str, int, int], None]:
+def shares_of(recipe: Recipe) -> dict[str, float]:
+    """Roughly what part of a cell's time each stage takes, to move the bar between two cells."""
+    budget, is_choice = recipe.budget, recipe.plan.choice is not None
+    measures = budget is not None and (budget.by in ("sensitivity", "learned") or is_choice)
+    rough = dict.fromkeys(STAGES, 0.0) | {"evaluate": 1.0}
+    rough |= {"allocate": 3.0 if measures else 0.5, "compress": 1.0} if len(recipe.plan.root) else {}
+    rough |= {"recover": 8.0} if recipe.recover is not None else {}
+    rough |= {"diagnose": 0.5} if recipe.diagnose is not None else {}
+    rough |= {"profile": 0.5} if recipe.profile is not None else {}
+    whole = sum(rough.values())
+    return {stage: part / whole for stage, part in rough.items()}
+
+
+def within(tell: Callable[[float], None], shares: Mapping[str, float]) -> Callable[[str, int, int], None]:
     """The progress of the stages of one cell as one share from 0 to 1, where each stage has its own of the time."""
 
     def progress(stage: str, done: int, total: int) -> None:
